@@ -1,0 +1,15 @@
+"""DINO's fused ops, for anyone's training loop. Imports torch and triton, nothing else."""
+
+from fastdino_kernels.center import batch_center, center_ema_, center_update_
+from fastdino_kernels.dino_loss import DINOLossStats, dino_loss, dino_loss_with_stats
+from fastdino_kernels.ema import ema_update_
+
+__all__ = [
+    "DINOLossStats",
+    "batch_center",
+    "center_ema_",
+    "center_update_",
+    "dino_loss",
+    "dino_loss_with_stats",
+    "ema_update_",
+]

@@ -1,0 +1,72 @@
+"""Every op in plain PyTorch: the truth the tests use in fp64, and the path that CPU tensors take.
+
+Axes: V student views, T teacher views, B images, K prototypes.
+Low precision (bf16, fp16) is promoted to fp32 on entry; fp32 and fp64 stay what they are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def promote(x: Tensor) -> Tensor:
+    """bf16 and fp16 become fp32; fp32 and fp64 are returned as they are."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def cross_entropy_pairs(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float | Tensor, teacher_temp: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """H(q[t, b], p[v, b]) for every pair of views (T, V, B), and the entropy of q (T, B)."""
+    student_log_probs = torch.log_softmax(promote(student) / student_temp, dim=-1)  # (V, B, K)
+    teacher_log_probs = torch.log_softmax((promote(teacher) - promote(center)) / teacher_temp, dim=-1)
+    teacher_probs = teacher_log_probs.exp()  # (T, B, K)
+    cross_entropy = -torch.einsum("tbk,vbk->tvb", teacher_probs, student_log_probs)
+    # xlogy, because a probability of zero has log-probability -inf where logits are huge: 0 * -inf is NaN.
+    teacher_entropy = -torch.special.xlogy(teacher_probs, teacher_probs).sum(-1)
+    return cross_entropy, teacher_entropy
+
+
+def different_views(n_teacher_views: int, n_student_views: int, device: torch.device) -> Tensor:
+    """(T, V) bool: teacher view t is compared with student view v unless they are the same crop."""
+    return ~torch.eye(n_teacher_views, n_student_views, dtype=torch.bool, device=device)
+
+
+def dino_loss(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float | Tensor, teacher_temp: float | Tensor
+) -> Tensor:
+    """Mean over images and pairs of different views of H(q, p); DINO (arXiv:2104.14294), equations 1 to 4."""
+    cross_entropy, _ = cross_entropy_pairs(student, teacher.detach(), center, student_temp, teacher_temp)
+    pairs = different_views(teacher.shape[0], student.shape[0], student.device)
+    return cross_entropy[pairs].mean()
+
+
+def dino_loss_with_stats(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float | Tensor, teacher_temp: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss (), teacher_entropy (), kl (), per_image (B,)): loss = teacher_entropy + kl over the compared pairs."""
+    cross_entropy, entropy = cross_entropy_pairs(student, teacher.detach(), center, student_temp, teacher_temp)
+    pairs = different_views(teacher.shape[0], student.shape[0], student.device)
+    compared = cross_entropy[pairs]  # (n_pairs, B)
+    teacher_entropy = entropy[:, None].expand_as(cross_entropy)[pairs].mean()
+    loss = compared.mean()
+    return loss, teacher_entropy, (loss - teacher_entropy).detach(), compared.mean(0).detach()
+
+
+def batch_center(teacher: Tensor) -> Tensor:
+    """Mean of the teacher's logits over views and images: (T, B, K) -> (K,)."""
+    return promote(teacher).mean(dim=(0, 1))
+
+
+@torch.no_grad()
+def center_ema_(center: Tensor, batch_mean: Tensor, momentum: float | Tensor) -> None:
+    """center <- momentum * center + (1 - momentum) * batch_mean; DINO (arXiv:2104.14294), equation 4."""
+    center.copy_(promote(center) * momentum + batch_mean * (1 - momentum))
+
+
+@torch.no_grad()
+def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, tensor by tensor."""
+    for target, source in zip(teacher, student, strict=True):
+        target.copy_(promote(target) * momentum + promote(source) * (1 - momentum))
