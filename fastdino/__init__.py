@@ -1,1 +1,40 @@
-"""fastdino"""
+"""DINO (self-distillation with no labels, arXiv:2104.14294) on your own images, as fast as the GPU allows."""
+
+from fastdino.data.augment import global_augment, multiple_local_augments
+from fastdino.dino import DINO, distillation_loss, train_dino
+from fastdino.loss import DINOLoss
+from fastdino.model import (
+    DINOHead,
+    MultiCropWrapper,
+    VisionTransformer,
+    vit_base,
+    vit_large,
+    vit_nano,
+    vit_small,
+    vit_tiny,
+)
+from fastdino.train.checkpoint import load_backbone, load_checkpoint
+from fastdino.train.optim import clip_gradients, get_params_groups
+from fastdino.train.schedules import cosine_schedule
+
+__all__ = [
+    "DINO",
+    "DINOHead",
+    "DINOLoss",
+    "MultiCropWrapper",
+    "VisionTransformer",
+    "clip_gradients",
+    "cosine_schedule",
+    "distillation_loss",
+    "get_params_groups",
+    "global_augment",
+    "load_backbone",
+    "load_checkpoint",
+    "multiple_local_augments",
+    "train_dino",
+    "vit_base",
+    "vit_large",
+    "vit_nano",
+    "vit_small",
+    "vit_tiny",
+]

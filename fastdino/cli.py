@@ -1,0 +1,190 @@
+"""fastdino train | knn | attention: the only place that reads the command line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from fastdino.errors import TrainingError, UserError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+DESCRIPTION = """\
+Train DINO (self-distillation with no labels, arXiv:2104.14294) on your own images.
+
+  fastdino train                          learn handwritten digits, in minutes, on any machine
+  fastdino train --data_path photos/      learn from a folder of images
+  fastdino knn --pretrained_weights checkpoint.pth --data_path photos/
+  fastdino attention --pretrained_weights checkpoint.pth --images photos/cat.jpg
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """One line, and where to look."""
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fastdino.train.config import add_flags
+
+    def help_format(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110)
+
+    parser = _Parser(prog="fastdino", description=DESCRIPTION, formatter_class=help_format)
+    parser.add_argument("--version", action="version", version=f"fastdino {version('fastdino')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | knn | attention")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model",
+        usage="fastdino train [--data_path FOLDER] [flags]",
+        description="Train DINO. Flags are those of the original main_dino.py, with its defaults [in brackets], and "
+        "some more. BOOL is true/false, on/off or 1/0.\nWithout --data_path: the digits of scikit-learn, with a recipe "
+        "of their own where you give no flag.\nSeveral GPUs: torchrun --nproc_per_node=8 -m fastdino.train ...",
+        formatter_class=help_format,
+        allow_abbrev=False,
+    )
+    add_flags(train)
+
+    knn = commands.add_parser(
+        "knn",
+        help="k-NN accuracy of a trained backbone",
+        description="Weighted k-NN on frozen features. --data_path holds train/ and val/ with class folders, as the "
+        "original expects;\nor class folders alone, evaluated leave-one-out; or is left out, for the digits.",
+        formatter_class=help_format,
+        allow_abbrev=False,
+    )
+    _add_checkpoint_flags(knn)
+    knn.add_argument("--data_path", metavar="FOLDER", help="labelled images; without it: scikit-learn's digits")
+    knn.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], metavar="N", help="neighbours that vote")
+    knn.add_argument("--temperature", type=float, default=0.07, metavar="X", help="of the votes' weights [0.07]")
+    knn.add_argument("--batch_size_per_gpu", type=int, default=128, metavar="N", help="images at once [128]")
+    knn.add_argument("--num_workers", type=int, default=10, metavar="N", help="loading processes, at most one per core [10]")
+
+    attention = commands.add_parser(
+        "attention",
+        help="where the CLS token looks",
+        description="Draw the last block's attention over images.",
+        formatter_class=help_format,
+        allow_abbrev=False,
+    )
+    _add_checkpoint_flags(attention)
+    attention.add_argument("--images", nargs="+", metavar="FILE", help="image files; without them: a few digits")
+    attention.add_argument("--output", default="attention.png", metavar="FILE", help="the picture [attention.png]")
+    return parser
+
+
+def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pretrained_weights", required=True, metavar="FILE", help="checkpoint, or backbone weights")
+    parser.add_argument("--checkpoint_key", default="teacher", metavar="NAME", help="teacher or student [teacher]")
+    parser.add_argument("--size", type=int, metavar="N", help="side of the center crop [as trained]")
+    parser.add_argument("--resize", type=int, metavar="N", help="short side before it [as trained, else 8/7 of --size]")
+    parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N [auto]")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from fastdino.train.config import config_from_args
+    from fastdino.train.loop import train
+
+    try:
+        config = config_from_args(args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return EXIT_INTERRUPTED if train(config).interrupted else 0
+
+
+def _backbone(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """The checkpoint's backbone on its device, and (resize, size) in pixels."""
+    from fastdino.train.checkpoint import load_backbone
+    from fastdino.train.distributed import start
+
+    backbone = load_backbone(args.pretrained_weights, args.checkpoint_key)
+    trained_at = backbone.patch_embed.img_size
+    size = args.size or trained_at
+    digits = trained_at == 24  # the demo's images are whole already
+    resize = args.resize or (size if digits else round(size * 8 / 7))
+    if size % backbone.patch_embed.patch_size or resize < size:
+        raise UserError(
+            f"--size: expected a multiple of the patch size {backbone.patch_embed.patch_size}, "
+            f"at most --resize, got {size} and {resize}"
+        )
+    return backbone.to(start(args.device, "env://").device), resize, size
+
+
+def _knn(args: argparse.Namespace) -> int:
+    from fastdino.data.digits import load_digits
+    from fastdino.data.loader import useful_workers
+    from fastdino.data.sources import FolderSource, ImageSource
+    from fastdino.eval.knn import extract_features, knn_accuracy
+
+    if min(args.nb_knn) < 1 or not args.temperature > 0 or args.batch_size_per_gpu < 1 or args.num_workers < 0:
+        raise UserError("--nb_knn, --batch_size_per_gpu and --temperature: expected values above 0")
+    held_out: ImageSource | None = None
+    source: ImageSource
+    if args.data_path is None:
+        source, held_out = load_digits()
+    elif (Path(args.data_path) / "train").is_dir() and (Path(args.data_path) / "val").is_dir():
+        source, held_out = FolderSource(Path(args.data_path) / "train"), FolderSource(Path(args.data_path) / "val")
+    else:
+        source = FolderSource(args.data_path)
+    backbone, resize, size = _backbone(args)
+    options = {
+        "resize": resize,
+        "size": size,
+        "batch_size": args.batch_size_per_gpu,
+        "num_workers": useful_workers(args.num_workers, 1) if args.data_path else 0,
+    }
+    print(f"bank     {source.describe()}")
+    print(f"queries  {held_out.describe() if held_out else 'the same, leave-one-out'}")
+    bank = extract_features(backbone, source, **options)
+    queries = extract_features(backbone, held_out, **options) if held_out else None
+    for k in args.nb_knn:
+        print(f"{k:>4}-NN   {knn_accuracy(bank, queries, k, args.temperature):.4f}")
+    return 0
+
+
+def _attention(args: argparse.Namespace) -> int:
+    from fastdino.data.decode import BadImage, decode
+    from fastdino.data.digits import load_digits
+    from fastdino.eval.attention_maps import draw_attention
+
+    output = Path(args.output)
+    if output.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg") or not output.parent.is_dir():
+        raise UserError(f"--output: expected a .png, .pdf, .svg or .jpg in a folder that exists, got {output}")
+    if args.images:
+        images = []
+        for name in args.images:
+            try:
+                images.append(decode(Path(name).read_bytes()))
+            except (OSError, BadImage) as error:
+                raise UserError(f"--images: {name}: {error}") from error
+    else:
+        held_out = load_digits()[1]
+        images = [decode(held_out[i]) for i in range(6)]
+    backbone, resize, size = _backbone(args)
+    draw_attention(backbone, images, output, resize, size)
+    print(f"wrote {output}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code. 1: the run failed, 2: the command was wrong, 130: interrupted."""
+    args = _parser().parse_args(argv)
+    command = {"train": _train, "knn": _knn, "attention": _attention}[args.command]
+    try:
+        return command(args)
+    except UserError as error:
+        print(f"fastdino {args.command}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except TrainingError as error:
+        print(f"fastdino {args.command}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"fastdino {args.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""DINO's loss as a module: it owns the center and the teacher's temperature schedule, and calls the op.
+
+Axes: V student views, B images, K prototypes; two teacher views.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastdino_kernels import DINOLossStats, batch_center, center_ema_, dino_loss_with_stats
+
+N_TEACHER_VIEWS = 2  # the global crops
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between the teacher's centered, sharpened probabilities and the student's; updates the center.
+
+    out_dim: K. ncrops: V, both globals first. The teacher's temperature goes linearly from warmup_teacher_temp to
+    teacher_temp over the first warmup_teacher_temp_epochs of nepochs, by whole epochs.
+    Buffer: center (1, K) fp32. Source: DINO (arXiv:2104.14294), section 3.1 and algorithm 1.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        out_dim: int,
+        ncrops: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: int,
+        nepochs: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if warmup_teacher_temp_epochs > nepochs:
+            raise ValueError(
+                f"warmup_teacher_temp_epochs: expected at most nepochs={nepochs}, got {warmup_teacher_temp_epochs}"
+            )
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.ncrops = ncrops
+        self.register_buffer("center", torch.zeros(1, out_dim))
+        warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        self.teacher_temp_schedule = np.append(warmup, np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp))
+
+    def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
+        """(V * B, K) and (2 * B, K) logits, crop-major -> () loss; then the center moves. epoch counts from 0."""
+        return self.with_stats(student_output, teacher_output, epoch).loss
+
+    def with_stats(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> DINOLossStats:
+        """`forward`, and the numbers for the log: teacher entropy, KL, per-image losses."""
+        student = student_output.unflatten(0, (self.ncrops, -1))
+        teacher = teacher_output.detach().unflatten(0, (N_TEACHER_VIEWS, -1))
+        temp = float(self.teacher_temp_schedule[epoch])
+        stats = dino_loss_with_stats(student, teacher, self.center[0], self.student_temp, temp)
+        self.update_center(teacher_output)
+        return stats
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        """Move the center towards the mean of this batch's teacher logits (2 * B, K), over all processes."""
+        mean = batch_center(teacher_output.detach().unflatten(0, (N_TEACHER_VIEWS, -1)))
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        center_ema_(self.center[0], mean, self.center_momentum)

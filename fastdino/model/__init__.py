@@ -1,0 +1,17 @@
+"""The networks: images in, logits out. Knows nothing of data or training."""
+
+from fastdino.model.head import DINOHead
+from fastdino.model.multicrop import MultiCropWrapper
+from fastdino.model.vit import ARCHITECTURES, VisionTransformer, vit_base, vit_large, vit_nano, vit_small, vit_tiny
+
+__all__ = [
+    "ARCHITECTURES",
+    "DINOHead",
+    "MultiCropWrapper",
+    "VisionTransformer",
+    "vit_base",
+    "vit_large",
+    "vit_nano",
+    "vit_small",
+    "vit_tiny",
+]

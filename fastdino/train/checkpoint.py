@@ -1,0 +1,175 @@
+"""Checkpoints in the original's format, written whole or not at all, and read without running what they hold."""
+
+import argparse
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastdino.errors import UserError
+from fastdino.loss import DINOLoss
+from fastdino.model import VisionTransformer
+from fastdino.train.config import TrainConfig
+
+# What the original's checkpoints hold beside tensors: `args`, and learning rates as NumPy scalars (from its
+# schedules), pickled under one module name by NumPy 1 and another by NumPy 2. None of them can run code.
+_scalar = np.float64(0).__reduce__()[0]
+SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64)),
+]
+
+HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16}  # by width; the weights do not tell
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of ours or of the original, on the CPU, read with PyTorch's safe loader.
+
+    Keys: student (names start with `module.`), teacher, optimizer, epoch (finished ones), args (argparse.Namespace),
+    dino_loss, fp16_scaler with fp16. Raises UserError where the file is missing, is no checkpoint, or holds pickled
+    code, which is refused and not run.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        code = "Unsupported" in str(error) or "GLOBAL" in str(error)
+        what = "holds pickled code, which is refused" if code else "is not a checkpoint, or is damaged"
+        raise UserError(f"{path} {what}: {_gist(str(error))}") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is not a checkpoint: expected a dictionary, got {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _gist(message: str) -> str:
+    """The line of PyTorch's long advice that says what was found."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    found = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    return (found or lines or ["no reason given"])[0].split(" was not an allowed")[0][:200]
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    student: nn.Module,
+    teacher: nn.Module,
+    optimizer: Optimizer,
+    loss: DINOLoss,
+    epoch: int,
+    config: TrainConfig,
+    scaler: torch.amp.GradScaler | None = None,
+    iteration: int | None = None,
+) -> None:
+    """Write a checkpoint with exactly the original's keys. epoch: finished epochs.
+
+    iteration: steps done, for a run stopped inside an epoch; the one key the original does not know, and ignores.
+    A process killed meanwhile leaves the previous file as it was.
+    """
+    bare = student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
+    content = {
+        "student": {f"module.{name}": value for name, value in bare.state_dict().items()},
+        "teacher": teacher.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "args": config.namespace(),
+        "dino_loss": loss.state_dict(),
+    }
+    if scaler is not None:
+        content["fp16_scaler"] = scaler.state_dict()
+    if iteration is not None:
+        content["iteration"] = iteration
+    partial = path.with_suffix(".partial")
+    torch.save(content, partial)
+    os.replace(partial, path)
+
+
+def first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """The first parameter in which two state dicts differ, in words; None where names and shapes agree."""
+    for name, value in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if value.shape != found[name].shape:
+            return f"{name} is {tuple(found[name].shape)}, expected {tuple(value.shape)}"
+    extra = [name for name in found if name not in expected]
+    return f"{extra[0]} is not part of this model" if extra else None
+
+
+def restore(
+    checkpoint: Mapping[str, Any],
+    *,
+    student: nn.Module,
+    teacher: nn.Module,
+    optimizer: Optimizer,
+    loss: DINOLoss,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Put a checkpoint's state into a run's parts. `student` is the bare module, without DDP.
+
+    Raises UserError, naming the first differing key, for a checkpoint of another model; nothing is changed then.
+    """
+    states = {
+        "student": (student, {k.removeprefix("module."): v for k, v in _part(checkpoint, "student").items()}),
+        "teacher": (teacher, {k.removeprefix("module."): v for k, v in _part(checkpoint, "teacher").items()}),
+        "dino_loss": (loss, _part(checkpoint, "dino_loss")),
+    }
+    for what, (module, state) in states.items():
+        if difference := first_difference(module.state_dict(), state):
+            raise UserError(f"the checkpoint is of another model: {what}: {difference}")
+    try:
+        optimizer.load_state_dict(_part(checkpoint, "optimizer"))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"the checkpoint's optimizer does not fit this run: {error}") from error
+    for module, state in states.values():
+        module.load_state_dict(state)
+    if scaler is not None and "fp16_scaler" in checkpoint:
+        scaler.load_state_dict(checkpoint["fp16_scaler"])
+
+
+def _part(checkpoint: Mapping[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(checkpoint.get(key), dict):
+        raise UserError(f"the checkpoint has no {key!r}: it holds {', '.join(map(str, list(checkpoint)[:5]))} ...")
+    return checkpoint[key]
+
+
+def load_backbone(path: str | Path, key: str = "teacher", num_heads: int | None = None) -> VisionTransformer:
+    """The Vision Transformer of a checkpoint, built to fit its weights, in eval mode, frozen, on the CPU.
+
+    key: teacher or student; a file with nothing but a backbone's weights, as the original publishes, works too.
+    num_heads: needed only for widths that no architecture here has.
+    Raises UserError where the file has no backbone in it.
+    """
+    checkpoint = load_checkpoint(path)
+    state = checkpoint.get(key, checkpoint)
+    state = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
+    state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    if missing := [name for name in ("pos_embed", "patch_embed.proj.weight") if name not in state]:
+        raise UserError(f"{path} has no Vision Transformer under {key!r}: {missing[0]} is missing")
+    embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+    heads = num_heads or HEADS.get(embed_dim)
+    if heads is None:
+        raise UserError(f"{path}: the number of heads cannot be told from a width of {embed_dim}; give num_heads")
+    backbone = VisionTransformer(
+        img_size=[patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)],
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        num_heads=heads,
+    )
+    if difference := first_difference(backbone.state_dict(), state):
+        raise UserError(f"{path} is of another model: {difference}")
+    backbone.load_state_dict(state)
+    return backbone.eval().requires_grad_(False)

@@ -1,0 +1,283 @@
+"""Everything a run depends on: one frozen dataclass, from which the command line is generated.
+
+The original's names and defaults (main_dino.py) come first in each group; what is ours is an addition.
+"""
+
+import argparse
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fastdino.data.augment import MultiCropRecipe, ViewRecipe
+from fastdino.model import ARCHITECTURES
+
+
+def flag(default: Any, group: str, meaning: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field that is also a command-line flag: `--name`, shown under `group`, explained by `meaning`."""
+    return field(default=default, metadata={"group": group, "help": meaning, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. Raises ValueError, naming flag, expected and got, for values that cannot work together."""
+
+    # Model
+    arch: str = flag("vit_small", "Model", f"architecture: {', '.join(ARCHITECTURES)}")
+    patch_size: int = flag(16, "Model", "side of a patch in pixels; smaller is better, slower and hungrier")
+    drop_path_rate: float = flag(0.1, "Model", "stochastic depth of the last block (the first has none)")
+    out_dim: int = flag(65536, "Model", "number of prototypes (the head's output)")
+    norm_last_layer: bool = flag(True, "Model", "keep the prototypes' lengths at 1; false learns them, less stable")
+    use_bn_in_head: bool = flag(False, "Model", "BatchNorm in the head")
+    hidden_dim: int = flag(2048, "Model", "width of the head's MLP")
+    bottleneck_dim: int = flag(256, "Model", "width the head normalises and compares with the prototypes")
+
+    # Teacher
+    momentum_teacher: float = flag(0.996, "Teacher", "EMA momentum at the start; a cosine takes it to 1")
+    warmup_teacher_temp: float = flag(0.04, "Teacher", "teacher temperature at the start")
+    teacher_temp: float = flag(0.04, "Teacher", "teacher temperature after its warm-up; above 0.07 is unstable")
+    warmup_teacher_temp_epochs: int = flag(0, "Teacher", "epochs over which the temperature goes from one to the other")
+
+    # Optimisation
+    epochs: int = flag(100, "Optimisation", "epochs to train")
+    batch_size_per_gpu: int = flag(64, "Optimisation", "images per process and step")
+    optimizer: str = flag("adamw", "Optimisation", "adamw, sgd or lars", ("adamw", "sgd", "lars"))
+    lr: float = flag(0.0005, "Optimisation", "peak learning rate for 256 images a step; scales with the batch")
+    warmup_epochs: int = flag(10, "Optimisation", "epochs of linear learning-rate warm-up")
+    min_lr: float = flag(1e-6, "Optimisation", "learning rate at the end of the cosine")
+    weight_decay: float = flag(0.04, "Optimisation", "weight decay at the start")
+    weight_decay_end: float = flag(0.4, "Optimisation", "weight decay at the end of its cosine")
+    clip_grad: float = flag(3.0, "Optimisation", "largest gradient norm of one parameter tensor; 0 switches clipping off")
+    freeze_last_layer: int = flag(1, "Optimisation", "epochs during which the prototypes stay fixed")
+    use_fp16: bool = flag(True, "Optimisation", "half precision on GPUs (fp32 on CPU all the same)")
+    amp_dtype: str = flag("auto", "Optimisation", "which half: bf16 where the GPU has it, else fp16", ("auto", "bf16", "fp16"))
+
+    # Crops
+    global_crops_scale: tuple[float, ...] = flag((0.4, 1.0), "Crops", "area of the global crops, as parts of the image")
+    local_crops_number: int = flag(8, "Crops", "local crops per image; 0 trains on the two globals alone")
+    local_crops_scale: tuple[float, ...] = flag((0.05, 0.4), "Crops", "area of the local crops, as parts of the image")
+    global_crops_size: int = flag(224, "Crops", "side of the global crops in pixels")
+    local_crops_size: int = flag(96, "Crops", "side of the local crops in pixels")
+    flip_prob: float = flag(0.5, "Crops", "probability of a horizontal flip")
+    jitter_prob: float = flag(0.8, "Crops", "probability of colour jitter (0.4, 0.4, 0.2, 0.1)")
+    gray_prob: float = flag(0.2, "Crops", "probability of grayscale")
+    blur_prob: tuple[float, ...] = flag(
+        (1.0, 0.1, 0.5), "Crops", "blur of global 1, global 2, locals (DINOv2's code amounts to 0 0.9 0.5)"
+    )
+    solarize_prob: float = flag(0.2, "Crops", "probability that global 2 is solarized")
+
+    # Data
+    data_path: str | None = flag(None, "Data", "folder of images, of any depth; without it: scikit-learn's digits")
+    num_workers: int = flag(10, "Data", "data-loading processes per GPU, at most one per core; 0 loads in the main process")
+
+    # Evaluation
+    knn_freq: int = flag(10, "Evaluation", "epochs between k-NN evaluations, where there are labels; 0 for never")
+    knn_k: int = flag(20, "Evaluation", "neighbours that vote")
+    knn_images: int = flag(10000, "Evaluation", "most images in each half of a k-NN evaluation; 0 for all")
+    val_path: str | None = flag(None, "Evaluation", "held-out folder with the same classes; else leave-one-out")
+    eval_resize: int = flag(0, "Evaluation", "short side before the center crop; 0: 8/7 of the global crop (256 for 224)")
+    attention_images: int = flag(6, "Evaluation", "sample images in attention.png; 0 for no picture")
+
+    # Run
+    output_dir: str = flag(".", "Run", "folder for checkpoints, log and pictures")
+    saveckp_freq: int = flag(20, "Run", "epochs between the checkpoints that are kept; 0 keeps the last only")
+    resume: bool = flag(True, "Run", "go on from output_dir/checkpoint.pth where there is one")
+    seed: int = flag(0, "Run", "seed of weights, order, crops and drop-path")
+    device: str = flag("auto", "Run", "auto, cpu, cuda or cuda:N")
+    dist_url: str = flag("env://", "Run", "where the processes of a distributed run meet")
+    local_rank: int = flag(0, "Run", "ignored; older launchers pass it")
+
+    def __post_init__(self) -> None:
+        if self.arch not in ARCHITECTURES:
+            raise ValueError(f"--arch: expected one of {', '.join(ARCHITECTURES)}, got {self.arch!r}")
+        for f in fields(self):
+            choices, value = f.metadata["choices"], getattr(self, f.name)
+            if choices and value not in choices:
+                raise ValueError(f"--{f.name}: expected one of {', '.join(choices)}, got {value!r}")
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+                raise ValueError(f"--{f.name}: expected a finite number, got {value}")
+        self._check_ranges()
+        for name, size in (("global", self.global_crops_size), ("local", self.local_crops_size)):
+            if size % self.patch_size and (name == "global" or self.local_crops_number):
+                raise ValueError(f"--patch_size: expected a divisor of --{name}_crops_size={size}, got {self.patch_size}")
+        for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
+            if getattr(self, name) > self.epochs:
+                raise ValueError(f"--{name}: expected at most --epochs={self.epochs}, got {getattr(self, name)}")
+
+    def _check_ranges(self) -> None:
+        positive = ("patch_size", "out_dim", "hidden_dim", "bottleneck_dim", "epochs", "batch_size_per_gpu", "knn_k")
+        positive += ("warmup_teacher_temp", "teacher_temp", "global_crops_size", "local_crops_size")
+        not_negative = ("warmup_epochs", "warmup_teacher_temp_epochs", "lr", "min_lr", "weight_decay", "seed")
+        not_negative += ("weight_decay_end", "clip_grad", "freeze_last_layer", "local_crops_number", "num_workers")
+        not_negative += ("knn_freq", "knn_images", "eval_resize", "attention_images", "saveckp_freq")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name}: expected a value above 0, got {getattr(self, name)}")
+        for name in not_negative:
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("momentum_teacher", "flip_prob", "jitter_prob", "gray_prob", "solarize_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name}: expected a value in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"--drop_path_rate: expected a value in [0, 1), got {self.drop_path_rate}")
+        if len(self.blur_prob) != 3 or not all(0 <= p <= 1 for p in self.blur_prob):
+            raise ValueError(f"--blur_prob: expected three values in [0, 1], got {_words(self.blur_prob)}")
+        for name in ("global_crops_scale", "local_crops_scale"):
+            scale = getattr(self, name)
+            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+                raise ValueError(f"--{name}: expected two rising values in (0, 1], got {_words(scale)}")
+
+    @property
+    def ncrops(self) -> int:
+        """V: the two global crops and the local ones."""
+        return 2 + self.local_crops_number
+
+    @property
+    def eval_size(self) -> tuple[int, int]:
+        """Short side an image is resized to, and the side of the center crop, when features are extracted."""
+        return self.eval_resize or round(self.global_crops_size * 8 / 7), self.global_crops_size
+
+    def recipe(self) -> MultiCropRecipe:
+        """The crops, as `fastdino.data` wants them."""
+
+        def view(size: int, scale: tuple[float, ...], blur: float, solarize: float = 0.0) -> ViewRecipe:
+            return ViewRecipe(
+                size=size,
+                scale=(scale[0], scale[1]),
+                flip=self.flip_prob,
+                jitter=self.jitter_prob,
+                gray=self.gray_prob,
+                blur=blur,
+                solarize=solarize,
+            )
+
+        return MultiCropRecipe(
+            globals=(
+                view(self.global_crops_size, self.global_crops_scale, self.blur_prob[0]),
+                view(self.global_crops_size, self.global_crops_scale, self.blur_prob[1], self.solarize_prob),
+            ),
+            locals=(view(self.local_crops_size, self.local_crops_scale, self.blur_prob[2]),) * self.local_crops_number,
+        )
+
+    def namespace(self) -> argparse.Namespace:
+        """As checkpoints carry it."""
+        return argparse.Namespace(**asdict(self))
+
+    @classmethod
+    def from_flags(cls, given: Mapping[str, Any]) -> "TrainConfig":
+        """A run from the flags somebody gave: the rest are the defaults, or the digits' recipe without data_path.
+
+        The default warm-up shrinks with a run shorter than itself; one that was asked for does not.
+        """
+        values = {**({} if given.get("data_path") else DIGITS), **given}
+        epochs = values.get("epochs", cls.epochs)
+        if "warmup_epochs" not in given and values.get("warmup_epochs", cls.warmup_epochs) > epochs:
+            values["warmup_epochs"] = epochs // 10
+        return cls(**values)
+
+
+def _words(values: tuple[float, ...]) -> str:
+    return " ".join(f"{v:g}" for v in values)
+
+
+# Without data: the handwritten digits that scikit-learn carries. Learned in minutes on two CPU cores.
+DIGITS: dict[str, Any] = {
+    "arch": "vit_nano",
+    "patch_size": 4,
+    "out_dim": 1024,
+    "hidden_dim": 512,
+    "bottleneck_dim": 64,
+    "use_bn_in_head": True,  # without it this small model collapses to ln K
+    "drop_path_rate": 0.0,
+    "momentum_teacher": 0.95,
+    "epochs": 50,
+    "batch_size_per_gpu": 128,
+    "lr": 0.006,
+    "warmup_epochs": 5,
+    "global_crops_size": 24,
+    "local_crops_size": 12,
+    "local_crops_number": 4,
+    "flip_prob": 0.0,  # a mirrored 2 is not a 2
+    "gray_prob": 0.0,
+    "solarize_prob": 0.0,
+    "eval_resize": 24,
+    "num_workers": 1,
+    "knn_freq": 5,
+    "output_dir": "fastdino_digits",
+    "resume": False,
+}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "on", "1"):
+        return True
+    if text.lower() in ("false", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true/false, on/off or 1/0, got {text!r}")
+
+
+def _parsing(f: Field[Any]) -> dict[str, Any]:
+    """What argparse needs to read a field."""
+    if f.type is bool:
+        return {"type": _boolean, "metavar": "BOOL"}
+    if f.type in (int, float):
+        return {"type": f.type, "metavar": "N" if f.type is int else "X"}
+    if isinstance(f.default, tuple):
+        return {"type": float, "nargs": "+", "metavar": "X"}
+    return {"type": str, "metavar": "NAME" if f.metadata["choices"] else "TEXT"}
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return _words(default) if isinstance(default, tuple) else str(default)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per field, in its group; flags not given leave nothing behind."""
+    groups: dict[str, Any] = {}
+    for f in fields(TrainConfig):
+        title = f.metadata["group"]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        default = "" if f.default is None else f" [{_shown(f.default)}]"
+        names = [f"--{f.name}"] + (["--local-rank"] if f.name == "local_rank" else [])
+        group.add_argument(
+            *names, dest=f.name, default=argparse.SUPPRESS, help=(f.metadata["help"] + default).replace("%", "%%"), **_parsing(f)
+        )
+
+
+def config_from_args(args: argparse.Namespace) -> TrainConfig:
+    """The parsed flags as a run. Raises ValueError for values that cannot work."""
+    names = {f.name for f in fields(TrainConfig)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    return TrainConfig.from_flags({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless the folder is there, or can be made, and takes files. Makes nothing."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"--output_dir: expected a folder, got the file {existing}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir: {existing} is not writable")
+
+
+def command_line(config: TrainConfig, n_processes: int = 1) -> str:
+    """The command that starts this run again where it stopped."""
+    defaults = TrainConfig.from_flags({"data_path": config.data_path} if config.data_path else {})
+    resumed = replace(config, resume=True)
+    words = ["fastdino", "train"] if n_processes == 1 else []
+    words = words or ["torchrun", f"--nproc_per_node={n_processes}", "-m", "fastdino.train"]
+    for f in fields(config):
+        value = getattr(resumed, f.name)
+        if value != getattr(defaults, f.name):
+            words += [f"--{f.name}", *(_shown(value).split() if isinstance(value, tuple) else [_shown(value)])]
+    return shlex.join(words)
