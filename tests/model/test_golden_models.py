@@ -1,0 +1,73 @@
+"""The networks give the original's numbers, under the original's names."""
+
+import json
+
+import pytest
+import torch
+
+from fastdino import DINOHead, MultiCropWrapper, VisionTransformer, get_params_groups
+from fastdino.model import ARCHITECTURES
+
+BUDGET = {"fp64": 1e-10, "fp32": 1e-5}
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_vit_matches_the_original(golden, rel, precision):
+    data = golden(f"vit_{precision}")
+    vit = VisionTransformer(**data["kw"]).to(data["x0"].dtype).eval()
+    vit.load_state_dict(data.state("state"))
+    sizes = [i for i in range(9) if f"x{i}" in data]
+    assert len(sizes) >= 2
+    for i in sizes:
+        x = data[f"x{i}"]
+        layers = vit.get_intermediate_layers(x, 2)
+        assert rel(vit(x), data[f"cls{i}"]) < BUDGET[precision]
+        assert rel(vit.get_last_selfattention(x), data[f"attn{i}"]) < BUDGET[precision]
+        assert len(layers) == 2
+        for j, layer in enumerate(layers):
+            assert rel(layer, data[f"inter{i}_{j}"]) < BUDGET[precision]
+
+
+@pytest.mark.parametrize("name", ["head_fp64", "head_bn_fp64"])
+def test_head_matches_the_original(golden, rel, name):
+    data = golden(name)
+    state = data.state("state")
+    hidden_dim, bottleneck_dim = len(state["mlp.0.bias"]), state["last_layer.weight_v"].shape[1]
+    head = DINOHead(48, 96, use_bn="bn" in name, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim).double()
+    head.load_state_dict(state)
+    assert [n for n, p in head.named_parameters() if not p.requires_grad] == data["frozen"]
+    x = data["x"].requires_grad_()
+    y = head(x)
+    (y * torch.linspace(-1, 1, 96, dtype=torch.float64)).sum().backward()
+    assert rel(y, data["y"]) < 1e-10
+    assert rel(x.grad, data["dx"]) < 1e-10
+    gradients = data.state("grad")
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    assert gradients.keys() == {n for n, p in head.named_parameters() if p.requires_grad}
+    for n, p in head.named_parameters():
+        if p.requires_grad:  # a bias in front of BatchNorm has a true gradient of zero, hence the absolute bound
+            assert float((p.grad - gradients[n]).abs().max()) < 1e-10 * largest, n
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_p16", "vit_tiny_p8", "vit_small_p16", "vit_small_p8", "vit_base_p16", "vit_base_p8"])
+def test_names_shapes_and_groups_match_the_original(golden_folder, name):
+    expected = json.loads((golden_folder / "architectures.json").read_text())[name]
+    arch, patch_size = name.rsplit("_p", 1)
+    out_dim = expected["state"]["head.last_layer.weight_v"][0]
+    with torch.device("meta"):
+        model = MultiCropWrapper(ARCHITECTURES[arch](int(patch_size)), DINOHead(expected["embed_dim"], out_dim))
+    state = {key: list(value.shape) for key, value in model.state_dict().items()}
+    assert state == expected["state"]
+    assert list(state) == list(expected["state"])
+    assert sum(p.numel() for p in model.backbone.parameters()) == expected["n_params_backbone"]
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, not_decayed = ([names[id(p)] for p in group["params"]] for group in get_params_groups(model))
+    assert decayed == expected["decayed"]
+    assert not_decayed == expected["not_decayed"]
+
+
+def test_free_prototype_lengths_decay():
+    model = torch.nn.ModuleDict({"head": DINOHead(8, 12, norm_last_layer=False)})
+    decayed, not_decayed = get_params_groups(model)
+    assert any(p is model["head"].last_layer.weight_g for p in decayed["params"])
+    assert not_decayed["weight_decay"] == 0

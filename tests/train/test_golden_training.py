@@ -1,0 +1,142 @@
+"""Whole training steps, schedules and checkpoints agree with the original."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from fastdino import DINOHead, DINOLoss, MultiCropWrapper, VisionTransformer, cosine_schedule, get_params_groups
+from fastdino.train.checkpoint import load_checkpoint, restore
+from fastdino.train.config import TrainConfig
+from fastdino.train.optim import OPTIMIZERS
+from fastdino.train.schedules import Schedules
+from fastdino.train.step import TrainStep
+
+
+def test_schedules_are_the_originals_to_the_bit(golden):
+    data = golden("schedules")
+    for i, case in enumerate(data["cases"]):
+        assert np.array_equal(cosine_schedule(**case), data[f"out{i}"].numpy()), case
+
+
+def micro_networks(cfg):
+    """The small student and teacher of the golden trajectories."""
+
+    def network(norm_last_layer):
+        backbone = VisionTransformer(
+            img_size=[cfg["img_size"]],
+            patch_size=cfg["patch_size"],
+            embed_dim=cfg["embed_dim"],
+            depth=cfg["depth"],
+            num_heads=cfg["num_heads"],
+        )
+        dims = {"hidden_dim": cfg["hidden_dim"], "bottleneck_dim": cfg["bottleneck_dim"]}
+        return MultiCropWrapper(
+            backbone, DINOHead(cfg["embed_dim"], cfg["out_dim"], norm_last_layer=norm_last_layer, **dims)
+        )
+
+    return network(cfg["norm_last_layer"]), network(True).requires_grad_(False)
+
+
+def micro_loss(cfg):
+    return DINOLoss(
+        cfg["out_dim"],
+        2 + cfg["local_crops_number"],
+        cfg["warmup_teacher_temp"],
+        cfg["teacher_temp"],
+        cfg["warmup_teacher_temp_epochs"],
+        cfg["epochs"],
+    )
+
+
+def run_trajectory(data, dtype):
+    """Nine steps with the parts that `fastdino train` uses; (step, losses)."""
+    cfg = data["cfg"]
+    student, teacher = micro_networks(cfg)
+    student.load_state_dict(data.state("init"))
+    teacher.load_state_dict(data.state("init"))
+    config = TrainConfig(
+        **{name: value for name, value in cfg.items() if name in TrainConfig.__dataclass_fields__ and name != "lr"},
+        lr=cfg["lr"] * 256 / cfg["batch"],  # the data's rate is for its own batch, ours for 256 images
+        batch_size_per_gpu=cfg["batch"],
+        global_crops_size=cfg["img_size"],
+        local_crops_size=cfg["img_size"] // 2,
+    )
+    schedules = Schedules.of(config, cfg["steps_per_epoch"], world_size=1)
+    assert np.allclose(schedules.lr, data["lr"].numpy(), rtol=1e-12)
+    assert np.allclose(schedules.weight_decay, data["wd"].numpy(), rtol=1e-12)
+    assert np.allclose(schedules.momentum_teacher, data["momentum"].numpy(), rtol=1e-12)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    step = TrainStep(
+        student=student,
+        teacher=teacher,
+        loss=micro_loss(cfg).to(dtype),
+        optimizer=OPTIMIZERS["adamw"](get_params_groups(student)),
+        schedules=schedules,
+        niter_per_ep=cfg["steps_per_epoch"],
+        clip_grad=cfg["clip_grad"],
+        freeze_last_layer=cfg["freeze_last_layer"],
+    )
+    losses = []
+    for i in range(len(data["losses"])):
+        crops = [*(data[f"global{i}"].to(dtype) / 16), *(data[f"local{i}"].to(dtype) / 16)]
+        losses.append(float(step(crops, i).loss))
+    return step, torch.tensor(losses, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "loss_budget", "weight_budget"),
+    [
+        ("trajectory_fp64", torch.float64, 1e-10, 1e-8),
+        ("trajectory_free_g_fp64", torch.float64, 1e-10, 1e-8),
+        ("trajectory_fp32", torch.float32, 1e-5, 1e-3),
+    ],
+)
+def test_nine_steps_end_at_the_originals_weights(golden, rel, name, dtype, loss_budget, weight_budget):
+    data = golden(name)
+    step, losses = run_trajectory(data, dtype)
+    assert rel(losses[0], data["losses"][0]) < loss_budget
+    assert rel(losses, data["losses"]) < weight_budget
+    assert rel(step.loss.center, data["center"]) < weight_budget
+    for what, model in (("student", step.student), ("teacher", step.teacher)):
+        expected, got = data.state(what), model.state_dict()
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            if dtype == torch.float32 and key.endswith("attn.qkv.bias"):
+                # The keys' third has a true gradient of zero: AdamW walks on rounding noise there.
+                width = len(value) // 3
+                keep = torch.cat([torch.arange(width), torch.arange(2 * width, 3 * width)])
+                value, got[key] = value[keep], got[key][keep]
+            assert rel(got[key], value) < weight_budget, f"{what}.{key}"
+
+
+def test_clipping_the_whole_model_at_once_would_be_noticed(golden, rel, monkeypatch):
+    def clip_globally(model, clip):
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+
+    monkeypatch.setattr("fastdino.train.step.clip_gradients", clip_globally)
+    data = golden("trajectory_fp64")
+    step, _ = run_trajectory(data, torch.float64)
+    expected = data.state("student")
+    assert max(rel(value, expected[key]) for key, value in step.student.state_dict().items()) > 1e-2
+
+
+def test_the_originals_checkpoint_loads_and_goes_on(golden_folder, golden):
+    checkpoint = load_checkpoint(golden_folder / "checkpoint_micro.pth")
+    assert checkpoint["args"].arch == "vit_micro"
+    assert checkpoint["epoch"] == 3
+    data = golden("trajectory_fp32")
+    student, teacher = micro_networks(data["cfg"])
+    loss = micro_loss(data["cfg"])
+    optimizer = OPTIMIZERS["adamw"](get_params_groups(student))
+    restore(checkpoint, student=student, teacher=teacher, optimizer=optimizer, loss=loss)
+    for key, value in data.state("teacher").items():
+        assert torch.equal(teacher.state_dict()[key], value), key
+    assert torch.equal(loss.center, data["center"])
+    steps = {float(state["step"]) for state in optimizer.state.values()}
+    assert steps == {9.0, 6.0}  # the last layer was frozen for the first three
+    before = copy.deepcopy(student.state_dict())
+    sum(p.sum() for p in student.parameters() if p.requires_grad).backward()
+    optimizer.step()
+    assert any(not torch.equal(before[key], value) for key, value in student.state_dict().items())
