@@ -58,10 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_checkpoint_flags(knn)
     knn.add_argument("--data_path", metavar="FOLDER", help="labelled images; without it: scikit-learn's digits")
-    knn.add_argument("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], metavar="N", help="neighbours that vote")
+    knn.add_argument(
+        "--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], metavar="N", help="neighbours that vote"
+    )
     knn.add_argument("--temperature", type=float, default=0.07, metavar="X", help="of the votes' weights [0.07]")
     knn.add_argument("--batch_size_per_gpu", type=int, default=128, metavar="N", help="images at once [128]")
-    knn.add_argument("--num_workers", type=int, default=10, metavar="N", help="loading processes, at most one per core [10]")
+    knn.add_argument(
+        "--num_workers", type=int, default=10, metavar="N", help="loading processes, at most one per core [10]"
+    )
 
     attention = commands.add_parser(
         "attention",
@@ -79,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained_weights", required=True, metavar="FILE", help="checkpoint, or backbone weights")
     parser.add_argument("--checkpoint_key", default="teacher", metavar="NAME", help="teacher or student [teacher]")
+    parser.add_argument("--num_heads", type=int, metavar="N", help="only for widths that no architecture here has")
     parser.add_argument("--size", type=int, metavar="N", help="side of the center crop [as trained]")
     parser.add_argument("--resize", type=int, metavar="N", help="short side before it [as trained, else 8/7 of --size]")
     parser.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N [auto]")
@@ -100,7 +105,7 @@ def _backbone(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     from fastdino.train.checkpoint import load_backbone
     from fastdino.train.distributed import start
 
-    backbone = load_backbone(args.pretrained_weights, args.checkpoint_key)
+    backbone = load_backbone(args.pretrained_weights, args.checkpoint_key, args.num_heads)
     trained_at = backbone.patch_embed.img_size
     size = args.size or trained_at
     digits = trained_at == 24  # the demo's images are whole already

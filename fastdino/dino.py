@@ -19,7 +19,9 @@ from fastdino_kernels import center_update_, dino_loss, ema_update_
 Arch = str | Callable[[], nn.Module]
 
 
-def distillation_loss(student_output: Tensor, teacher_output: Tensor, center: Tensor, tau_s: float, tau_t: float) -> Tensor:
+def distillation_loss(
+    student_output: Tensor, teacher_output: Tensor, center: Tensor, tau_s: float, tau_t: float
+) -> Tensor:
     """Mean cross-entropy H(softmax((teacher - center) / tau_t), softmax(student / tau_s)) over rows, () fp32.
 
     student_output, teacher_output: (n, K) and (m, K) logits; where the numbers of rows differ, one is a multiple of
@@ -51,9 +53,15 @@ def _network(arch: Arch) -> nn.Module:
     network = arch()
     if isinstance(network, VisionTransformer):
         network = MultiCropWrapper(network, DINOHead(network.embed_dim, 65536))
-    if not isinstance(getattr(network, "output_dim", None), int):
-        raise ValueError(f"arch: expected a module with an integer output_dim, got {type(network).__name__}")
+    _output_dim(network)
     return network
+
+
+def _output_dim(network: nn.Module) -> int:
+    dim = getattr(network, "output_dim", None)
+    if not isinstance(dim, int):
+        raise ValueError(f"arch: expected a module with an integer output_dim, got {type(network).__name__}")
+    return dim
 
 
 class DINO(nn.Module):
@@ -77,13 +85,13 @@ class DINO(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"teacher_arch: expected the student's parameters, got others: {error}") from error
         self.teacher.requires_grad_(False)
-        self.register_buffer("center", torch.zeros(1, int(self.student.output_dim)))
+        self.register_buffer("center", torch.zeros(1, _output_dim(self.student)))
         self.to(device)
 
     distillation_loss = staticmethod(distillation_loss)
 
     def teacher_update(self, beta: float) -> None:
-        """Teacher <- beta * teacher + (1 - beta) * student, every parameter. Raises ValueError for beta outside [0, 1]."""
+        """Teacher <- beta * teacher + (1 - beta) * student. Raises ValueError unless beta is in [0, 1]."""
         ema_update_(
             [p.detach() for p in self.teacher.parameters()], [p.detach() for p in self.student.parameters()], beta
         )

@@ -34,7 +34,7 @@ class Golden:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Golden]:
-    """golden("vit_fp64") -> that archive."""
+    """Opens an archive by name: `golden("vit_fp64")`."""
     return Golden
 
 
@@ -51,7 +51,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture(scope="session")
 def rel() -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """rel(got, expected): largest difference over the largest expected value."""
+    """Largest difference over the largest expected value: `rel(got, expected)`."""
     return relative_error
 
 

@@ -65,7 +65,9 @@ class CropParams:
     solarize: bool
 
 
-def draw_box(rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+def draw_box(
+    rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
     """x, y, width, height of a random crop: ten tries at an area and a shape that fit, then the middle of the image."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -181,7 +183,11 @@ def _as_images(images: Sequence[Image.Image] | Tensor) -> list[Image.Image]:
 def _augment(images: Sequence[Image.Image] | Tensor, recipe: ViewRecipe, num_crops: int) -> Tensor:
     rng = np.random.default_rng(int(torch.randint(2**62, ())))  # follows torch.manual_seed
     decoded = _as_images(images)
-    crops = [apply_crop(image, draw_crop(rng, *image.size, recipe)) for _ in range(num_crops) for image in decoded]
+    crops = [
+        apply_crop(image, draw_crop(rng, image.width, image.height, recipe))
+        for _ in range(num_crops)
+        for image in decoded
+    ]
     return normalize(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)).contiguous()
 
 

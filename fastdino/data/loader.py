@@ -5,19 +5,19 @@ Axes: B images, L local crops.
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastdino.data.augment import MultiCropRecipe, ViewRecipe, apply_crop, center_view, draw_crop
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.sources import ImageSource
-from fastdino.errors import TrainingError
 
 MAX_BAD = 0.1  # of the images: more unreadable ones than this end the run
 
@@ -63,16 +63,18 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, index) for index in mine[i * self.batch_size : (i + 1) * self.batch_size]]
 
 
-def _read(source: ImageSource, index: int, bad: list[str]) -> tuple[int, object]:
-    """The first readable image from `index` on, and where it was; what could not be read is added to `bad`."""
-    limit = int(len(source) * MAX_BAD) + 1
-    for candidate in range(index, index + limit):
+def _read(source: ImageSource, index: int, bad: list[str]) -> Image.Image:
+    """The first readable image from `index` on; a line for each that cannot be read is added to `bad`.
+
+    Where more in a row are bad than a run accepts, a black pixel: the loop ends the run when it counts them.
+    """
+    for candidate in range(index, index + int(len(source) * MAX_BAD) + 1):
         candidate %= len(source)
         try:
-            return candidate, decode(source[candidate])
+            return decode(source[candidate])
         except (BadImage, OSError) as error:
             bad.append(f"{source.name(candidate)}: {error}")
-    raise TrainingError(f"{limit} images in a row could not be read, the last: {bad[-1]}")
+    return Image.new("RGB", (1, 1))
 
 
 class MultiCropDataset(Dataset[Batch]):
@@ -84,7 +86,7 @@ class MultiCropDataset(Dataset[Batch]):
     def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, index = key
         bad: list[str] = []
-        _, image = _read(self.source, index, bad)
+        image = _read(self.source, index, bad)
         rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, index]))
         return Batch(
             _crops(image, self.recipe.globals, rng),
@@ -93,12 +95,12 @@ class MultiCropDataset(Dataset[Batch]):
         )
 
 
-def _crops(image: object, views: Sequence[ViewRecipe], rng: np.random.Generator) -> Tensor:
+def _crops(image: Image.Image, views: Sequence[ViewRecipe], rng: np.random.Generator) -> Tensor:
     """(n, 3, S, S) uint8."""
     if not views:
         return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    crops = [apply_crop(image, draw_crop(rng, *image.size, view)) for view in views]
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    crops = [apply_crop(image, draw_crop(rng, image.width, image.height, view)) for view in views]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
 
 def _collate(items: list[Batch]) -> Batch:
@@ -135,7 +137,7 @@ def train_loader(
     )
 
 
-class CenterViews(Dataset[tuple[Tensor, int]]):
+class CenterViews(Dataset[tuple[Tensor | None, int]]):
     """Images as features are extracted from them: (3, size, size) uint8, and the index; bad images are left out."""
 
     def __init__(self, source: ImageSource, indices: NDArray[np.int64], resize: int, size: int) -> None:
@@ -162,7 +164,7 @@ def _collate_views(items: list[tuple[Tensor | None, int]]) -> tuple[Tensor, NDAr
 
 def center_views(
     source: ImageSource, indices: NDArray[np.int64], resize: int, size: int, batch_size: int, num_workers: int
-) -> DataLoader[tuple[Tensor, NDArray[np.int64]]]:
+) -> Iterable[tuple[Tensor, NDArray[np.int64]]]:
     """Batches ((b, 3, size, size) uint8, indices (b,)) of the readable images among `indices`."""
     return DataLoader(
         CenterViews(source, indices, resize, size),

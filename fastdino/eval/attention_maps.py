@@ -15,9 +15,9 @@ PANEL = 1.6  # inches of a picture's panel
 
 
 @torch.no_grad()
-def cls_attention(backbone: VisionTransformer, image: Image.Image, resize: int, size: int) -> tuple[
-    NDArray[np.uint8], NDArray[np.float32]
-]:
+def cls_attention(
+    backbone: VisionTransformer, image: Image.Image, resize: int, size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """(the view (size, size, 3) uint8, attention from CLS to the patches (heads, rows, cols))."""
     view = center_view(image, resize, size)
     param = next(backbone.parameters())

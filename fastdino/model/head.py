@@ -4,6 +4,7 @@ DINO (arXiv:2104.14294), section 3.1 and appendix C. Axes: B rows, K prototypes.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ class DINOHead(nn.Module):
         self.out_dim = out_dim
         widths = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1) + [bottleneck_dim]
         layers: list[nn.Module] = []
-        for i, (n_in, n_out) in enumerate(zip(widths, widths[1:])):
+        for i, (n_in, n_out) in enumerate(pairwise(widths)):
             layers.append(nn.Linear(n_in, n_out))
             if i < len(widths) - 2:
                 layers += [nn.BatchNorm1d(n_out), nn.GELU()] if use_bn else [nn.GELU()]

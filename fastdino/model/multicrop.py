@@ -28,6 +28,8 @@ class MultiCropWrapper(nn.Module):
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """V crops (B, 3, H, W), or one tensor of them -> (V * B, K), crop-major."""
         views = [crops] if isinstance(crops, Tensor) else crops
-        features = torch.cat([self.backbone(torch.cat(list(run))) for _, run in groupby(views, key=lambda x: x.shape[-2:])])
+        features = torch.cat(
+            [self.backbone(torch.cat(list(run))) for _, run in groupby(views, key=lambda x: x.shape[-2:])]
+        )
         # As in the original, the head's input leaves half precision (autocast then decides per op).
         return self.head(features if features.dtype == torch.float64 else features.float())

@@ -6,7 +6,6 @@ D channels.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.model.attention import attention
+
+
+def layer_norm(dim: int) -> nn.LayerNorm:
+    """LayerNorm with DINO's epsilon, a tenth of PyTorch's."""
+    return nn.LayerNorm(dim, eps=1e-6)
 
 
 class DropPath(nn.Module):
@@ -93,7 +97,7 @@ class Block(nn.Module):
         drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_layer: Callable[[int], nn.Module] = layer_norm,
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
@@ -122,7 +126,7 @@ class PatchEmbed(nn.Module):
 
 
 def init_linear(module: nn.Module) -> None:
-    """Weights from a normal of deviation 0.02 truncated at +-2, biases zero, norms at one; convolutions keep PyTorch's."""
+    """Weights from a normal of deviation 0.02 cut at +-2, biases zero, norms at one; convolutions keep PyTorch's."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -156,7 +160,7 @@ class VisionTransformer(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        norm_layer: Callable[[int], nn.Module] = layer_norm,
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
@@ -218,6 +222,7 @@ class VisionTransformer(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         last = self.blocks[-1]
+        assert isinstance(last, Block)
         return last.attn.attention_map(last.norm1(x))
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:

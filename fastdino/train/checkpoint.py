@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,22 +43,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, on the way to refusing the file
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        code = "Unsupported" in str(error) or "GLOBAL" in str(error)
-        what = "holds pickled code, which is refused" if code else "is not a checkpoint, or is damaged"
-        raise UserError(f"{path} {what}: {_gist(str(error))}") from error
+        raise UserError(f"{path} {_refusal(str(error))}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is not a checkpoint: expected a dictionary, got {type(checkpoint).__name__}")
     return checkpoint
 
 
-def _gist(message: str) -> str:
-    """The line of PyTorch's long advice that says what was found."""
+def _refusal(message: str) -> str:
+    """Why the safe loader would not have a file, out of its long advice."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    found = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
-    return (found or lines or ["no reason given"])[0].split(" was not an allowed")[0][:200]
+    for line in lines:
+        if "GLOBAL" in line:
+            return f"holds pickled code, which is refused: {line.split(' was not an allowed')[0]}"
+    return f"is not a checkpoint, or is damaged: {lines[0][:120] if lines else 'no reason given'}"
 
 
 def save_checkpoint(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdino.data.augment import MultiCropRecipe, ViewRecipe
+from fastdino.errors import UserError
 from fastdino.model import ARCHITECTURES
 
 
@@ -50,10 +51,14 @@ class TrainConfig:
     min_lr: float = flag(1e-6, "Optimisation", "learning rate at the end of the cosine")
     weight_decay: float = flag(0.04, "Optimisation", "weight decay at the start")
     weight_decay_end: float = flag(0.4, "Optimisation", "weight decay at the end of its cosine")
-    clip_grad: float = flag(3.0, "Optimisation", "largest gradient norm of one parameter tensor; 0 switches clipping off")
+    clip_grad: float = flag(
+        3.0, "Optimisation", "largest gradient norm of one parameter tensor; 0 switches clipping off"
+    )
     freeze_last_layer: int = flag(1, "Optimisation", "epochs during which the prototypes stay fixed")
     use_fp16: bool = flag(True, "Optimisation", "half precision on GPUs (fp32 on CPU all the same)")
-    amp_dtype: str = flag("auto", "Optimisation", "which half: bf16 where the GPU has it, else fp16", ("auto", "bf16", "fp16"))
+    amp_dtype: str = flag(
+        "auto", "Optimisation", "which half: bf16 where the GPU has it, else fp16", ("auto", "bf16", "fp16")
+    )
 
     # Crops
     global_crops_scale: tuple[float, ...] = flag((0.4, 1.0), "Crops", "area of the global crops, as parts of the image")
@@ -71,14 +76,18 @@ class TrainConfig:
 
     # Data
     data_path: str | None = flag(None, "Data", "folder of images, of any depth; without it: scikit-learn's digits")
-    num_workers: int = flag(10, "Data", "data-loading processes per GPU, at most one per core; 0 loads in the main process")
+    num_workers: int = flag(
+        10, "Data", "data-loading processes per GPU, at most one per core; 0 loads in the main process"
+    )
 
     # Evaluation
     knn_freq: int = flag(10, "Evaluation", "epochs between k-NN evaluations, where there are labels; 0 for never")
     knn_k: int = flag(20, "Evaluation", "neighbours that vote")
     knn_images: int = flag(10000, "Evaluation", "most images in each half of a k-NN evaluation; 0 for all")
     val_path: str | None = flag(None, "Evaluation", "held-out folder with the same classes; else leave-one-out")
-    eval_resize: int = flag(0, "Evaluation", "short side before the center crop; 0: 8/7 of the global crop (256 for 224)")
+    eval_resize: int = flag(
+        0, "Evaluation", "short side before the center crop; 0: 8/7 of the global crop (256 for 224)"
+    )
     attention_images: int = flag(6, "Evaluation", "sample images in attention.png; 0 for no picture")
 
     # Run
@@ -103,21 +112,23 @@ class TrainConfig:
         self._check_ranges()
         for name, size in (("global", self.global_crops_size), ("local", self.local_crops_size)):
             if size % self.patch_size and (name == "global" or self.local_crops_number):
-                raise ValueError(f"--patch_size: expected a divisor of --{name}_crops_size={size}, got {self.patch_size}")
+                raise ValueError(
+                    f"--patch_size: expected a divisor of --{name}_crops_size={size}, got {self.patch_size}"
+                )
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
             if getattr(self, name) > self.epochs:
                 raise ValueError(f"--{name}: expected at most --epochs={self.epochs}, got {getattr(self, name)}")
 
     def _check_ranges(self) -> None:
-        positive = ("patch_size", "out_dim", "hidden_dim", "bottleneck_dim", "epochs", "batch_size_per_gpu", "knn_k")
-        positive += ("warmup_teacher_temp", "teacher_temp", "global_crops_size", "local_crops_size")
-        not_negative = ("warmup_epochs", "warmup_teacher_temp_epochs", "lr", "min_lr", "weight_decay", "seed")
-        not_negative += ("weight_decay_end", "clip_grad", "freeze_last_layer", "local_crops_number", "num_workers")
-        not_negative += ("knn_freq", "knn_images", "eval_resize", "attention_images", "saveckp_freq")
-        for name in positive:
+        positive = """patch_size out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu knn_k warmup_teacher_temp
+            teacher_temp global_crops_size local_crops_size"""
+        not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
+            freeze_last_layer local_crops_number num_workers knn_freq knn_images eval_resize attention_images
+            saveckp_freq seed"""
+        for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}: expected a value above 0, got {getattr(self, name)}")
-        for name in not_negative:
+        for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("momentum_teacher", "flip_prob", "jitter_prob", "gray_prob", "solarize_prob"):
@@ -248,7 +259,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default = "" if f.default is None else f" [{_shown(f.default)}]"
         names = [f"--{f.name}"] + (["--local-rank"] if f.name == "local_rank" else [])
         group.add_argument(
-            *names, dest=f.name, default=argparse.SUPPRESS, help=(f.metadata["help"] + default).replace("%", "%%"), **_parsing(f)
+            *names,
+            dest=f.name,
+            default=argparse.SUPPRESS,
+            help=(f.metadata["help"] + default).replace("%", "%%"),
+            **_parsing(f),
         )
 
 
@@ -260,14 +275,14 @@ def config_from_args(args: argparse.Namespace) -> TrainConfig:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ValueError unless the folder is there, or can be made, and takes files. Makes nothing."""
+    """Raise UserError unless the folder is there, or can be made, and takes files. Makes nothing."""
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise ValueError(f"--output_dir: expected a folder, got the file {existing}")
+        raise UserError(f"--output_dir: expected a folder, got the file {existing}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir: {existing} is not writable")
+        raise UserError(f"--output_dir: {existing} is not writable")
 
 
 def command_line(config: TrainConfig, n_processes: int = 1) -> str:

@@ -94,7 +94,9 @@ def draw_curves(entries: Sequence[Entry], out_dim: int, path: Path) -> None:
 
     curve(axes[0, 0], "train_loss", "loss", "#1f5fa8")
     curve(axes[0, 0], "train_teacher_entropy", "teacher entropy", "#c8553d")
-    axes[0, 0].axhline(math.log(out_dim), color="0.6", linestyle=":", label=f"ln K = {math.log(out_dim):.2f} (collapse)")
+    axes[0, 0].axhline(
+        math.log(out_dim), color="0.6", linestyle=":", label=f"ln K = {math.log(out_dim):.2f} (collapse)"
+    )
     axes[0, 0].set_title("loss and teacher entropy (nats)")
     axes[0, 0].legend(fontsize=8)
     curve(axes[1, 0], "train_lr", "learning rate", "#1f5fa8")
@@ -107,9 +109,12 @@ def draw_curves(entries: Sequence[Entry], out_dim: int, path: Path) -> None:
         knn.insert(0, (entries[0]["epoch"], entries[0]["knn_before"]))
     if knn:
         axes[0, 1].plot(*zip(*knn), color="#2f7d4f", marker="o", markersize=3)
-        axes[0, 1].annotate(f"{knn[-1][1]:.3f}", knn[-1], textcoords="offset points", xytext=(-4, -13), ha="right")
+        axes[0, 1].annotate(f"{knn[-1][1]:.3f}", knn[-1], textcoords="offset points", xytext=(-2, -14), ha="right")
+        axes[0, 1].set_ylim(0, 1)
     else:
-        axes[0, 1].text(0.5, 0.5, "no labels, no k-NN", ha="center", va="center", color="0.5", transform=axes[0, 1].transAxes)
+        axes[0, 1].text(
+            0.5, 0.5, "no labels, no k-NN", ha="center", va="center", color="0.5", transform=axes[0, 1].transAxes
+        )
     axes[0, 1].set_title("k-NN accuracy of the teacher")
     for ax in axes.flat:
         ax.set_xlabel("epoch")

@@ -24,7 +24,7 @@ from fastdino.errors import TrainingError, UserError
 from fastdino.eval.attention_maps import draw_attention
 from fastdino.eval.knn import extract_features, knn_accuracy
 from fastdino.loss import DINOLoss
-from fastdino.model import ARCHITECTURES, DINOHead, MultiCropWrapper
+from fastdino.model import ARCHITECTURES, DINOHead, MultiCropWrapper, VisionTransformer
 from fastdino.train import distributed
 from fastdino.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from fastdino.train.config import TrainConfig, check_writable, command_line
@@ -232,7 +232,9 @@ class _Run:
                 scaler=self.step.scaler,
             )
         except UserError as error:
-            raise UserError(f"cannot resume from {self.checkpoint_path} (--resume false starts anew): {error}") from error
+            raise UserError(
+                f"cannot resume from {self.checkpoint_path} (--resume false starts anew): {error}"
+            ) from error
         first = int(checkpoint["epoch"]) * self.niter
         iteration = int(checkpoint.get("iteration", first))
         return iteration if first <= iteration < first + self.niter else first
@@ -295,9 +297,7 @@ class _Run:
             if len(pending) == READ_EVERY[self.process.device.type] or i == self.niter - 1:
                 self._read_metrics(pending, meter)
                 loss = meter.sums[0] / meter.n_steps
-                self.reporter.update(
-                    self.iteration, epoch, config.epochs, loss, meter.images_per_s, meter.data_wait
-                )
+                self.reporter.update(self.iteration, epoch, config.epochs, loss, meter.images_per_s, meter.data_wait)
                 pending = []
                 if distributed.any_of(self.stop.requested, self.process.device):
                     break
@@ -386,12 +386,14 @@ class _Run:
         self.log.append(entry)
         self.reporter.say(
             f"epoch {epoch + 1:>{len(str(config.epochs))}}/{config.epochs}  loss {averages[0]:.4f}  "
-            f"teacher entropy {averages[1]:.3f}  {meter.images_per_s:,.0f} img/s  {meter.data_wait:.0%} waiting for data"
-            + (f"  k-NN {knn:.4f}" if knn is not None else "")
+            f"teacher entropy {averages[1]:.3f}  {meter.images_per_s:,.0f} img/s  "
+            f"{meter.data_wait:.0%} waiting for data" + (f"  k-NN {knn:.4f}" if knn is not None else "")
         )
         if bad:
             named = "; ".join(bad[:NAMED_BAD]) + ("; ..." if len(bad) > NAMED_BAD else "")
-            self.reporter.say(f"  skipped {len(bad)} unreadable of {len(self.source):,} images (named in log.txt): {named}")
+            self.reporter.say(
+                f"  skipped {len(bad)} unreadable of {len(self.source):,} images (named in log.txt): {named}"
+            )
         if time.perf_counter() - self.drawn_at > REDRAW_AFTER:
             self._draw()
         return knn
@@ -430,9 +432,11 @@ class _Run:
             f"{self.batch_size} images a step"
         )
         processes = f" x {self.process.world_size} processes" if self.process.world_size > 1 else ""
+        workers = f"{self.num_workers} loading process{'' if self.num_workers == 1 else 'es'}"
+        fewer = f" (of {config.num_workers}: one per core)" if self.num_workers < config.num_workers else ""
         say(
-            f"run     {config.epochs} epochs x {self.niter} steps, {config.optimizer}, {self.process.device}{processes}, "
-            f"{precision}, {self.num_workers} loading workers{'' if self.num_workers == config.num_workers else ' (one per core)'}"
+            f"run     {config.epochs} epochs x {self.niter} steps of {config.optimizer} on {self.process.device}"
+            f"{processes}, {precision}, {workers}{fewer}"
         )
         if self.iteration:
             epoch, step = divmod(self.iteration, self.niter)
@@ -453,7 +457,9 @@ class _Run:
             except (BadImage, OSError):
                 continue
         if images:
-            draw_attention(self.teacher.backbone, images, self.folder / "attention.png", *self.config.eval_size)
+            backbone = self.teacher.backbone
+            assert isinstance(backbone, VisionTransformer)
+            draw_attention(backbone, images, self.folder / "attention.png", *self.config.eval_size)
 
     def _conclude(self, knn: float | None, seconds: float, interrupted: bool) -> None:
         say = self.reporter.say

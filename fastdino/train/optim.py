@@ -13,7 +13,8 @@ def get_params_groups(model: nn.Module) -> list[dict[str, Any]]:
 
     Frozen parameters are left out. The second group carries weight_decay = 0.
     """
-    decayed, not_decayed = [], []
+    decayed: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
     for name, param in model.named_parameters():
         if param.requires_grad:
             (not_decayed if name.endswith(".bias") or param.ndim == 1 else decayed).append(param)

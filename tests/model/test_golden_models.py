@@ -49,7 +49,9 @@ def test_head_matches_the_original(golden, rel, name):
             assert float((p.grad - gradients[n]).abs().max()) < 1e-10 * largest, n
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_p16", "vit_tiny_p8", "vit_small_p16", "vit_small_p8", "vit_base_p16", "vit_base_p8"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_p16", "vit_tiny_p8", "vit_small_p16", "vit_small_p8", "vit_base_p16", "vit_base_p8"]
+)
 def test_names_shapes_and_groups_match_the_original(golden_folder, name):
     expected = json.loads((golden_folder / "architectures.json").read_text())[name]
     arch, patch_size = name.rsplit("_p", 1)

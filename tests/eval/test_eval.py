@@ -1,0 +1,87 @@
+"""k-NN against a few lines of scikit-learn's; attention against the model's own probabilities."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from fastdino import vit_nano
+from fastdino.data.augment import center_view, normalize
+from fastdino.data.digits import load_digits
+from fastdino.data.sources import FolderSource
+from fastdino.errors import UserError
+from fastdino.eval.attention_maps import cls_attention, draw_attention
+from fastdino.eval.knn import Features, extract_features, knn_accuracy
+
+
+def random_features(n, n_classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(n_classes, (n,), generator=generator)
+    features = torch.randn(n, 8, generator=generator) + 1.5 * torch.nn.functional.one_hot(labels, 8)
+    return Features(torch.nn.functional.normalize(features, dim=1), labels)
+
+
+def sklearn_accuracy(bank, queries, k):
+    def weights(distances):  # Euclidean distances of unit vectors -> exp(cosine / 0.07)
+        return np.exp((1 - distances**2 / 2) / 0.07)
+
+    model = KNeighborsClassifier(k, weights=weights, algorithm="brute").fit(bank.features, bank.labels)
+    return model.score(queries.features, queries.labels)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 200])
+def test_knn_matches_scikit_learn(k):
+    bank, queries = random_features(300, 5, 0), random_features(270, 5, 1)
+    assert knn_accuracy(bank, queries, k) == pytest.approx(sklearn_accuracy(bank, queries, k), abs=1.1 / 270)
+    assert 0.3 < knn_accuracy(bank, queries, k) < 1
+
+
+def test_leave_one_out_asks_every_image_of_the_others():
+    bank = random_features(280, 4, 2)
+    hits = 0
+    for i in range(280):
+        rest = torch.arange(280) != i
+        others = Features(bank.features[rest], bank.labels[rest])
+        hits += knn_accuracy(others, Features(bank.features[i : i + 1], bank.labels[i : i + 1]), 10)
+    assert knn_accuracy(bank, None, 10) == pytest.approx(hits / 280)
+
+
+def test_a_bank_of_one_is_refused():
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        knn_accuracy(random_features(1, 2, 0))
+
+
+def test_features_follow_the_order_of_the_images_and_leave_the_mode_alone():
+    _, held_out = load_digits()
+    backbone = vit_nano(img_size=[24]).train()
+    features = extract_features(backbone, held_out, resize=24, size=24, limit=50, batch_size=16)
+    assert backbone.training
+    assert features.features.shape == (50, 96)
+    assert torch.allclose(features.features.norm(dim=1), torch.ones(50))
+    chosen = np.sort(np.random.default_rng(0).permutation(360)[:50])
+    assert np.array_equal(features.labels.numpy(), held_out.labels[chosen])
+    pixels = torch.from_numpy(held_out[int(chosen[7])]).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        alone = torch.nn.functional.normalize(backbone.eval()(normalize(pixels)), dim=1)
+    assert torch.allclose(features.features[7], alone[0], atol=1e-5)
+
+
+def test_images_without_labels_have_no_knn(photo_folder):
+    with pytest.raises(UserError, match="needs class folders"):
+        extract_features(vit_nano(), FolderSource(photo_folder / "class_0"), resize=32, size=32)
+
+
+def test_attention_is_the_models_and_is_drawn(photos, tmp_path):
+    backbone = vit_nano(img_size=[32])
+    image = Image.fromarray(photos[0])
+    view, maps = cls_attention(backbone, image, 36, 32)
+    assert np.array_equal(view, center_view(image, 36, 32))
+    assert maps.shape == (3, 8, 8)
+    pixels = torch.from_numpy(view.copy()).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        expected = backbone.eval().get_last_selfattention(normalize(pixels))[0, :, 0, 1:]
+    assert np.allclose(maps.reshape(3, -1), expected.numpy(), atol=1e-6)
+    draw_attention(backbone, [image] * 2, tmp_path / "attention.png", 36, 32)
+    picture = np.asarray(Image.open(tmp_path / "attention.png").convert("RGB"))
+    assert picture.std() > 20
