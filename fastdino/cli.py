@@ -1,7 +1,9 @@
 """fastdino train | knn | attention: the only place that reads the command line."""
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -181,14 +183,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(args)
     except UserError as error:
-        print(f"fastdino {args.command}: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return _end(args.command, str(error), EXIT_USAGE)
     except TrainingError as error:
-        print(f"fastdino {args.command}: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return _end(args.command, str(error), EXIT_FAILED)
     except KeyboardInterrupt:
-        print(f"fastdino {args.command}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _end(args.command, "interrupted", EXIT_INTERRUPTED)
+
+
+def _end(command: str, message: str, code: int) -> int:
+    """One line on standard error, from one process; the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastdino {command}: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)  # the first process to end makes torchrun kill the others: let rank 0 speak before
+    return code
 
 
 if __name__ == "__main__":

@@ -157,10 +157,10 @@ def center_view(image: Image.Image, resize: int, size: int) -> NDArray[np.uint8]
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """(..., 3, H, W) uint8 -> fp32 with ImageNet's mean and deviation removed, on the same device."""
+    """(..., 3, H, W) uint8 -> floats (the default dtype), ImageNet's mean and deviation removed, on the same device."""
     mean = torch.tensor(MEAN, device=pixels.device)[:, None, None]
     std = torch.tensor(STD, device=pixels.device)[:, None, None]
-    return (pixels.float() / 255 - mean) / std
+    return (pixels.to(mean.dtype) / 255 - mean) / std
 
 
 def _as_images(images: Sequence[Image.Image] | Tensor) -> list[Image.Image]:

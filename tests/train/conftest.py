@@ -1,0 +1,42 @@
+"""A run small enough to repeat: the digits, a narrow head, few steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastdino.train.config import TrainConfig
+
+TINY = {
+    "epochs": 3,
+    "batch_size_per_gpu": 256,  # 5 steps an epoch
+    "out_dim": 64,
+    "hidden_dim": 32,
+    "bottleneck_dim": 16,
+    "local_crops_number": 2,
+    "knn_freq": 0,
+    "attention_images": 2,
+    "num_workers": 0,
+    "saveckp_freq": 1,
+    "drop_path_rate": 0.2,
+    "warmup_epochs": 1,
+    "resume": True,
+}
+
+
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[..., TrainConfig]:
+    """Makes a TrainConfig: `make_tiny(folder, flag=value, ...)`."""
+    return lambda folder, **flags: TrainConfig.from_flags({**TINY, "output_dir": str(folder), **flags})
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, make_tiny: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
+    """The same, writing below this test's folder: `tiny("name", flag=value, ...)`."""
+    return lambda folder="run", **flags: make_tiny(tmp_path / folder, **flags)
+
+
+@pytest.fixture
+def tiny_flags() -> list[str]:
+    """The same as command-line flags, without the output folder."""
+    return [word for name, value in TINY.items() for word in (f"--{name}", str(value).lower())]

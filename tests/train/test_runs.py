@@ -1,0 +1,278 @@
+"""Whole runs: what they leave behind, that they repeat, and that a stop and a resume change nothing."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdino import load_backbone, load_checkpoint
+from fastdino.cli import main
+from fastdino.errors import TrainingError, UserError
+from fastdino.train import loop
+from fastdino.train.checkpoint import save_checkpoint
+from fastdino.train.loop import train
+
+
+def assert_same_state(one, other):
+    """Every tensor of two checkpoints, to the bit."""
+    for part in ("student", "teacher", "dino_loss"):
+        assert one[part].keys() == other[part].keys()
+        for key, value in one[part].items():
+            assert torch.equal(value, other[part][key]), f"{part}.{key}"
+    for index, state in one["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, other["optimizer"]["state"][index][key]), f"optimizer.{index}.{key}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_tiny):
+    """A finished tiny run with k-NN and a checkpoint of every epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = train(make_tiny(folder, knn_freq=2))
+    return folder, result
+
+
+def test_a_run_leaves_checkpoints_log_and_pictures(finished):
+    folder, result = finished
+    assert result.epochs == 3
+    assert 0 < result.knn_before < 1
+    entries = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2]
+    assert {"train_loss", "train_lr", "train_wd", "train_momentum", "train_teacher_entropy"} <= entries[0].keys()
+    assert [entry["knn"] is not None for entry in entries] == [False, True, True]
+    assert entries[0]["knn_before"] == result.knn_before
+    assert entries[2]["knn"] == result.knn_after
+    assert all(0 < entry["train_loss"] < 20 and 0 <= entry["data_wait"] <= 1 for entry in entries)
+    assert json.loads((folder / "args.json").read_text())["out_dim"] == 64
+    for name in ("curves.png", "attention.png"):
+        assert np.asarray(Image.open(folder / name).convert("L")).std() > 10
+
+
+def test_checkpoints_have_exactly_the_originals_keys(finished, golden_folder):
+    folder, _ = finished
+    theirs = load_checkpoint(golden_folder / "checkpoint_micro.pth")
+    for name, epoch in (("checkpoint.pth", 3), ("checkpoint0000.pth", 1), ("checkpoint0001.pth", 2)):
+        ours = load_checkpoint(folder / name)
+        assert list(ours) == [key for key in theirs if key != "fp16_scaler"]
+        assert ours["epoch"] == epoch
+        assert type(ours["args"]) is type(theirs["args"])
+        assert all(key.startswith(("module.backbone.", "module.head.")) for key in ours["student"])
+        assert all(key.startswith(("backbone.", "head.")) for key in ours["teacher"])
+        assert ours["dino_loss"]["center"].shape == (1, 64)
+        assert ours["optimizer"]["param_groups"][0].keys() == theirs["optimizer"]["param_groups"][0].keys()
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(tiny, tmp_path):
+    for folder, seed in (("one", 0), ("two", 0), ("three", 1)):
+        train(tiny(folder, epochs=1, warmup_epochs=0, seed=seed))
+    one, two, three = (load_checkpoint(tmp_path / folder / "checkpoint.pth") for folder in ("one", "two", "three"))
+    assert_same_state(one, two)
+    with pytest.raises(AssertionError):
+        assert_same_state(one, three)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_stopped_after_an_epoch_resumes_to_the_same_bits(finished, tiny, tmp_path, epoch):
+    folder, _ = finished
+    resumed = tmp_path / "run"
+    resumed.mkdir()
+    shutil.copy(folder / f"checkpoint{epoch:04}.pth", resumed / "checkpoint.pth")
+    shutil.copy(folder / "log.txt", resumed / "log.txt")  # of a run killed between log and checkpoint
+    result = train(tiny())
+    assert result.epochs == 3
+    assert_same_state(load_checkpoint(folder / "checkpoint.pth"), load_checkpoint(resumed / "checkpoint.pth"))
+    entries = [json.loads(line)["epoch"] for line in (resumed / "log.txt").read_text().splitlines()]
+    assert entries == [0, 1, 2]
+
+
+@pytest.mark.parametrize("steps", [3, 5, 7])
+def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_bits(finished, tiny, tmp_path, monkeypatch, steps, capsys):
+    folder, _ = finished
+
+    class StopAfter(loop._Stop):
+        calls = 0
+
+        @property
+        def requested(self):
+            self.calls += 1
+            return self.calls >= steps
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_Stop", StopAfter)
+        result = train(tiny())
+    assert result.interrupted
+    stopped = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert stopped["iteration"] == steps
+    assert stopped["epoch"] == steps // 5
+    assert "resume with: fastdino train --" in capsys.readouterr().out
+    assert not train(tiny()).interrupted
+    final = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert "iteration" not in final
+    assert_same_state(load_checkpoint(folder / "checkpoint.pth"), final)
+
+
+def test_a_finished_run_is_left_as_it_is(finished, tiny, tmp_path):
+    folder, before = finished
+    shutil.copytree(folder, tmp_path / "run")
+    result = train(tiny(knn_freq=2))
+    assert result.knn_after == before.knn_after
+    assert_same_state(load_checkpoint(folder / "checkpoint.pth"), load_checkpoint(tmp_path / "run" / "checkpoint.pth"))
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tiny_flags, tmp_path):
+    command = [sys.executable, "-m", "fastdino.train", *tiny_flags, "--epochs", "500", "--num_workers", "1"]
+    process = subprocess.Popen(
+        [*command, "--output_dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoint.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loading process gets it too
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    resume = re.search(r"resume with: fastdino (train .*)", output).group(1).split()
+    saved = load_checkpoint(tmp_path / "checkpoint.pth")
+    done = saved.get("iteration", saved["epoch"] * 5)
+    assert done >= 5
+    assert main([*resume, "--epochs", str(saved["epoch"] + 1)]) == 0
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == saved["epoch"] + 1
+
+
+def test_a_save_that_dies_half_way_leaves_the_last_checkpoint(finished, tiny, tmp_path, monkeypatch):
+    train(tiny(epochs=1, warmup_epochs=0))
+    path = tmp_path / "run" / "checkpoint.pth"
+    before = path.read_bytes()
+
+    def die(content, file):
+        Path(file).write_bytes(b"half a checkpoint")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    run = loop._Run(tiny(epochs=1, warmup_epochs=0), loop.distributed.start("cpu", "env://"))
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(
+            path,
+            student=run.student,
+            teacher=run.teacher,
+            optimizer=run.optimizer,
+            loss=run.loss,
+            epoch=1,
+            config=run.config,
+        )
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_its_first_key(finished, tiny, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(
+        UserError, match=r"another model: student: backbone.cls_token is \(1, 1, 96\), expected \(1, 1, 192\)"
+    ):
+        train(tiny(arch="vit_tiny"))
+    with pytest.raises(UserError, match=r"head.last_layer.weight_g is \(64, 1\), expected \(32, 1\)"):
+        train(tiny(out_dim=32))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_backbone_comes_out_of_our_checkpoints_and_the_originals(finished, golden_folder, golden):
+    backbone = load_backbone(finished[0] / "checkpoint.pth")
+    assert (backbone.embed_dim, len(backbone.blocks), backbone.patch_embed.patch_size) == (96, 4, 4)
+    assert not backbone.training
+    theirs = load_backbone(golden_folder / "checkpoint_micro.pth", "student", num_heads=3)
+    expected = golden("trajectory_fp32").state("student")
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(value, expected[f"backbone.{key}"])
+    with pytest.raises(UserError, match="heads cannot be told from a width of 24"):
+        load_backbone(golden_folder / "checkpoint_micro.pth")
+    with pytest.raises(UserError, match="no Vision Transformer under 'nobody'"):
+        load_backbone(golden_folder / "checkpoint_micro.pth", "nobody")
+
+
+def test_published_backbone_weights_load(tmp_path, finished):
+    backbone = load_backbone(finished[0] / "checkpoint.pth")
+    torch.save(backbone.state_dict(), tmp_path / "weights.pth")
+    again = load_backbone(tmp_path / "weights.pth")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in backbone.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path):
+    train(tiny(epochs=1, warmup_epochs=0))
+    before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    words = (
+        r"the loss became nan at epoch 2, step \d \(iteration \d\); .*checkpoint.pth holds epoch 1. Try a smaller --lr"
+    )
+    with pytest.raises(TrainingError, match=words):
+        train(tiny(lr=1e30, clip_grad=0, warmup_epochs=0))
+    assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
+
+
+def test_bad_images_are_skipped_counted_and_named(photo_folder, tiny, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_folder, photos)
+    paths = sorted(photos.rglob("*.jpg"))
+    paths[0].write_bytes(b"")
+    paths[1].write_bytes(paths[1].read_bytes()[:700])
+    paths[2].write_bytes(b"garbage")
+    small = {
+        "arch": "vit_nano",
+        "patch_size": 8,
+        "global_crops_size": 32,
+        "local_crops_size": 16,
+        "batch_size_per_gpu": 8,
+    }
+    flags = {"data_path": str(photos), "epochs": 2, "knn_freq": 1, **small}
+    result = train(tiny(**flags))
+    assert result.epochs == 2
+    assert result.knn_after is not None
+    output = capsys.readouterr().out
+    assert "skipped 3 unreadable of 32 images" in output
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    for entry in entries:
+        assert [line.split(":")[0] for line in entry["bad_images"]] == [str(path) for path in paths[:3]]
+    paths[3].write_bytes(b"one too many: 4 of 32")
+    with pytest.raises(TrainingError, match=r"more than 10% of the images cannot be read \(4 of 32 so far\)"):
+        train(tiny("other", **flags))
+
+
+@pytest.mark.parametrize("classes", [True, False], ids=["class-folders", "no-classes"])
+def test_a_folder_of_photographs_trains(photo_folder, tmp_path, classes, capsys):
+    folder = photo_folder if classes else photo_folder / "class_0"
+    flags = "--arch vit_tiny --epochs 2 --batch_size_per_gpu 8 --out_dim 256 --hidden_dim 64 --local_crops_number 2"
+    flags += " --global_crops_size 64 --local_crops_size 32 --num_workers 1"
+    command = ["train", "--data_path", str(folder), *flags.split(), "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert ("4 classes" in output) == classes
+    assert ("k-NN before training" in output) == classes
+    assert (tmp_path / "out" / "attention.png").is_file()
+    knn = [
+        "knn",
+        "--pretrained_weights",
+        str(tmp_path / "out" / "checkpoint.pth"),
+        "--data_path",
+        str(folder),
+        "--nb_knn",
+        "5",
+    ]
+    assert main(knn) == (0 if classes else 2)
+    picture = [
+        "attention",
+        "--pretrained_weights",
+        str(tmp_path / "out" / "checkpoint.pth"),
+        "--output",
+        str(tmp_path / "a.png"),
+    ]
+    assert main([*picture, "--images", *map(str, sorted(folder.rglob("*.jpg"))[:2])]) == 0
+    assert (tmp_path / "a.png").is_file()
