@@ -1,7 +1,7 @@
 """DINO's fused ops, for anyone's training loop. Imports torch and triton, nothing else."""
 
 from fastdino_kernels.center import batch_center, center_ema_, center_update_
-from fastdino_kernels.dino_loss import DINOLossStats, dino_loss, dino_loss_with_stats
+from fastdino_kernels.dino_loss import DINOLossStats, dino_loss, dino_loss_and_grad_, dino_loss_with_stats
 from fastdino_kernels.ema import ema_update_
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "center_ema_",
     "center_update_",
     "dino_loss",
+    "dino_loss_and_grad_",
     "dino_loss_with_stats",
     "ema_update_",
 ]

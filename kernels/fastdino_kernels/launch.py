@@ -6,7 +6,7 @@ the kernels' definitions are read over and every op takes its plain PyTorch refe
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,8 +61,10 @@ class Launch:
 
 
 LAUNCH = {
-    "dino_loss_forward": Launch(block=4096, num_warps=8),
-    "dino_loss_backward": Launch(block=2048, num_warps=8),
+    "dino_loss_fwd": Launch(block=1024, num_warps=1),
+    "dino_loss_join": Launch(block=1, num_warps=8),  # a program per image
+    "dino_loss_mean": Launch(block=256, num_warps=4),
+    "dino_loss_bwd": Launch(block=2048, num_warps=8),
     "batch_center": Launch(block=256, num_warps=8),
     "center_ema": Launch(block=1024, num_warps=4),
     "ema": Launch(block=2048, num_warps=8),
@@ -75,13 +77,16 @@ LAUNCH = {
 class AotCase:
     """A kernel in one configuration that real models use; every room yields its own from `aot_cases()`."""
 
-    name: str  # "dino_loss forward, K=65536 bf16"
-    kernel: Any  # the @triton.jit function
-    signature: Mapping[str, str]  # runtime argument -> "*bf16", "*fp32", "i32", "fp32", in the kernel's order
-    constexprs: Mapping[str, Any]  # the tl.constexpr arguments
-    aligned: tuple[
-        str, ...
-    ] = ()  # runtime arguments that are multiples of 16 (pointers: of 16 bytes), as a launch sees
+    name: str
+    """A row's title in the report: op, kernel, dtype."""
+    kernel: Any
+    """The `@triton.jit` function."""
+    signature: Mapping[str, str]
+    """Runtime argument to type: "*bf16", "*fp32", "i32". May name arguments of the room's other kernels too."""
+    constexprs: Mapping[str, Any]
+    """The `tl.constexpr` arguments."""
+    aligned: tuple[str, ...] = ()
+    """Runtime arguments that are multiples of 16 in real models (pointers: of 16 bytes), as a launch would find out."""
     num_warps: int = 4
-    narrow_load: str = ""  # why no load of this kernel is 128 bits wide, where none is
-    options: Mapping[str, Any] = field(default_factory=dict)  # further triton.compile options
+    narrow_load: str = ""
+    """Why no load of this kernel is 128 bits wide, where none is."""

@@ -33,25 +33,45 @@ def different_views(n_teacher_views: int, n_student_views: int, device: torch.de
     return ~torch.eye(n_teacher_views, n_student_views, dtype=torch.bool, device=device)
 
 
+def one_if_finite(*tensors: Tensor) -> Tensor:
+    """1, or NaN where a value is infinite or NaN: a factor that keeps a -inf from passing as a probability of 0."""
+    return torch.stack([(promote(x.detach()) * 0).sum() for x in tensors]).sum() + 1
+
+
 def dino_loss(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float | Tensor, teacher_temp: float | Tensor
 ) -> Tensor:
     """Mean over images and pairs of different views of H(q, p); DINO (arXiv:2104.14294), equations 1 to 4."""
-    cross_entropy, _ = cross_entropy_pairs(student, teacher.detach(), center, student_temp, teacher_temp)
-    pairs = different_views(teacher.shape[0], student.shape[0], student.device)
-    return cross_entropy[pairs].mean()
+    return dino_loss_with_stats(student, teacher, center, student_temp, teacher_temp)[0]
 
 
 def dino_loss_with_stats(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float | Tensor, teacher_temp: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), teacher_entropy (), kl (), per_image (B,)): loss = teacher_entropy + kl over the compared pairs."""
-    cross_entropy, entropy = cross_entropy_pairs(student, teacher.detach(), center, student_temp, teacher_temp)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (), teacher_entropy (), per_image (B,)); the last two without a gradient."""
+    cross_entropy, entropy = cross_entropy_pairs(student, teacher.detach(), center.detach(), student_temp, teacher_temp)
     pairs = different_views(teacher.shape[0], student.shape[0], student.device)
-    compared = cross_entropy[pairs]  # (n_pairs, B)
-    teacher_entropy = entropy[:, None].expand_as(cross_entropy)[pairs].mean()
-    loss = compared.mean()
-    return loss, teacher_entropy, (loss - teacher_entropy).detach(), compared.mean(0).detach()
+    compared = cross_entropy[pairs] * one_if_finite(student, teacher, center)  # (n_pairs, B)
+    teacher_entropy = entropy[:, None].expand_as(cross_entropy)[pairs].mean() * one_if_finite(teacher, center)
+    return compared.mean(), teacher_entropy, compared.mean(0).detach()
+
+
+@torch.no_grad()
+def dino_loss_and_grad_(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    grad_loss: float | Tensor,
+) -> Tensor:
+    """The loss; student becomes grad_loss * d loss / d student."""
+    with torch.enable_grad():
+        logits = student.detach().requires_grad_()
+        loss = dino_loss(logits, teacher, center, student_temp, teacher_temp)
+        (grad,) = torch.autograd.grad(loss * grad_loss, logits)
+    student.copy_(grad)
+    return loss.detach()
 
 
 def batch_center(teacher: Tensor) -> Tensor:
