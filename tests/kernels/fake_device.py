@@ -1,0 +1,60 @@
+"""A GPU that is not there, on which a host synchronisation raises: proof without hardware that a step has none.
+
+Under FakeTensorMode tensors have shapes and no values, so `.item()`, `if tensor:` and `isfinite` checks on the host
+have nothing to answer with and raise DataDependentOutputException. A copy to another device would pass silently;
+`RefuseCopies` makes it raise as well. The device is registered as PyTorch's out-of-tree backend, because a FakeTensor
+on `cuda` aborts in autograd where PyTorch was built without CUDA.
+
+An op's fake stands in for its launcher here. `run_launcher` runs the launcher itself, kernels left out.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from fastdino_kernels import launch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NAME = "fakegpu"
+
+
+@functools.cache
+def _register() -> None:
+    torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
+
+
+class RefuseCopies(TorchDispatchMode):
+    """Raises where one operation touches two devices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        devices = {str(x.device) for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        if len(devices) > 1:
+            raise AssertionError(f"{func} moves data between {sorted(devices)}")
+        return out
+
+
+@contextmanager
+def no_host_sync() -> Iterator[torch.device]:
+    """Inside, tensors on the yielded device take the ops' kernels, and a host synchronisation raises."""
+    _register()
+    with mock.patch.object(launch, "TRITON_DEVICES", launch.TRITON_DEVICES | {NAME}), FakeTensorMode(), RefuseCopies():
+        yield torch.device(NAME)
+
+
+def run_launcher(op: Callable[..., Any], *args: Any) -> Any:
+    """What a custom op's launcher does, every kernel launch left out."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    with (
+        mock.patch("triton.runtime.interpreter.GridExecutor.__call__", nothing),
+        mock.patch("triton.runtime.jit.JITFunction.run", nothing),
+    ):
+        return op._init_fn(*args)  # type: ignore[attr-defined]
