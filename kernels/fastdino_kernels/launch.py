@@ -68,8 +68,8 @@ LAUNCH = {
     "batch_center": Launch(block=256, num_warps=8),
     "center_ema": Launch(block=1024, num_warps=4),
     "ema": Launch(block=2048, num_warps=8),
-    "grad_norm": Launch(block=4096, num_warps=8),
-    "clip_adamw_ema": Launch(block=1024, num_warps=4),
+    "grad_norm": Launch(block=2048, num_warps=8),
+    "clip_adamw_ema": Launch(block=1024, num_warps=8),
 }
 
 

@@ -4,6 +4,7 @@ Axes: V student views, T teacher views, B images, K prototypes.
 Low precision (bf16, fp16) is promoted to fp32 on entry; fp32 and fp64 stay what they are.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -86,7 +87,76 @@ def center_ema_(center: Tensor, batch_mean: Tensor, momentum: float | Tensor) ->
 
 
 @torch.no_grad()
-def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, tensor by tensor."""
-    for target, source in zip(teacher, student, strict=True):
-        target.copy_(promote(target) * momentum + promote(source) * (1 - momentum))
+def ema_update_(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor, copies: Sequence[Tensor] = ()
+) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, tensor by tensor; copies <- teacher before rounding."""
+    for i, (target, source) in enumerate(zip(teacher, student, strict=True)):
+        average = promote(target) * momentum + promote(source) * (1 - momentum)
+        target.copy_(average)
+        if copies:
+            copies[i].copy_(average)
+
+
+def bias_correction(beta: float, step: Tensor) -> Tensor:
+    """1 - beta**step: what a moment that started at zero still lacks. By expm1, which loses nothing near zero."""
+    return -torch.expm1(step * (math.log(beta) if beta > 0 else -math.inf))
+
+
+def clip_coefficient(grad_norm: Tensor, clip: float) -> Tensor:
+    """What DINO multiplies a gradient by: clip / (norm + 1e-6) where that is below 1, else (also where NaN) 1."""
+    coefficient = clip / (grad_norm + 1e-6)
+    return torch.where(coefficient < 1, coefficient, 1.0)
+
+
+@torch.no_grad()
+def clip_adamw_ema_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor | None],
+    exp_avg_sqs: Sequence[Tensor | None],
+    steps: Sequence[Tensor | None],
+    teachers: Sequence[Tensor | None],
+    param_copies: Sequence[Tensor | None],
+    teacher_copies: Sequence[Tensor | None],
+    lrs: Sequence[float | Tensor],
+    weight_decays: Sequence[float | Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip: float | None,
+    momentum: float | Tensor,
+    frozen: Tensor | None,
+    grad_norms: Tensor | None,
+) -> None:
+    """Per-tensor clip, AdamW (arXiv:1711.05101, in torch.optim.AdamW's form), then the EMA; one entry per tensor.
+
+    Nothing looks at a value on the device: a frozen tensor's results are computed and not taken.
+    """
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad_norms is not None:
+            grad_norms[i] = 0.0 if grad is None else torch.linalg.vector_norm(promote(grad))
+        if grad is not None:
+            exp_avg, exp_avg_sq, step = exp_avgs[i], exp_avg_sqs[i], steps[i]
+            assert exp_avg is not None
+            assert exp_avg_sq is not None
+            assert step is not None
+            grad = promote(grad)
+            if clip:
+                grad = grad * clip_coefficient(torch.linalg.vector_norm(grad), clip)
+            new_step = step + 1
+            new_avg = exp_avg.lerp(grad.to(exp_avg.dtype), 1 - beta1)
+            new_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
+            counted = new_step.to(promote(param).dtype)
+            denominator = new_avg_sq.sqrt() / bias_correction(beta2, counted).sqrt() + eps
+            step_size = lrs[i] / bias_correction(beta1, counted)
+            new_param = param * (1 - lrs[i] * weight_decays[i]) - step_size * (new_avg / denominator)
+            for old, new in ((param, new_param), (exp_avg, new_avg), (exp_avg_sq, new_avg_sq), (step, new_step)):
+                old.copy_(new if frozen is None else torch.where(frozen[i], old, new))
+        teacher, param_copy, teacher_copy = teachers[i], param_copies[i], teacher_copies[i]
+        if teacher is not None:
+            teacher.copy_(teacher * momentum + param * (1 - momentum))
+        if param_copy is not None:
+            param_copy.copy_(param)
+        if teacher is not None and teacher_copy is not None:
+            teacher_copy.copy_(teacher)
