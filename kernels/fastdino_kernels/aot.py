@@ -17,7 +17,7 @@ from importlib import import_module
 
 from fastdino_kernels.launch import INTERPRETED, AotCase
 
-ROOMS = ("dino_loss", "center")  # by name: in the package, `dino_loss` is the function
+ROOMS = ("dino_loss", "center", "ema", "clip_adamw_ema")  # by name: in the package, `dino_loss` is the function
 ARCHS = (80, 90, 100)
 WIDE_BITS = 128
 

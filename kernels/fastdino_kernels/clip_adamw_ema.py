@@ -81,6 +81,18 @@ def _sum_of_squares(
     return tl.sum(total)
 
 
+@triton.jit
+def _store_partial(row, chunk, partial_ptr, TYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    if tl.load(row + GRAD) != 0:
+        start = tl.multiple_of(chunk * CHUNK, CHUNK)
+        left = tl.load(row + NUMEL) - start
+        if (tl.load(row + ALIGNED) != 0) & (left >= CHUNK):
+            partial = _sum_of_squares(row, start, left, TYPE, CHUNK, BLOCK, True)
+        else:
+            partial = _sum_of_squares(row, start, left, TYPE, CHUNK, BLOCK, False)
+        tl.store(partial_ptr, partial)
+
+
 # Reads 4 bytes per parameter, or none without NORMS. Writes a float per chunk, and a step count and two corrections
 # per tensor: in fp64, because 1 - 0.999**step loses half its digits in fp32 while the counts are small.
 @triton.jit
@@ -104,14 +116,7 @@ def _grad_norm_kernel(
         chunk = program - tl.load(rows_ptr + tensor * WIDTH + FIRST_CHUNK)
     row = rows_ptr + tensor * WIDTH
     if NORMS:
-        if tl.load(row + GRAD) != 0:
-            start = tl.multiple_of(chunk * CHUNK, CHUNK)
-            left = tl.load(row + NUMEL) - start
-            if (tl.load(row + ALIGNED) != 0) & (left >= CHUNK):
-                partial = _sum_of_squares(row, start, left, GRAD_TYPE, CHUNK, BLOCK, True)
-            else:
-                partial = _sum_of_squares(row, start, left, GRAD_TYPE, CHUNK, BLOCK, False)
-            tl.store(partials_ptr + program, partial)
+        _store_partial(row, chunk, partials_ptr + program, GRAD_TYPE, CHUNK, BLOCK)
     if (chunk == 0) & _is_live(row):
         step_ptr = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
         step = tl.load(step_ptr) + 1
@@ -328,6 +333,9 @@ class ModelTensors(NamedTuple):
     param_copies: Sequence[Tensor | None]
     teacher_copies: Sequence[Tensor | None]
 
+    def part(self, of: slice) -> "ModelTensors":
+        return ModelTensors(self.params[of], *(entries[of] for entries in self[1:]))
+
 
 def _present(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
     """The tensors that are there, and where."""
@@ -381,9 +389,10 @@ def _check_tensors(tensors: ModelTensors) -> None:
                 if grad is not None and name in ("exp_avgs", "exp_avg_sqs", "steps"):
                     raise ValueError(f"{name}[{i}]: expected a tensor, because grads[{i}] is one, got None")
                 continue
-            check_same_device(**{"params[0]": params[0], f"{name}[{i}]": x})
             check_shape(f"{name}[{i}]", x, () if name == "steps" else param.shape)
-            if name == "params" or name == "steps":
+            if x.device != params[0].device:
+                raise ValueError(f"{name}[{i}]: expected to be on {params[0].device} like params[0], got {x.device}")
+            if name in ("params", "steps"):
                 expected: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
             else:
                 expected = FLOATS if name in ("grads", "param_copies", "teacher_copies") else (param.dtype,)
@@ -391,17 +400,24 @@ def _check_tensors(tensors: ModelTensors) -> None:
                 raise ValueError(f"{name}[{i}]: expected {_names(expected)}, got {_names((x.dtype,))}")
 
 
-def _check_per_group(name: str, values: Sequence[float | Tensor], groups: Sequence[int], like: Tensor) -> None:
-    if len(values) <= max(groups) or min(groups) < 0:
-        raise ValueError(
-            f"{name}: expected a value for each of the groups {min(groups)} to {max(groups)}, got {len(values)}"
-        )
+def check_per_group(name: str, values: Sequence[float | Tensor], like: Tensor) -> None:
+    """lr or weight_decay, one per group."""
     for i, value in enumerate(values):
         if isinstance(value, Tensor):
             check_shape(f"{name}[{i}]", value, ())
             check_same_device(**{"params[0]": like, f"{name}[{i}]": value})
         elif not value >= 0:
-            raise ValueError(f"{name}: expected a value of at least 0, got {value}")
+            raise ValueError(f"{name}[{i}]: expected a value of at least 0, got {value}")
+
+
+def _per_group(
+    name: str, value: float | Tensor | Sequence[float | Tensor], n_groups: int, like: Tensor
+) -> Sequence[float | Tensor]:
+    values = [value] * n_groups if isinstance(value, (Tensor, float, int)) else value
+    if len(values) != n_groups:
+        raise ValueError(f"{name}: expected one value, or one for each of {n_groups} groups, got {len(values)}")
+    check_per_group(name, values, like)
+    return values
 
 
 def _check_per_tensor(name: str, x: Tensor | None, n: int, dtype: torch.dtype, like: Tensor) -> None:
@@ -472,17 +488,15 @@ def clip_adamw_ema_(
         param_copies or absent,
         teacher_copies or absent,
     )
-    groups = [0] * len(params) if groups is None else groups
-    lrs = [lr] if isinstance(lr, (Tensor, float, int)) else lr
-    weight_decays = [weight_decay] if isinstance(weight_decay, (Tensor, float, int)) else weight_decay
     _check_tensors(tensors)
     check_hyperparameters(betas, eps, clip_grad)
     if not params:
         return
-    if len(groups) != len(params):
-        raise ValueError(f"groups: expected {len(params)} entries, one per param, got {len(groups)}")
-    _check_per_group("lr", lrs, groups, params[0])
-    _check_per_group("weight_decay", weight_decays, groups, params[0])
+    groups = [0] * len(params) if groups is None else groups
+    if len(groups) != len(params) or min(groups) < 0:
+        raise ValueError(f"groups: expected {len(params)} indices, one per param, got {groups}")
+    lrs = _per_group("lr", lr, max(groups) + 1, params[0])
+    weight_decays = _per_group("weight_decay", weight_decay, max(groups) + 1, params[0])
     _check_per_tensor("frozen", frozen, len(params), torch.bool, params[0])
     _check_per_tensor("grad_norms", grad_norms, len(params), torch.float32, params[0])
     if momentum is not None:

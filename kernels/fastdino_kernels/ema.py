@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdino_kernels import reference
-from fastdino_kernels.checks import check_floating, check_momentum, check_pairs, check_same_device
+from fastdino_kernels.checks import check_momentum, check_pairs, check_same_device
 from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, tl, triton, use_triton
 from fastdino_kernels.tensor_table import (
     ALIGNED,
@@ -114,12 +114,12 @@ def ema_update_(
     if copies is not None:
         check_pairs("teacher", teacher, "copies", copies)
     check_momentum("momentum", momentum)
-    for i, x in enumerate(teacher):
-        check_same_device(**{"teacher[0]": teacher[0], f"teacher[{i}]": x})
     if not teacher:
         return
-    if isinstance(momentum, Tensor):
-        check_same_device(teacher=teacher[0], momentum=momentum)
+    for i, x in enumerate(teacher):
+        if x.device != teacher[0].device:
+            raise ValueError(f"teacher[{i}]: expected to be on {teacher[0].device} like teacher[0], got {x.device}")
+    check_same_device(teacher=teacher[0], momentum=momentum)
     copies = copies or ()
     if use_triton(*teacher, *student, *copies):
         _ema_update_(teacher, student, device_scalar(momentum, teacher[0]), copies)
