@@ -29,10 +29,9 @@ from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, tl, triton, 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Inside, logits are in units of ln 2: x = logit * LOG2_E / temp. A softmax is exp2(x - top) / total with
-# top = max(x) and total = sum(exp2(x - top)), and both words are kept: in a single fp32 word, as log-sum-exp, rounding
-# at logits of 1e4 and temperature 0.04 would move every probability by a percent. `logit * scale - top` is one fused
-# multiply-add, rounded once, and any rounding in `top` itself cancels, because every use takes the same `top`.
+# A softmax is exp2((logit - top) * scale) / total, with scale = LOG2_E / temp, top the largest logit and total the sum
+# of the numerators. `top` and `total` are kept as two words: in one, as log-sum-exp, rounding at logits of 1e4 and
+# temperature 0.04 would move every probability by a percent. For the same reason `top` is subtracted first.
 
 
 @triton.jit
@@ -41,16 +40,11 @@ def _scale(temp_ptr):
 
 
 @triton.jit
-def _top(row, inside, scale):
-    return tl.max(tl.where(inside, row, -float("inf"))) * scale
-
-
-@triton.jit
 def _teacher_tile(teacher_ptr, center, inside, scale, part_ptr, quantity):
     row = tl.load(teacher_ptr, mask=inside, other=0.0).to(tl.float32) - center
-    top = _top(row, inside, scale)
-    row = row * scale - top
-    exps = tl.where(inside, tl.exp2(row), 0.0)
+    top = tl.max(tl.where(inside, row, -float("inf")))
+    row -= top
+    exps = tl.where(inside, tl.exp2(row * scale), 0.0)
     tl.store(part_ptr, top)
     tl.store(part_ptr + quantity, tl.sum(exps))
     tl.store(part_ptr + 2 * quantity, tl.sum(exps * row))
@@ -59,7 +53,7 @@ def _teacher_tile(teacher_ptr, center, inside, scale, part_ptr, quantity):
 
 # Reads (T + V) * B * K + S * K words, each logit once for T <= 2 (above, the student's T / 2 times, from L2), and
 # writes a few words per row and split. Teachers go in pairs, because two tiles of exponentials fit into registers.
-# A program is one warp, so that no sum waits at a barrier; the next row is on its way while one is worked on.
+# A program is one warp, so that no sum waits at a barrier.
 @triton.jit
 def _dino_loss_fwd_kernel(
     student_ptr,  # (V, B, K)
@@ -68,8 +62,8 @@ def _dino_loss_fwd_kernel(
     student_temp_ptr,  # ()
     teacher_temp_ptr,  # ()
     student_part_ptr,  # (2, B, V, S): top, total
-    teacher_part_ptr,  # (3, B, T, S): top, total, sum of exp2(teacher - top) * (teacher - top)
-    dot_part_ptr,  # (B, T, V, S): sum of exp2(teacher - top) * (student - top)
+    teacher_part_ptr,  # (3, B, T, S): top, total, sum of numerators * (teacher - center - top)
+    dot_part_ptr,  # (B, T, V, S): sum of teacher numerators * (student - top)
     student_stride_v,
     student_stride_b,
     teacher_stride_t,
@@ -104,14 +98,12 @@ def _dino_loss_fwd_kernel(
         row_ptr, part_ptr = teacher_ptr + tl.cast(u, tl.int64) * teacher_stride_t, teacher_part_ptr + u * n_splits
         exps_u = _teacher_tile(row_ptr, center, inside, teacher_scale, part_ptr, teacher_quantity)
 
-        ahead = tl.load(student_ptr, mask=inside, other=0.0)
         for v in range(n_student_views):
-            row = ahead.to(tl.float32)
-            more = inside & (v + 1 < n_student_views)
-            ahead = tl.load(student_ptr + tl.cast(v + 1, tl.int64) * student_stride_v, mask=more, other=0.0)
-            top = _top(row, inside, student_scale)
-            row = row * student_scale - top
-            total = tl.sum(tl.where(inside, tl.exp2(row), 0.0))
+            row_ptr = student_ptr + tl.cast(v, tl.int64) * student_stride_v
+            row = tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32)
+            top = tl.max(tl.where(inside, row, -float("inf")))
+            row -= top
+            total = tl.sum(tl.where(inside, tl.exp2(row * student_scale), 0.0))
             tl.store(student_part_ptr + v * n_splits, top)
             tl.store(student_part_ptr + v * n_splits + student_quantity, total)
             tl.store(dot_part_ptr + (t * n_student_views + v) * n_splits, tl.sum(exps_t * row))
@@ -124,6 +116,8 @@ def _dino_loss_join_kernel(
     student_part_ptr,  # (2, B, V, S)
     teacher_part_ptr,  # (3, B, T, S)
     dot_part_ptr,  # (B, T, V, S)
+    student_temp_ptr,  # ()
+    teacher_temp_ptr,  # ()
     student_norm_ptr,  # (2, V, B): top, total
     teacher_norm_ptr,  # (2, T, B)
     per_image_ptr,  # (B,)
@@ -137,6 +131,7 @@ def _dino_loss_join_kernel(
     BLOCK_S: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
+    student_scale, teacher_scale = _scale(student_temp_ptr), _scale(teacher_temp_ptr)
     views, splits = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
     is_view, is_split = views < n_student_views, splits < n_splits
     tile, in_tile = views[:, None] * n_splits + splits[None, :], is_view[:, None] & is_split[None, :]
@@ -148,7 +143,7 @@ def _dino_loss_join_kernel(
     split_total = tl.load(part_ptr + student_quantity, mask=in_tile, other=0.0)
     top = tl.where(is_view, tl.max(split_top, axis=1), 0.0)
     below = tl.where(in_tile, split_top - top[:, None], 0.0)  # <= 0
-    total = tl.where(is_view, tl.sum(split_total * tl.exp2(below), axis=1), 1.0)
+    total = tl.where(is_view, tl.sum(split_total * tl.exp2(below * student_scale), axis=1), 1.0)
 
     loss = 0.0
     entropy = 0.0
@@ -157,15 +152,16 @@ def _dino_loss_join_kernel(
         split_top_t = tl.load(part_ptr_t, mask=is_split, other=-float("inf"))
         top_t = tl.max(split_top_t, axis=0)
         below_t = tl.where(is_split, split_top_t - top_t, 0.0)
-        weight = tl.exp2(below_t)
+        weight = tl.exp2(below_t * teacher_scale)
         split_total_t = tl.load(part_ptr_t + teacher_quantity, mask=is_split, other=0.0) * weight
         split_dot_t = tl.load(part_ptr_t + 2 * teacher_quantity, mask=is_split, other=0.0) * weight
         total_t = tl.sum(split_total_t, axis=0)
-        entropy_t = LN_2 * (tl.log2(total_t) - tl.sum(split_dot_t + split_total_t * below_t, axis=0) / total_t)
+        dot_t = tl.sum(split_dot_t + split_total_t * below_t, axis=0) / total_t
+        entropy_t = LN_2 * (tl.log2(total_t) - dot_t * teacher_scale)
 
         dot_ptr = dot_part_ptr + (image * n_teacher_views + t) * n_student_views * n_splits + tile
         dots = tl.load(dot_ptr, mask=in_tile, other=0.0) * weight[None, :] + split_total_t[None, :] * below
-        cross_entropy = LN_2 * (tl.log2(total) - tl.sum(dots, axis=1) / total_t)
+        cross_entropy = LN_2 * (tl.log2(total) - tl.sum(dots, axis=1) / total_t * student_scale)
         cross_entropy = tl.where(is_view, cross_entropy, 0.0)
         compared = is_view & (views != t)
         loss += tl.sum(tl.where(compared, cross_entropy, 0.0), axis=0)
@@ -200,7 +196,7 @@ def _dino_loss_mean_kernel(per_image_ptr, entropy_ptr, loss_ptr, mean_entropy_pt
 
 @triton.jit
 def _scaled_probs(row, norm_ptr, quantity, scale, factor):
-    return tl.exp2(row * scale - tl.load(norm_ptr)) * (factor / tl.load(norm_ptr + quantity))
+    return tl.exp2((row - tl.load(norm_ptr)) * scale) * (factor / tl.load(norm_ptr + quantity))
 
 
 # Reads (T + V) * B * K + S * K words and writes V * B * K. A teacher row whose view the student has too is read twice,
@@ -300,8 +296,8 @@ def _dino_loss(
     student_norm, teacher_norm = empty(2, n_student, n_images), empty(2, n_teacher, n_images)
     per_image, entropy = empty(n_images), empty(n_images)
     _dino_loss_join_kernel[(n_images,)](
-        student_part, teacher_part, dot_part, student_norm, teacher_norm, per_image, entropy,
-        n_student, n_teacher, n_images, n_splits, n_pairs_of(n_student, n_teacher),
+        student_part, teacher_part, dot_part, student_temp, teacher_temp, student_norm, teacher_norm,
+        per_image, entropy, n_student, n_teacher, n_images, n_splits, n_pairs_of(n_student, n_teacher),
         BLOCK_V=triton.next_power_of_2(n_student), BLOCK_S=triton.next_power_of_2(n_splits),
         num_warps=LAUNCH["dino_loss_join"].num_warps,
     )  # fmt: skip
