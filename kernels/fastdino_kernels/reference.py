@@ -92,7 +92,8 @@ def ema_update_(
 ) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, tensor by tensor; copies <- teacher before rounding."""
     for i, (target, source) in enumerate(zip(teacher, student, strict=True)):
-        average = promote(target) * momentum + promote(source) * (1 - momentum)
+        dtype = torch.promote_types(promote(target).dtype, source.dtype)
+        average = target.to(dtype) * momentum + source.to(dtype) * (1 - momentum)
         target.copy_(average)
         if copies:
             copies[i].copy_(average)
