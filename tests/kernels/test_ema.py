@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdino_kernels import ema_update_, reference
 from fastdino_kernels.ema import _ema_update_
 from fastdino_kernels.launch import LAUNCH
-from fastdino_kernels.tensor_table import KEPT_ROWS, KEPT_TABLES, _TABLES, table_for
+from fastdino_kernels.tensor_table import _TABLES, KEPT_ROWS, KEPT_TABLES, table_for
 
 BLOCK = LAUNCH["ema"].block
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
