@@ -2,29 +2,27 @@
 
 Under FakeTensorMode tensors have shapes and no values, so `.item()`, `if tensor:` and `isfinite` checks on the host
 have nothing to answer with and raise DataDependentOutputException. A copy to another device would pass silently;
-`RefuseCopies` makes it raise as well. The device is registered as PyTorch's out-of-tree backend, because a FakeTensor
-on `cuda` aborts in autograd where PyTorch was built without CUDA.
+`RefuseCopies` makes it raise as well. Where PyTorch was built without CUDA a FakeTensor on `cuda` aborts in autograd,
+so there the device is PyTorch's out-of-tree backend: registered on import, because autograd counts the devices at the
+first backward of the process. On a GPU host it would displace CUDA (in `pin_memory`, say), and `cuda` does.
 
 An op's fake stands in for its launcher here. `run_launcher` runs the launcher itself, kernels left out.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from fastdino_kernels import launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-NAME = "fakegpu"
+from fastdino_kernels import launch
 
-
-@functools.cache
-def _register() -> None:
+NAME = "cuda" if torch.cuda.is_available() else "fakegpu"
+if NAME == "fakegpu":
     torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
 
 
@@ -42,7 +40,6 @@ class RefuseCopies(TorchDispatchMode):
 @contextmanager
 def no_host_sync() -> Iterator[torch.device]:
     """Inside, tensors on the yielded device take the ops' kernels, and a host synchronisation raises."""
-    _register()
     with mock.patch.object(launch, "TRITON_DEVICES", launch.TRITON_DEVICES | {NAME}), FakeTensorMode(), RefuseCopies():
         yield torch.device(NAME)
 
