@@ -195,8 +195,8 @@ def _dino_loss_mean_kernel(per_image_ptr, entropy_ptr, loss_ptr, mean_entropy_pt
 
 
 @triton.jit
-def _scaled_probs(row, norm_ptr, quantity, scale, factor):
-    return tl.exp2((row - tl.load(norm_ptr)) * scale) * (factor / tl.load(norm_ptr + quantity))
+def _probs(row, norm_ptr, quantity, scale, times):
+    return tl.exp2((row - tl.load(norm_ptr)) * scale) * (times / tl.load(norm_ptr + quantity))
 
 
 # Reads (T + V) * B * K + S * K words and writes V * B * K. A teacher row whose view the student has too is read twice,
@@ -242,23 +242,23 @@ def _dino_loss_bwd_kernel(
     grad_stride_v = tl.cast(n_images, tl.int64) * n_prototypes
     student_quantity, teacher_quantity = n_student_views * n_images, n_teacher_views * n_images
 
-    target = tl.zeros((BLOCK_K,), tl.float32)  # factor * sum of q over all teacher views
+    target = tl.zeros((BLOCK_K,), tl.float32)  # sum of q over all teacher views
     for t in range(n_teacher_views):
         row_ptr = teacher_ptr + tl.cast(t, tl.int64) * teacher_stride_t
         row = tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32) - center
-        target += _scaled_probs(row, teacher_norm_ptr + t * n_images, teacher_quantity, teacher_scale, factor)
+        target += _probs(row, teacher_norm_ptr + t * n_images, teacher_quantity, teacher_scale, 1.0)
 
     for v in range(n_student_views):
         row_ptr = student_ptr + tl.cast(v, tl.int64) * student_stride_v
         row = tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32)
         n_compared = n_teacher_views - (v < n_teacher_views)
         norm_ptr = student_norm_ptr + v * n_images
-        grad = _scaled_probs(row, norm_ptr, student_quantity, student_scale, factor * n_compared) - target
+        grad = _probs(row, norm_ptr, student_quantity, student_scale, n_compared) - target
         if v < n_teacher_views:
             row_ptr = teacher_ptr + tl.cast(v, tl.int64) * teacher_stride_t
             row = tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32) - center
-            grad += _scaled_probs(row, teacher_norm_ptr + v * n_images, teacher_quantity, teacher_scale, factor)
-        tl.store(grad_ptr + v * grad_stride_v, grad, mask=inside)
+            grad += _probs(row, teacher_norm_ptr + v * n_images, teacher_quantity, teacher_scale, 1.0)
+        tl.store(grad_ptr + v * grad_stride_v, grad * factor, mask=inside)
 
 
 def n_pairs_of(n_student_views: int, n_teacher_views: int) -> int:

@@ -1,7 +1,11 @@
 """How far a result may be from the truth: what plain PyTorch in the same dtype earns, twice, and two roundings."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from fastdino_kernels import reference
 
 
 def budget(plain: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
@@ -25,3 +29,18 @@ def assert_error_at_most(name: str, ours: Tensor, truth: Tensor, allowed: float)
 
 def assert_within_budget(name: str, ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
     assert_error_at_most(name, ours, truth, budget(plain, truth, dtype))
+
+
+def loss_budgets(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
+) -> tuple[float, float]:
+    """Budgets of dino_loss and of the teacher's entropy: a mean may be as wrong as the rows it is the mean of.
+
+    Taken from the rows, because in one number plain PyTorch may be exact by luck. An entropy lies in [0, ln K], and
+    that range is what it is rounded against: near one-hot it is a difference that all but vanishes.
+    """
+    temps = student_temp, teacher_temp
+    plain = reference.cross_entropy_pairs(student, teacher, center, *temps)
+    truth = reference.cross_entropy_pairs(student.double(), teacher.double(), center.double(), *temps)
+    cross_entropy, entropy = (budget(p, t, torch.float32) for p, t in zip(plain, truth))
+    return cross_entropy, entropy + 2 * torch.finfo(torch.float32).eps * math.log(student.shape[-1])

@@ -7,6 +7,11 @@ import torch
 from fake_device import no_host_sync
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # NumPy, in the interpreter, remarks on the NaN and overflow that some tests are about.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
 @pytest.fixture(autouse=True)
 def _nan_in_uninitialised_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -16,14 +16,26 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdino_kernels import launch
 
+
+class _Backend(backend_registration._DummyBackendModule):
+    """The dummy, and the generator state that opcheck keeps for whatever accelerator there is."""
+
+    def get_rng_state(self) -> None:
+        return None
+
+    def set_rng_state(self, state: None) -> None:
+        pass
+
+
 NAME = "cuda" if torch.cuda.is_available() else "fakegpu"
 if NAME == "fakegpu":
-    torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 
 
 class RefuseCopies(TorchDispatchMode):

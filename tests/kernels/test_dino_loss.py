@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from budget import assert_error_at_most, assert_within_budget, budget
+from budget import assert_error_at_most, assert_within_budget, loss_budgets
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,18 +61,6 @@ def value_and_grad(loss_function, student: Tensor, *others) -> tuple[Tensor, Ten
     return loss.detach(), student.grad
 
 
-def row_budgets(student: Tensor, teacher: Tensor, center: Tensor) -> tuple[float, float]:
-    """Budgets of the loss and of the teacher's entropy: a mean may be as wrong as the rows it is the mean of.
-
-    Taken from the rows, because in one number plain PyTorch may be exact by luck.
-    """
-    temps = STUDENT_TEMP, TEACHER_TEMP
-    plain = reference.cross_entropy_pairs(student, teacher, center, *temps)
-    truth = reference.cross_entropy_pairs(student.double(), teacher.double(), center.double(), *temps)
-    cross_entropy, entropy = (budget(p, t, fp32) for p, t in zip(plain, truth))
-    return cross_entropy, entropy
-
-
 def check_against_fp64(student: Tensor, teacher: Tensor, center: Tensor) -> None:
     """Loss and gradient of the kernels, within the budget of the dtype."""
     assert use_triton(student), "the kernels have to run here: on a GPU, or under TRITON_INTERPRET=1"
@@ -83,7 +71,7 @@ def check_against_fp64(student: Tensor, teacher: Tensor, center: Tensor) -> None
     true_loss, true_grad = value_and_grad(reference.dino_loss, *truth, *temps)
     assert loss.dtype == fp32
     assert grad.dtype == student.dtype
-    assert_error_at_most("loss", loss, true_loss, row_budgets(student, teacher, center)[0])
+    assert_error_at_most("loss", loss, true_loss, loss_budgets(student, teacher, center, *temps)[0])
     assert_within_budget("gradient", grad, plain_grad, true_grad, student.dtype)
 
 
@@ -122,7 +110,7 @@ def test_statistics_match_fp64(n_student, n_teacher, n_images, n_prototypes, dty
     inputs = logits(n_student, n_teacher, n_images, n_prototypes, dtype, device)
     stats = dino_loss_with_stats(*inputs, STUDENT_TEMP, TEACHER_TEMP)
     truth = reference.dino_loss_with_stats(*(x.double() for x in inputs), STUDENT_TEMP, TEACHER_TEMP)
-    loss_budget, entropy_budget = row_budgets(*inputs)
+    loss_budget, entropy_budget = loss_budgets(*inputs, STUDENT_TEMP, TEACHER_TEMP)
     assert_error_at_most("loss", stats.loss, truth[0], loss_budget)
     assert_error_at_most("teacher_entropy", stats.teacher_entropy, truth[1], entropy_budget)
     assert_error_at_most("per_image", stats.per_image, truth[2], loss_budget)
