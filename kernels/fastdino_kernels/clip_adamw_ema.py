@@ -138,6 +138,7 @@ def _update_block(
     decay,
     root_correction2,
     momentum,
+    beta1,
     weight1,
     beta2,
     weight2,
@@ -154,7 +155,7 @@ def _update_block(
         grad = load_fp32(row, GRAD, GRAD_TYPE, start, left, BLOCK, WHOLE) * coefficient
         exp_avg = load_fp32(row, EXP_AVG, fp32, start, left, BLOCK, WHOLE)
         exp_avg_sq = load_fp32(row, EXP_AVG_SQ, fp32, start, left, BLOCK, WHOLE)
-        exp_avg += (grad - exp_avg) * weight1
+        exp_avg = exp_avg * beta1 + grad * weight1
         exp_avg_sq = exp_avg_sq * beta2 + grad * grad * weight2
         param = param * decay - step_size * (exp_avg / (tl.sqrt(exp_avg_sq) / root_correction2 + eps))
         store_fp32(row, EXP_AVG, fp32, start, left, exp_avg, BLOCK, WHOLE)
@@ -178,6 +179,7 @@ def _clip_adamw_ema_kernel(
     corrections_ptr,  # (tensors, 2) fp32
     momentum_ptr,  # (), None without teachers
     clip,  # 0: off
+    beta1,
     weight1,  # 1 - beta1
     beta2,
     weight2,  # 1 - beta2
@@ -228,12 +230,12 @@ def _clip_adamw_ema_kernel(
         if aligned & (left - offset >= BLOCK):
             _update_block(
                 row, start + offset, left - offset, live, coefficient, step_size, decay, root_correction2, momentum,
-                weight1, beta2, weight2, eps, GRAD_TYPE, PARAM_COPY_TYPE, TEACHER_COPY_TYPE, BLOCK, True,
+                beta1, weight1, beta2, weight2, eps, GRAD_TYPE, PARAM_COPY_TYPE, TEACHER_COPY_TYPE, BLOCK, True,
             )  # fmt: skip
         else:
             _update_block(
                 row, start + offset, left - offset, live, coefficient, step_size, decay, root_correction2, momentum,
-                weight1, beta2, weight2, eps, GRAD_TYPE, PARAM_COPY_TYPE, TEACHER_COPY_TYPE, BLOCK, False,
+                beta1, weight1, beta2, weight2, eps, GRAD_TYPE, PARAM_COPY_TYPE, TEACHER_COPY_TYPE, BLOCK, False,
             )  # fmt: skip
 
 
@@ -307,7 +309,7 @@ def _clip_adamw_ema_(
         num_warps=norms_launch.num_warps,
     )  # fmt: skip
     _clip_adamw_ema_kernel[(programs.numel(),)](
-        rows, programs, partials, corrections, momentum, clip, 1 - beta1, beta2, 1 - beta2, eps,
+        rows, programs, partials, corrections, momentum, clip, beta1, 1 - beta1, beta2, 1 - beta2, eps,
         grad_type, common_type(param_copies), common_type(teacher_copies), norms, CHUNK, SPAN,
         launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
@@ -539,7 +541,7 @@ def aot_cases() -> Iterator[AotCase]:
                 **pointers,
                 "programs_ptr": "*i32",
                 "momentum_ptr": "*fp32",
-                **dict.fromkeys(("clip", "weight1", "beta2", "weight2", "eps"), "fp32"),
+                **dict.fromkeys(("clip", "beta1", "weight1", "beta2", "weight2", "eps"), "fp32"),
             },
             constexprs={
                 "GRAD_TYPE": grad,
