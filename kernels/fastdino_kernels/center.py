@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdino_kernels import reference
 from fastdino_kernels.checks import check_floating, check_momentum, check_same_device, check_shape
-from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, tl, triton, use_triton
+from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_own_device, tl, triton, use_triton
 
 ROWS = 32  # rows a program reads at once: 8 warps of 4 rows each, so that 4 wide loads a thread are in flight
 
@@ -92,6 +92,7 @@ def _rows_of(teacher: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastdino::batch_center", mutates_args=())
+@on_own_device
 def _batch_center(teacher: Tensor) -> Tensor:
     teacher = _rows_of(teacher)
     n_prototypes = teacher.shape[2]
@@ -109,6 +110,7 @@ def _(teacher: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastdino::center_update_", mutates_args=("center",))
+@on_own_device
 def _center_update_(center: Tensor, teacher: Tensor, momentum: Tensor) -> None:
     teacher, target = _rows_of(teacher), center.contiguous()
     launch = LAUNCH["batch_center"]
@@ -120,6 +122,7 @@ def _center_update_(center: Tensor, teacher: Tensor, momentum: Tensor) -> None:
 
 
 @torch.library.custom_op("fastdino::center_ema_", mutates_args=("center",))
+@on_own_device
 def _center_ema_(center: Tensor, batch_mean: Tensor, momentum: Tensor) -> None:
     target = center.contiguous()
     launch = LAUNCH["center_ema"]

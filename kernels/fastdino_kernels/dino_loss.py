@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastdino_kernels import reference
 from fastdino_kernels.checks import check_floating, check_same_device, check_shape, check_temperature
-from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, tl, triton, use_triton
+from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_own_device, tl, triton, use_triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -320,6 +320,7 @@ def _(
     return empty(), empty(), empty(n_images), empty(2, n_student, n_images), empty(2, n_teacher, n_images)
 
 
+@on_own_device
 def _launch_backward(
     grad: Tensor,
     grad_loss: Tensor,
@@ -525,7 +526,7 @@ def aot_cases() -> Iterator[AotCase]:
                 kernel=kernel,
                 signature=types,
                 constexprs={"EVEN_K": True, "BLOCK_K": launch.block},
-                aligned=(*logits, *strides, "center_ptr", "n_prototypes", "n_splits"),
+                aligned=(*logits, *strides, "center_ptr", "n_prototypes"),
                 num_warps=launch.num_warps,
             )
     for n_prototypes in (4096, 65536):

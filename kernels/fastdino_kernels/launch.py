@@ -5,9 +5,10 @@ Rooms take `triton` and `tl` from here. Where Triton cannot be installed (macOS,
 the kernels' definitions are read over and every op takes its plain PyTorch reference.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ except ImportError:
 HAS_TRITON = not isinstance(triton, _Absent)
 INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton was imported
 
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+
 # A set, so that the tests can add their fake device to it.
 TRITON_DEVICES: set[str] = ({"cuda"} | ({"cpu"} if INTERPRETED else set())) if HAS_TRITON else set()
 
@@ -46,6 +49,17 @@ def device_scalar(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach()
     return torch.full((), value, dtype=torch.float32, device=like.device)
+
+
+def on_own_device(launcher: Launcher) -> Launcher:
+    """Triton launches on the current device, which need not be the one of the launcher's first tensor."""
+
+    @functools.wraps(launcher)
+    def guarded(first: Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launcher(first, *args)
+
+    return guarded  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Sizes: 257 and 2049 leave a tail in a block, 1025 and 2049 need several blocks, 
 
 import json
 import math
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -166,15 +167,37 @@ def test_strides_change_no_bit(layout, device):
     assert torch.equal(leaf.grad, expected_grad)
 
 
+def test_a_k_strided_input_is_copied_once(device, monkeypatch):
+    """In the public function; forward and backward then find unit stride."""
+    room = import_module("fastdino_kernels.dino_loss")
+    copies, original = [], room._unit_stride
+
+    def counted(x: Tensor) -> Tensor:
+        result = original(x)
+        copies.append(result is not x)
+        return result
+
+    monkeypatch.setattr(room, "_unit_stride", counted)
+    student, teacher, center = logits(3, 2, 2, 257, fp32, device)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (student, teacher)]
+    value_and_grad(dino_loss, *strided, center, STUDENT_TEMP, TEACHER_TEMP)
+    assert len(copies) == 6  # student and teacher: public function, forward, backward
+    assert sum(copies) == 2
+
+
 def test_expanded_views_are_respected(device):
     """Stride 0: both teacher views are one tensor, and so are all student views."""
     student, teacher, center = logits(3, 2, 2, 257, fp32, device)
-    student, teacher = student[:1].expand(3, -1, -1), teacher[:1].expand(2, -1, -1)
-    loss, grad = value_and_grad(dino_loss, student, teacher, center, STUDENT_TEMP, TEACHER_TEMP)
-    dense = student.contiguous(), teacher.contiguous(), center
+    student, teacher = student[:1], teacher[:1].expand(2, -1, -1)
+
+    def expanded(student: Tensor, *others) -> Tensor:
+        return dino_loss(student.expand(3, -1, -1), *others)
+
+    loss, grad = value_and_grad(expanded, student, teacher, center, STUDENT_TEMP, TEACHER_TEMP)
+    dense = student.repeat(3, 1, 1), teacher.contiguous(), center
     expected_loss, expected_grad = value_and_grad(dino_loss, *dense, STUDENT_TEMP, TEACHER_TEMP)
     assert torch.equal(loss, expected_loss)
-    assert torch.equal(grad, expected_grad)
+    assert torch.equal(grad, expected_grad.sum(0, keepdim=True))
 
 
 def test_upstream_gradient_scales_the_gradient(device):
@@ -373,6 +396,14 @@ def test_compiled_fullgraph_equals_eager(backend, device):
         results[0].backward()
         outputs.append([*(x.detach() for x in results), leaf.grad])
     assert all(torch.equal(eager, compiled) for eager, compiled in zip(*outputs, strict=True))
+
+
+def test_compiled_follows_a_float_temperature(device):
+    """A schedule of Python floats through one compiled function, the annealed temperature of an epoch each."""
+    inputs = logits(3, 2, 2, 33, fp32, device)
+    compiled = torch.compile(dino_loss, fullgraph=True, backend="aot_eager")
+    for teacher_temp in (0.04, 0.055, 0.07):
+        assert torch.equal(compiled(*inputs, 0.1, teacher_temp), dino_loss(*inputs, 0.1, teacher_temp))
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("loss_*.npz")), ids=lambda p: p.stem)
