@@ -174,6 +174,11 @@ class TensorTable:
     """The tables of one list of tensors on one device, for kernels with these BLOCK sizes."""
 
     def __init__(self, tensors: Sequence[Tensor], blocks: tuple[int, ...]) -> None:
+        starts = [x.data_ptr() for x in tensors if x.numel() > 0]
+        if len(set(starts)) < len(starts):  # programs would race for them
+            raise ValueError(
+                "tensors: expected each in memory of its own, got two at one address: list tied weights once"
+            )
         self.device = tensors[0].device
         self.captured = False
         self._memory = [StorageWeakRef(x.untyped_storage()) for x in tensors]

@@ -214,6 +214,13 @@ def test_the_table_of_a_model_is_built_once_and_not_kept_for_ever(device: torch.
     assert all(table.in_use() for table in _TABLES.values())
 
 
+def test_a_tensor_listed_twice_is_refused(device: torch.device) -> None:
+    teacher, student = torch.zeros(6, device=device), torch.ones(6, device=device)
+    with pytest.raises(ValueError, match="expected each in memory of its own, got two at one address"):
+        ema_update_([teacher, teacher], [student, student], 0.5)
+    assert not teacher.any()
+
+
 def test_a_model_rebuilt_at_old_addresses_is_not_served_an_old_table(device: torch.device) -> None:
     storage = torch.zeros(BLOCK, device=device)
     source = torch.ones(BLOCK, device=device)
