@@ -51,9 +51,9 @@ def _teacher_tile(teacher_ptr, center, inside, scale, part_ptr, quantity):
     return exps
 
 
-# Reads (T + V) * B * K + S * K words, each logit once for T <= 2 (above, the student's T / 2 times, from L2), and
-# writes a few words per row and split. Teachers go in pairs, because two tiles of exponentials fit into registers.
-# A program is one warp, so that no sum waits at a barrier.
+# Reads (T + V + 1) * B * K words, the center from L2, and writes a few per row and split; each logit is read once for
+# T <= 2, above that the student's T / 2 times. Teachers go in pairs, because two tiles of exponentials fit into
+# registers. A program is one warp, so that no sum waits at a barrier.
 @triton.jit
 def _dino_loss_fwd_kernel(
     student_ptr,  # (V, B, K)
@@ -199,9 +199,10 @@ def _probs(row, norm_ptr, quantity, scale, times):
     return tl.exp2((row - tl.load(norm_ptr)) * scale) * (times / tl.load(norm_ptr + quantity))
 
 
-# Reads (T + V) * B * K + S * K words and writes V * B * K. A teacher row whose view the student has too is read twice,
-# the second time from L1. Images go from last to first: the forward pass read the last ones last, and part of them is
-# still in L2. grad_ptr may be student_ptr: a program reads an element before it writes it, and no other reads it.
+# Reads (T + V + 1) * B * K words, the center from L2, and writes V * B * K. A teacher row whose view the student has
+# too is read twice, the second time from L1. Images go from last to first: the forward pass read the last ones last,
+# and part of them is still in L2. grad_ptr may be student_ptr: a program reads an element before it writes it, and no
+# other program reads it.
 @triton.jit
 def _dino_loss_bwd_kernel(
     student_ptr,  # (V, B, K)
@@ -261,7 +262,7 @@ def _dino_loss_bwd_kernel(
         tl.store(grad_ptr + v * grad_stride_v, grad * factor, mask=inside)
 
 
-def n_pairs_of(n_student_views: int, n_teacher_views: int) -> int:
+def _n_pairs(n_student_views: int, n_teacher_views: int) -> int:
     return n_student_views * n_teacher_views - min(n_student_views, n_teacher_views)
 
 
@@ -270,8 +271,8 @@ def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(2) == 1 else logits.contiguous()
 
 
-@torch.library.custom_op("fastdino::dino_loss", mutates_args=())
-def _dino_loss(
+@on_own_device
+def _launch_forward(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (), teacher entropy (), losses (B,), student_norm (2, V, B), teacher_norm (2, T, B): all fp32."""
@@ -297,7 +298,7 @@ def _dino_loss(
     per_image, entropy = empty(n_images), empty(n_images)
     _dino_loss_join_kernel[(n_images,)](
         student_part, teacher_part, dot_part, student_temp, teacher_temp, student_norm, teacher_norm,
-        per_image, entropy, n_student, n_teacher, n_images, n_splits, n_pairs_of(n_student, n_teacher),
+        per_image, entropy, n_student, n_teacher, n_images, n_splits, _n_pairs(n_student, n_teacher),
         BLOCK_V=triton.next_power_of_2(n_student), BLOCK_S=triton.next_power_of_2(n_splits),
         num_warps=LAUNCH["dino_loss_join"].num_warps,
     )  # fmt: skip
@@ -306,6 +307,9 @@ def _dino_loss(
     block = LAUNCH["dino_loss_mean"].block
     _dino_loss_mean_kernel[(1,)](per_image, entropy, loss, mean_entropy, n_images, BLOCK_B=block)
     return loss, mean_entropy, per_image, student_norm, teacher_norm
+
+
+_dino_loss = torch.library.custom_op("fastdino::dino_loss", _launch_forward, mutates_args=())
 
 
 @_dino_loss.register_fake
@@ -341,7 +345,7 @@ def _launch_backward(
     _dino_loss_bwd_kernel[(n_images * n_splits,)](
         student, teacher, center, student_temp, teacher_temp, student_norm, teacher_norm, grad_loss, grad,
         *student.stride()[:2], *teacher.stride()[:2], n_student, n_teacher, n_images, n_prototypes, n_splits,
-        n_pairs_of(n_student, n_teacher),
+        _n_pairs(n_student, n_teacher),
         EVEN_K=n_prototypes % block == 0, BLOCK_K=block, num_warps=launch.num_warps,
     )  # fmt: skip
 
@@ -371,7 +375,7 @@ def _(grad_loss: Tensor, student: Tensor, *saved: Tensor) -> Tensor:
 def _dino_loss_and_grad_(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: Tensor, teacher_temp: Tensor, grad_loss: Tensor
 ) -> Tensor:
-    loss, _, _, student_norm, teacher_norm = _dino_loss._init_fn(student, teacher, center, student_temp, teacher_temp)
+    loss, _, _, student_norm, teacher_norm = _launch_forward(student, teacher, center, student_temp, teacher_temp)
     _launch_backward(
         student, grad_loss, student, teacher, center, student_temp, teacher_temp, student_norm, teacher_norm
     )
