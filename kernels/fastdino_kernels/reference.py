@@ -66,13 +66,16 @@ def dino_loss_and_grad_(
     teacher_temp: float | Tensor,
     grad_loss: float | Tensor,
 ) -> Tensor:
-    """The loss; student becomes grad_loss * d loss / d student."""
-    with torch.enable_grad():
-        logits = student.detach().requires_grad_()
-        loss = dino_loss(logits, teacher, center, student_temp, teacher_temp)
-        (grad,) = torch.autograd.grad(loss * grad_loss, logits)
-    student.copy_(grad)
-    return loss.detach()
+    """The loss; student becomes grad_loss * d loss / d student, by the formula at the head of `dino_loss.py`."""
+    loss = dino_loss(student, teacher, center, student_temp, teacher_temp)
+    student_probs = torch.softmax(promote(student) / student_temp, dim=-1)  # (V, B, K)
+    teacher_probs = torch.softmax((promote(teacher) - promote(center)) / teacher_temp, dim=-1)  # (T, B, K)
+    pairs = different_views(teacher.shape[0], student.shape[0], student.device).to(student_probs.dtype)
+    targets = torch.einsum("tv,tbk->vbk", pairs, teacher_probs)
+    grad = pairs.sum(0)[:, None, None] * student_probs - targets
+    scale = grad_loss / (student_temp * student.shape[1] * pairs.sum()) * one_if_finite(student, teacher, center)
+    student.copy_(grad * scale)
+    return loss
 
 
 def batch_center(teacher: Tensor) -> Tensor:
