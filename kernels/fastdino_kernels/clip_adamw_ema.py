@@ -304,15 +304,16 @@ def _clip_adamw_ema_(
     partials = torch.empty(chunks.numel(), dtype=torch.float32, device=params[0].device)
     corrections = torch.empty(n, 2, dtype=torch.float32, device=params[0].device)
     grad_type = common_type(grads)
-    _grad_norm_kernel[(chunks.numel() if norms else n,)](
-        rows, chunks, partials, corrections, _log(beta1), _log(beta2), grad_type, norms, CHUNK, norms_launch.block,
-        num_warps=norms_launch.num_warps,
-    )  # fmt: skip
-    _clip_adamw_ema_kernel[(programs.numel(),)](
-        rows, programs, partials, corrections, momentum, clip, beta1, 1 - beta1, beta2, 1 - beta2, eps,
-        grad_type, common_type(param_copies), common_type(teacher_copies), norms, CHUNK, SPAN,
-        launch.block, num_warps=launch.num_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(params[0]):
+        _grad_norm_kernel[(chunks.numel() if norms else n,)](
+            rows, chunks, partials, corrections, _log(beta1), _log(beta2), grad_type, norms, CHUNK, norms_launch.block,
+            num_warps=norms_launch.num_warps,
+        )  # fmt: skip
+        _clip_adamw_ema_kernel[(programs.numel(),)](
+            rows, programs, partials, corrections, momentum, clip, beta1, 1 - beta1, beta2, 1 - beta2, eps,
+            grad_type, common_type(param_copies), common_type(teacher_copies), norms, CHUNK, SPAN,
+            launch.block, num_warps=launch.num_warps,
+        )  # fmt: skip
     for (tensors, _), copies in zip(operands, lists):
         if tensors is not grads:
             unpack_(tensors, copies)

@@ -83,7 +83,8 @@ def _ema_update_(
     rows = table.rows([operand_columns(tensors, range(len(tensors)), len(teacher)) for tensors in lists])
     types = [common_type(tensors) for tensors in lists]
     (programs,) = table.programs
-    _ema_kernel[(programs.numel(),)](rows, programs, momentum, *types, launch.block, num_warps=launch.num_warps)
+    with torch.cuda.device_of(teacher[0]):
+        _ema_kernel[(programs.numel(),)](rows, programs, momentum, *types, launch.block, num_warps=launch.num_warps)
     unpack_(teacher, lists[0])
     unpack_(copies, lists[2])
 

@@ -9,8 +9,8 @@ A kernel over lists of tensors reads two tables on the device, which are built o
 Tables are found again by the addresses that they hold, so an entry can become useless but never wrong: a model that is
 built anew has other addresses, or has the old ones and then the old table is right. What may move from step to step
 (gradients, as a rule) costs a new `rows`, a few KB copied from pinned memory without waiting for the device.
-A CUDA graph keeps addresses of tables: those that a capture has used live as long as the tensors they serve; of the
-others the last few are kept.
+A CUDA graph keeps addresses of tables: those that a capture has used live as long as the tensors that it updates; of
+the others the last few are kept.
 
 Elements are taken in the order in which they lie in memory, so any tensor without gaps will do, if its operands lie in
 the same order; `packed` makes copies of those that do not. Whole blocks of operands that begin at multiples of 16
@@ -36,7 +36,7 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 KEPT_TABLES = 64  # models in use at once, generously
 KEPT_ROWS = 16  # sets of gradient addresses that an allocator goes round in
-SPARES = 4  # pinned buffers at hand, because none can be allocated during a capture
+SPARES = 16  # pinned buffers at hand, because none can be allocated during a capture
 
 Column = tuple[int, ...]  # one word per tensor
 
@@ -167,7 +167,10 @@ def element_column(x: Tensor | None, n_rows: int) -> Column:
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 class TensorTable:
@@ -180,9 +183,9 @@ class TensorTable:
                 "tensors: expected each in memory of its own, got two at one address: list tied weights once"
             )
         self.device = tensors[0].device
-        self.captured = False
+        self.captured: list[Tensor] = []  # held, because a graph has their addresses
         self._memory = [StorageWeakRef(x.untyped_storage()) for x in tensors]
-        self._rows: OrderedDict[tuple[Column, ...], tuple[Tensor, Tensor, bool]] = OrderedDict()
+        self._rows: OrderedDict[tuple[Column, ...], Tensor] = OrderedDict()
         self._spares: list[Tensor] = []
         sizes = torch.tensor([x.numel() for x in tensors])
         self._sizes = tuple(sizes.tolist())
@@ -205,34 +208,33 @@ class TensorTable:
         """
         columns = (*(column for pair in operands for column in pair), *scalars)
         capturing = _capturing(self.device)
-        found = self._rows.pop(columns, None)
-        if found is None:
+        rows = self._rows.pop(columns, None)
+        if rows is None:
             aligned = tuple(int(not any(a % 16 for a in row)) for row in zip(*(addresses for addresses, _ in operands)))
             words = torch.tensor([self._sizes, aligned, *self._first_programs, *columns]).T.contiguous()
-            host = self._spare() if capturing else self._pin(words)
-            host.copy_(words)
-            found = (host, host.to(self.device, non_blocking=True), capturing)
-        host, rows, captured = found
-        self._rows[columns] = (host, rows, captured or capturing)  # the last one used comes last
-        self.captured |= capturing
-        if not capturing:
-            while self.device.type == "cuda" and len(self._spares) < SPARES:
-                self._spares.append(self._pin(host))
-            _drop_oldest(self._rows, [key for key, (*_, captured) in self._rows.items() if not captured], KEPT_ROWS)
+            if capturing:  # what is copied by the graph, at each replay, is for the graph alone
+                return self._captured_copy(words)
+            rows = self._pin(words).to(self.device, non_blocking=True)
+        self._rows[columns] = rows  # the last one used comes last
+        if capturing:
+            self.captured.append(rows)
+            return rows
+        if len(self._rows) > KEPT_ROWS:
+            self._rows.popitem(last=False)
+        while self.device.type == "cuda" and len(self._spares) < SPARES:
+            self._spares.append(self._pin(torch.empty_like(rows, device="cpu")))
         return rows
 
-    def _spare(self) -> Tensor:
+    def _captured_copy(self, words: Tensor) -> Tensor:
         if not self._spares:
-            raise RuntimeError(f"expected a run of this op between {SPARES} captures with new gradients, got none")
-        return self._spares.pop()
+            raise RuntimeError(f"expected a run of this op outside of a capture after every {SPARES} in one, got none")
+        host = self._spares.pop().copy_(words)
+        rows = host.to(self.device, non_blocking=True)
+        self.captured += [host, rows]
+        return rows
 
     def _pin(self, x: Tensor) -> Tensor:
         return x.pin_memory() if self.device.type == "cuda" else x
-
-
-def _drop_oldest(entries: OrderedDict, droppable: list, kept: int) -> None:
-    for key in droppable[: max(0, len(droppable) - kept)]:
-        del entries[key]
 
 
 _TABLES: OrderedDict[tuple, TensorTable] = OrderedDict()
@@ -252,6 +254,8 @@ def table_for(tensors: Sequence[Tensor], blocks: tuple[int, ...]) -> TensorTable
         for gone in [key for key, table in _TABLES.items() if not table.in_use()]:
             del _TABLES[gone]
         table = TensorTable(tensors, blocks)
-    _TABLES[key] = table
-    _drop_oldest(_TABLES, [key for key, table in _TABLES.items() if not table.captured], KEPT_TABLES)
+    _TABLES[key] = table  # the last one used comes last
+    droppable = [key for key, table in _TABLES.items() if not table.captured]
+    for oldest in droppable[: len(droppable) - KEPT_TABLES] if len(droppable) > KEPT_TABLES else ():
+        del _TABLES[oldest]
     return table

@@ -7,7 +7,7 @@ import torch
 from budget import assert_within_budget
 from torch import Tensor
 
-from fastdino_kernels import ema_update_, reference
+from fastdino_kernels import ema_update_, reference, tensor_table
 from fastdino_kernels.ema import _ema_update_
 from fastdino_kernels.launch import LAUNCH
 from fastdino_kernels.tensor_table import _TABLES, KEPT_ROWS, KEPT_TABLES, table_for
@@ -195,10 +195,10 @@ def test_the_table_of_a_model_is_built_once_and_not_kept_for_ever(device: torch.
     teacher, student = [torch.zeros(40, device=device)], [torch.ones(40, device=device)]
     ema_update_(teacher, student, 0.5)
     table = table_for(teacher, (BLOCK,))
-    (rows,) = (entry[1] for entry in table._rows.values())
+    (rows,) = table._rows.values()
     ema_update_(teacher, student, 0.5)
     assert table_for(teacher, (BLOCK,)) is table
-    assert [entry[1] for entry in table._rows.values()] == [rows]
+    assert next(iter(table._rows.values())) is rows
 
     others = [torch.ones(40, device=device) for _ in range(2 * KEPT_ROWS)]
     for other in others:  # as gradients move
@@ -212,6 +212,31 @@ def test_the_table_of_a_model_is_built_once_and_not_kept_for_ever(device: torch.
     last = [torch.zeros(5, device=device)]
     ema_update_(last, [torch.ones(5, device=device)], 0.5)  # a new table sweeps out those of models that are gone
     assert all(table.in_use() for table in _TABLES.values())
+
+
+def test_what_a_capture_has_used_is_held(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Capturing is pretended: what is looked at is which tables are made, found and held."""
+    teacher, first, second = (
+        [torch.zeros(8, device=device)],
+        [torch.ones(8, device=device)],
+        [torch.ones(8, device=device)],
+    )
+    monkeypatch.setattr(tensor_table, "_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="expected a run of this op before its capture"):
+        ema_update_(teacher, first, 0.5)
+    monkeypatch.undo()
+    ema_update_(teacher, first, 0.5)
+    table = table_for(teacher, (BLOCK,))
+    table._spares = [torch.empty(1, 9, dtype=torch.int64)]
+    monkeypatch.setattr(tensor_table, "_capturing", lambda device: True)
+    ema_update_(teacher, first, 0.5)
+    assert table.captured == list(table._rows.values())  # found, and held from now on
+    ema_update_(teacher, second, 0.5)  # gradients of the capture's own
+    assert len(table.captured) == 3
+    assert len(table._rows) == 1  # an eager call must not find what only a replay fills
+    with pytest.raises(RuntimeError, match="expected a run of this op outside of a capture"):
+        ema_update_(teacher, [torch.ones(8, device=device)], 0.5)
+    assert torch.equal(teacher[0], torch.full((8,), 0.875, device=device))
 
 
 def test_a_tensor_listed_twice_is_refused(device: torch.device) -> None:
