@@ -1,4 +1,8 @@
-"""What all tests share: the golden data, and images."""
+"""What all tests share: golden data, images, and where the kernels run.
+
+Where there is no GPU, tests marked `gpu` are skipped, the tests of the ops run the kernels in Triton's interpreter, and
+all others take the ops' plain path, as a user without a GPU would, unless they ask for `ops`.
+"""
 
 import json
 from collections.abc import Callable
@@ -11,7 +15,40 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Not the environment variable, which subprocesses would inherit; and before a test imports a kernel.
+    import triton
+
+    triton.knobs.runtime.interpret = True
+
+from fastdino_kernels import launch
+
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _plain_ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter is for tests of the ops, and for those that ask for `ops`; it is too slow for training runs."""
+    if "kernels" not in request.path.parts and "ops" not in request.fixturenames:
+        monkeypatch.setattr(launch, "TRITON_DEVICES", launch.TRITON_DEVICES - {"cpu"})
+
+
+@pytest.fixture(params=["plain", "kernels"])
+def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test twice: with the ops' plain path on CPU tensors, and with the kernels interpreted."""
+    if request.param == "plain":
+        monkeypatch.setattr(launch, "TRITON_DEVICES", launch.TRITON_DEVICES - {"cpu"})
+    elif "cpu" not in launch.TRITON_DEVICES:
+        pytest.skip("kernels run on CPU tensors in the interpreter only")
+    return request.param
 
 
 class Golden:

@@ -1,15 +1,20 @@
 """DINO's fused ops, for anyone's training loop. Imports torch and triton, nothing else."""
 
 from fastdino_kernels.center import batch_center, center_ema_, center_update_
-from fastdino_kernels.dino_loss import DINOLossStats, dino_loss, dino_loss_with_stats
+from fastdino_kernels.clip_adamw_ema import clip_adamw_ema_
+from fastdino_kernels.dino_loss import DINOLossStats, dino_loss, dino_loss_and_grad_, dino_loss_with_stats
 from fastdino_kernels.ema import ema_update_
+from fastdino_kernels.optim import ClipAdamWEMA
 
 __all__ = [
+    "ClipAdamWEMA",
     "DINOLossStats",
     "batch_center",
     "center_ema_",
     "center_update_",
+    "clip_adamw_ema_",
     "dino_loss",
+    "dino_loss_and_grad_",
     "dino_loss_with_stats",
     "ema_update_",
 ]

@@ -21,8 +21,9 @@ def check_shape(name: str, x: Tensor, expected: Sequence[int | str]) -> None:
         raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(x.shape)}")
 
 
-def check_same_device(**tensors: Tensor) -> None:
-    (first_name, first), *rest = tensors.items()
+def check_same_device(**values: Tensor | float) -> None:
+    """Of the values that are tensors, the first says which device."""
+    (first_name, first), *rest = [(name, x) for name, x in values.items() if isinstance(x, Tensor)]
     for name, x in rest:
         if x.device != first.device:
             raise ValueError(f"{name}: expected to be on {first.device} like {first_name}, got {x.device}")

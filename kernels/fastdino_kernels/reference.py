@@ -4,6 +4,7 @@ Axes: V student views, T teacher views, B images, K prototypes.
 Low precision (bf16, fp16) is promoted to fp32 on entry; fp32 and fp64 stay what they are.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,25 +34,48 @@ def different_views(n_teacher_views: int, n_student_views: int, device: torch.de
     return ~torch.eye(n_teacher_views, n_student_views, dtype=torch.bool, device=device)
 
 
+def one_if_finite(*tensors: Tensor) -> Tensor:
+    """1, or NaN where a value is infinite or NaN: a factor that keeps a -inf from passing as a probability of 0."""
+    return torch.stack([(promote(x.detach()) * 0).sum() for x in tensors]).sum() + 1
+
+
 def dino_loss(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float | Tensor, teacher_temp: float | Tensor
 ) -> Tensor:
     """Mean over images and pairs of different views of H(q, p); DINO (arXiv:2104.14294), equations 1 to 4."""
-    cross_entropy, _ = cross_entropy_pairs(student, teacher.detach(), center, student_temp, teacher_temp)
-    pairs = different_views(teacher.shape[0], student.shape[0], student.device)
-    return cross_entropy[pairs].mean()
+    return dino_loss_with_stats(student, teacher, center, student_temp, teacher_temp)[0]
 
 
 def dino_loss_with_stats(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float | Tensor, teacher_temp: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss (), teacher_entropy (), kl (), per_image (B,)): loss = teacher_entropy + kl over the compared pairs."""
-    cross_entropy, entropy = cross_entropy_pairs(student, teacher.detach(), center, student_temp, teacher_temp)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss (), teacher_entropy (), per_image (B,)); the last two without a gradient."""
+    cross_entropy, entropy = cross_entropy_pairs(student, teacher.detach(), center.detach(), student_temp, teacher_temp)
     pairs = different_views(teacher.shape[0], student.shape[0], student.device)
-    compared = cross_entropy[pairs]  # (n_pairs, B)
-    teacher_entropy = entropy[:, None].expand_as(cross_entropy)[pairs].mean()
-    loss = compared.mean()
-    return loss, teacher_entropy, (loss - teacher_entropy).detach(), compared.mean(0).detach()
+    compared = cross_entropy[pairs] * one_if_finite(student, teacher, center)  # (n_pairs, B)
+    teacher_entropy = entropy[:, None].expand_as(cross_entropy)[pairs].mean() * one_if_finite(teacher, center)
+    return compared.mean(), teacher_entropy, compared.mean(0).detach()
+
+
+@torch.no_grad()
+def dino_loss_and_grad_(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    grad_loss: float | Tensor,
+) -> Tensor:
+    """The loss; student becomes grad_loss * d loss / d student, by the formula at the head of `dino_loss.py`."""
+    loss = dino_loss(student, teacher, center, student_temp, teacher_temp)
+    student_probs = torch.softmax(promote(student) / student_temp, dim=-1)  # (V, B, K)
+    teacher_probs = torch.softmax((promote(teacher) - promote(center)) / teacher_temp, dim=-1)  # (T, B, K)
+    pairs = different_views(teacher.shape[0], student.shape[0], student.device).to(student_probs.dtype)
+    targets = torch.einsum("tv,tbk->vbk", pairs, teacher_probs)
+    grad = pairs.sum(0)[:, None, None] * student_probs - targets
+    scale = grad_loss / (student_temp * student.shape[1] * pairs.sum()) * one_if_finite(student, teacher, center)
+    student.copy_(grad * scale)
+    return loss
 
 
 def batch_center(teacher: Tensor) -> Tensor:
@@ -66,7 +90,77 @@ def center_ema_(center: Tensor, batch_mean: Tensor, momentum: float | Tensor) ->
 
 
 @torch.no_grad()
-def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, tensor by tensor."""
-    for target, source in zip(teacher, student, strict=True):
-        target.copy_(promote(target) * momentum + promote(source) * (1 - momentum))
+def ema_update_(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float | Tensor, copies: Sequence[Tensor] = ()
+) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, tensor by tensor; copies <- teacher before rounding."""
+    for i, (target, source) in enumerate(zip(teacher, student, strict=True)):
+        dtype = torch.promote_types(promote(target).dtype, source.dtype)
+        average = target.to(dtype) * momentum + source.to(dtype) * (1 - momentum)
+        target.copy_(average)
+        if copies:
+            copies[i].copy_(average)
+
+
+def bias_correction(beta: float, step: Tensor) -> Tensor:
+    """1 - beta**step: what a moment that started at zero still lacks. By expm1, which loses nothing near zero."""
+    return -torch.expm1(step * (math.log(beta) if beta > 0 else -math.inf))
+
+
+def clip_coefficient(grad_norm: Tensor, clip: float) -> Tensor:
+    """What DINO multiplies a gradient by: clip / (norm + 1e-6) where that is below 1, else (also where NaN) 1."""
+    coefficient = clip / (grad_norm + 1e-6)
+    return torch.where(coefficient < 1, coefficient, 1.0)
+
+
+@torch.no_grad()
+def clip_adamw_ema_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor | None],
+    exp_avg_sqs: Sequence[Tensor | None],
+    steps: Sequence[Tensor | None],
+    teachers: Sequence[Tensor | None],
+    param_copies: Sequence[Tensor | None],
+    teacher_copies: Sequence[Tensor | None],
+    lrs: Sequence[float | Tensor],
+    weight_decays: Sequence[float | Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip: float | None,
+    momentum: float | Tensor,
+    frozen: Tensor | None,
+    grad_norms: Tensor | None,
+) -> None:
+    """Per-tensor clip, AdamW (arXiv:1711.05101, in torch.optim.AdamW's form), then the EMA; one entry per tensor.
+
+    Nothing looks at a value on the device: a frozen tensor's results are computed and not taken.
+    """
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad_norms is not None:
+            grad_norms[i] = 0.0 if grad is None else torch.linalg.vector_norm(promote(grad))
+        if grad is not None:
+            exp_avg, exp_avg_sq, step = exp_avgs[i], exp_avg_sqs[i], steps[i]
+            assert exp_avg is not None
+            assert exp_avg_sq is not None
+            assert step is not None
+            grad = promote(grad)
+            if clip:
+                grad = grad * clip_coefficient(torch.linalg.vector_norm(grad), clip)
+            new_step = step + 1
+            new_avg = exp_avg.lerp(grad.to(exp_avg.dtype), 1 - beta1)
+            new_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad
+            counted = new_step.to(promote(param).dtype)
+            denominator = new_avg_sq.sqrt() / bias_correction(beta2, counted).sqrt() + eps
+            step_size = lrs[i] / bias_correction(beta1, counted)
+            new_param = param * (1 - lrs[i] * weight_decays[i]) - step_size * (new_avg / denominator)
+            for old, new in ((param, new_param), (exp_avg, new_avg), (exp_avg_sq, new_avg_sq), (step, new_step)):
+                old.copy_(new if frozen is None else torch.where(frozen[i], old, new))
+        teacher, param_copy, teacher_copy = teachers[i], param_copies[i], teacher_copies[i]
+        if teacher is not None:
+            teacher.copy_(teacher * momentum + param * (1 - momentum))
+        if param_copy is not None:
+            param_copy.copy_(param)
+        if teacher is not None and teacher_copy is not None:
+            teacher_copy.copy_(teacher)

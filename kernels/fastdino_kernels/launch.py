@@ -1,0 +1,106 @@
+"""Where an op runs, in blocks of what size, and what `aot` compiles of it.
+
+Nothing autotunes: a table can be read, gives the same program on every run, and cannot change inside a CUDA graph.
+Rooms take `triton` and `tl` from here. Where Triton cannot be installed (macOS, Windows) both are stand-ins, so that
+the kernels' definitions are read over and every op takes its plain PyTorch reference.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class _Absent:
+    """Stands in for Triton in `@triton.jit`, `x: tl.constexpr` and `tl.constexpr(1.0)`, which run at import."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, first: Any) -> Any:
+        return first
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = _Absent()
+
+HAS_TRITON = not isinstance(triton, _Absent)
+INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton was imported
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+
+# A set, so that the tests can add their fake device to it.
+TRITON_DEVICES: set[str] = ({"cuda"} | ({"cpu"} if INTERPRETED else set())) if HAS_TRITON else set()
+
+
+def use_triton(*tensors: Tensor) -> bool:
+    """Whether an op on these tensors launches its kernels. fp64 is the reference's: the kernels compute in fp32."""
+    return all(x.device.type in TRITON_DEVICES and x.dtype != torch.float64 for x in tensors)
+
+
+def device_scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """What may change per step, as kernels read it: () on the device of `like`. A float is filled in, not copied."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return torch.full((), value, dtype=torch.float32, device=like.device)
+
+
+def on_own_device(launcher: Launcher) -> Launcher:
+    """Triton launches on the current device, which need not be the one of the launcher's first tensor."""
+
+    @functools.wraps(launcher)
+    def guarded(first: Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launcher(first, *args)
+
+    return guarded  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel is launched: elements of its BLOCK axis per program, and warps per program."""
+
+    block: int
+    num_warps: int
+
+    def block_for(self, n: int) -> int:
+        """The block, or less where `n` elements need less; a power of two."""
+        return min(self.block, max(16, triton.next_power_of_2(n)))
+
+
+LAUNCH = {
+    "dino_loss_fwd": Launch(block=1024, num_warps=1),
+    "dino_loss_join": Launch(block=1, num_warps=8),  # a program per image
+    "dino_loss_mean": Launch(block=256, num_warps=4),
+    "dino_loss_bwd": Launch(block=2048, num_warps=8),
+    "batch_center": Launch(block=256, num_warps=8),
+    "center_ema": Launch(block=1024, num_warps=4),
+    "ema": Launch(block=2048, num_warps=8),
+    "grad_norm": Launch(block=2048, num_warps=8),
+    "clip_adamw_ema": Launch(block=1024, num_warps=8),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AotCase:
+    """A kernel in one configuration that real models use; every room yields its own from `aot_cases()`."""
+
+    name: str
+    """A row's title in the report: op, kernel, dtype."""
+    kernel: Any
+    """The `@triton.jit` function."""
+    signature: Mapping[str, str]
+    """Runtime argument to type: "*bf16", "*fp32", "i32". May name arguments of the room's other kernels too."""
+    constexprs: Mapping[str, Any]
+    """The `tl.constexpr` arguments."""
+    aligned: tuple[str, ...] = ()
+    """Runtime arguments that are multiples of 16 in real models (pointers: of 16 bytes), as a launch would find out."""
+    num_warps: int = 4
+    narrow_load: str = ""
+    """Why no load of this kernel is 128 bits wide, where none is."""
