@@ -1,26 +1,54 @@
-"""Attention behind one function: q, k, v (B, N, H, D) -> (B, N, H, D). The only module that imports xformers.
+"""Attention over packed tokens, behind one function. The only module that imports xformers.
 
-Axes: B images, N tokens, H heads, D channels of a head.
+Crops of several resolutions lie one after another in one matrix of tokens, so that linears and norms run once for all
+of them; only attention has to know where an image ends. `Packing` tells it.
+Axes: M tokens of all images, n images of a group, N tokens of an image, H heads, D channels of a head.
 """
 
 import ctypes
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (B, N, H, D) three times, scale -> (B, N, H, D)
-AttentionOp = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+class Packing(NamedTuple):
+    """Groups of equally large images in a token matrix, one group after another: (n images, N tokens of each)."""
+
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each group."""
+        return [n_images * n_tokens for n_images, n_tokens in self.groups]
+
+    def split(self, tokens: Tensor) -> list[Tensor]:
+        """(M, ...) -> (n, N, ...) per group, without a copy."""
+        return [part.unflatten(0, group) for part, group in zip(tokens.split(self.sizes), self.groups)]
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """(images,) -> (M, 1): each image's value, for every token of it."""
+        parts = values.split([n for n, _ in self.groups])
+        return torch.cat([x[:, None].expand(group).flatten() for x, group in zip(parts, self.groups)])[:, None]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, which wants the heads before the tokens."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-    return out.transpose(1, 2)
+# q, k, v (M, H, D), scale, packing -> (M, H, D)
+AttentionOp = Callable[[Tensor, Tensor, Tensor, float, Packing], Tensor]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
+    """PyTorch's scaled_dot_product_attention, a call per group: runs everywhere, in every dtype."""
+    outputs = []
+    for group in zip(packing.split(q), packing.split(k), packing.split(v)):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in group), scale=scale)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _load_cuda12_runtime() -> None:
@@ -35,33 +63,128 @@ def _load_cuda12_runtime() -> None:
 
 
 @cache
-def xformers_attention() -> AttentionOp | None:
-    """xformers' memory-efficient attention (layout as ours), or None where its CUDA kernels do not load."""
-    if not torch.cuda.is_available() or importlib.util.find_spec("xformers") is None:
-        return None
-    _load_cuda12_runtime()
-    try:
-        from xformers.ops import memory_efficient_attention
+def _block_diagonal_mask(packing: Packing, device: torch.device) -> Any:
+    """Built once per shape: building one copies lengths to the device, which a capture must not see."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-        probe = torch.zeros(1, 8, 1, 64, device="cuda", dtype=torch.float16)
-        memory_efficient_attention(probe, probe, probe)
-    except (ImportError, NotImplementedError, OSError, RuntimeError):
+    lengths = [n_tokens for n_images, n_tokens in packing.groups for _ in range(n_images)]
+    return BlockDiagonalMask.from_seqlens(lengths, device=device)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
+    """xformers' memory-efficient attention over all groups in one call."""
+    from xformers.ops import memory_efficient_attention
+
+    mask = _block_diagonal_mask(packing, q.device)
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask, scale=scale)[0]
+
+
+@cache
+def _boundaries(packing: Packing, device: torch.device) -> Tensor:
+    """(images + 1,) int32: where each image begins, and the end."""
+    lengths = [n_tokens for n_images, n_tokens in packing.groups for _ in range(n_images)]
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
+    """torch.nn.attention.varlen over all groups in one call; it knows no scale but D ** -0.5 before torch 2.11."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts = _boundaries(packing, q.device)
+    longest = max(n_tokens for _, n_tokens in packing.groups)
+    q = q * (scale * q.shape[-1] ** 0.5) if scale != q.shape[-1] ** -0.5 else q
+    out = varlen_attn(q, k, v, starts, starts, longest, longest)
+    assert isinstance(out, Tensor)
+    return out
+
+
+BACKENDS: dict[str, AttentionOp] = {"xformers": xformers, "varlen": varlen, "sdpa": sdpa}
+HALF = (torch.float16, torch.bfloat16)
+
+
+@cache
+def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run on such tensors here, in words; None where it can. Tries it once, both ways."""
+    if backend == "sdpa":
         return None
-    return lambda q, k, v, scale: memory_efficient_attention(q, k, v, scale=scale)
+    if device_type != "cuda":
+        return f"{backend} has kernels for CUDA only, and the model is on {device_type}"
+    if dtype not in (HALF if backend == "varlen" else (*HALF, torch.float32)):
+        return f"{backend} has no kernel for {str(dtype).removeprefix('torch.')}"
+    try:
+        if backend == "xformers":
+            if importlib.util.find_spec("xformers") is None:
+                return "xformers is not installed"
+            _load_cuda12_runtime()
+        probe = torch.zeros(16, 1, 64, device="cuda", dtype=dtype, requires_grad=True)
+        BACKENDS[backend](probe, probe, probe, 0.125, Packing(((2, 8),))).sum().backward()
+    except Exception as error:  # a missing module, library or kernel, each with an exception of its own
+        return f"{backend} does not run here: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return None
+
+
+def _time_ms(backend: str, packing: Packing, n_heads: int, head_dim: int, dtype: torch.dtype) -> float:
+    """Median of five runs forward and backward on the GPU."""
+    q, k, v = torch.randn(3, sum(packing.sizes), n_heads, head_dim, device="cuda", dtype=dtype).unbind()
+    q.requires_grad_()
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        BACKENDS[backend](q, k, v, head_dim**-0.5, packing).sum().backward()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[2:])[2]
+
+
+@cache
+def choose(
+    packing: Packing, n_heads: int, head_dim: int, device_type: str, dtype: torch.dtype, asked: str = "auto"
+) -> tuple[str, str]:
+    """(backend, why): the one asked for, or under `auto` the fastest that runs on these shapes, timed once.
+
+    Raises ValueError for a name that is none, and where the backend asked for cannot run here (saying what is missing).
+    """
+    if asked != "auto":
+        if asked not in BACKENDS:
+            raise ValueError(f"attention: expected auto, {', '.join(BACKENDS)}, got {asked!r}")
+        if reason := why_not(asked, device_type, dtype):
+            raise ValueError(f"attention: {reason}")
+        return asked, "as asked"
+    reasons = {name: why_not(name, device_type, dtype) for name in BACKENDS}
+    usable = [name for name, reason in reasons.items() if reason is None]
+    if len(usable) == 1:
+        return usable[0], "; ".join(reason for reason in reasons.values() if reason)
+    times = {name: _time_ms(name, packing, n_heads, head_dim, dtype) for name in usable}
+    return min(usable, key=times.__getitem__), ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
+
+
+class _Current:
+    """The backend that models use on CUDA for what it can take; None: the first that works."""
+
+    name: str | None = None
+
+
+def use_backend(name: str | None) -> None:
+    """Set the backend of all models in this process: a name of BACKENDS; None for the first that works."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"attention: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    _Current.name = name
 
 
 def attention_op(device_type: str, dtype: torch.dtype) -> AttentionOp:
-    """What computes attention for tensors of this kind: xformers on CUDA where it loads, SDPA everywhere else.
+    """What computes attention of such tensors: the backend in use where it can, else SDPA (CPU, fp64)."""
+    preferred = [_Current.name] if _Current.name else ["xformers"]
+    for name in preferred:
+        if why_not(name, device_type, dtype) is None:
+            return BACKENDS[name]
+    return sdpa
 
-    fp64, which no fused kernel takes, goes to SDPA too.
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
+    """softmax(scale * q k^T) v, within each image.
+
+    q, k, v: (M, H, D). Returns (M, H, D). Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
     """
-    fused = xformers_attention() if device_type == "cuda" and dtype != torch.float64 else None
-    return fused or sdpa
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v.
-
-    q, k, v: (B, N, H, D). Returns (B, N, H, D). Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
-    """
-    return attention_op(q.device.type, q.dtype)(q, k, v, scale)
+    return attention_op(q.device.type, q.dtype)(q, k, v, scale, packing)

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from fastdino.model.vit import init_linear
 
 
+def promote(x: Tensor) -> Tensor:
+    """bf16 and fp16 become fp32; fp32 and fp64 stay."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 class WeightNormLinear(nn.Module):
     """A linear map without bias whose rows are g * v / |v| (arXiv:1602.07868), under the names `weight_g`, `weight_v`.
 
@@ -26,7 +31,10 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        # Lengths in fp32 also where the weights are bf16 copies; then one rounding.
+        v = promote(self.weight_v)
+        weight = v * (promote(self.weight_g) / v.norm(dim=1, keepdim=True))
+        return F.linear(x, weight.to(self.weight_v.dtype))
 
 
 class DINOHead(nn.Module):
@@ -62,4 +70,5 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim) -> (B, out_dim)."""
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        z = self.mlp(x)
+        return self.last_layer(F.normalize(promote(z), dim=-1).to(z.dtype))

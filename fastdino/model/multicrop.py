@@ -6,17 +6,21 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from fastdino.model.vit import VisionTransformer
+
 
 class MultiCropWrapper(nn.Module):
-    """One pass of the backbone per run of equally large crops, one pass of the head over all of them.
+    """Backbone and head over all crops at once.
 
-    backbone: (n, 3, H, W) -> (n, D). head: (n, D) -> (n, K).
+    backbone: (n, 3, H, W) -> (n, D). head: (n, D) -> (n, K). packed: a Vision Transformer of ours takes crops of all
+    resolutions in one pass; else, and with any other backbone, there is a pass per run of equally large crops.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, packed: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.packed = packed and isinstance(backbone, VisionTransformer)
 
     @property
     def output_dim(self) -> int:
@@ -28,8 +32,8 @@ class MultiCropWrapper(nn.Module):
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """V crops (B, 3, H, W), or one tensor of them -> (V * B, K), crop-major."""
         views = [crops] if isinstance(crops, Tensor) else crops
-        features = torch.cat(
-            [self.backbone(torch.cat(list(run))) for _, run in groupby(views, key=lambda x: x.shape[-2:])]
-        )
-        # As in the original, the head's input leaves half precision (autocast then decides per op).
-        return self.head(features if features.dtype == torch.float64 else features.float())
+        runs = [torch.cat(list(run)) for _, run in groupby(views, key=lambda x: x.shape[-2:])]
+        features = self.backbone(runs) if self.packed else torch.cat([self.backbone(run) for run in runs])
+        if torch.is_autocast_enabled(features.device.type):  # as in the original; autocast then decides per op
+            features = features.float()
+        return self.head(features)

@@ -1,18 +1,20 @@
 """The Vision Transformer of DINO, with the original's parameter names, so that checkpoints move both ways.
 
-ViT (arXiv:2010.11929) as DeiT (arXiv:2012.12877) trains it. Axes: B images, N tokens (1 + patches), H heads,
-D channels.
+ViT (arXiv:2010.11929) as DeiT (arXiv:2012.12877) trains it. Images of several resolutions go through together: their
+tokens are rows of one matrix, and attention alone looks at where an image ends (`attention.Packing`).
+Axes: B images, N tokens (1 + patches), M tokens of all images, H heads, D channels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastdino.model.attention import attention
+from fastdino.model.attention import Packing, attention
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -20,19 +22,25 @@ def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=1e-6)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382) per sample: a branch is dropped for an image, or scaled up by 1/(1 - p)."""
+def kept(n_images: int, drop_prob: float, like: Tensor) -> Tensor:
+    """(n_images,) factors of stochastic depth (arXiv:1603.09382): 0 for a dropped image, else 1 / (1 - p)."""
+    return like.new_empty(n_images).bernoulli_(1 - drop_prob) / (1 - drop_prob)
 
-    def __init__(self, drop_prob: float = 0.0) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.drop_prob == 0.0 or not self.training:
-            return x
-        keep_prob = 1 - self.drop_prob
-        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
-        return x * (keep / keep_prob)
+def chosen(packing: Packing, drop_prob: float, like: Tensor) -> tuple[Tensor, Packing]:
+    """Rows (m,) of the images that a block works on, and their packing: of every group a random (1 - p), at least one.
+
+    DINOv2's form of stochastic depth (arXiv:2304.07193, section 5): what is dropped is not computed either.
+    """
+    rows, groups, start = [], [], 0
+    for n_images, n_tokens in packing.groups:
+        n_kept = max(int(n_images * (1 - drop_prob)), 1)
+        # argsort of noise, because randperm waits for the device
+        images = torch.rand(n_images, device=like.device).argsort()[:n_kept]
+        rows.append((start + images[:, None] * n_tokens + torch.arange(n_tokens, device=like.device)).flatten())
+        groups.append((n_kept, n_tokens))
+        start += n_images * n_tokens
+    return torch.cat(rows), Packing(tuple(groups))
 
 
 class Mlp(nn.Module):
@@ -71,12 +79,13 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, D) -> q, k, v, each (B, N, H, D / H)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        """(..., D) -> q, k, v, each (..., H, D / H)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(attention(*self._qkv(x), self.scale).flatten(2)))
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """(M, D) -> (M, D)."""
+        return self.proj_drop(self.proj(attention(*self._qkv(x), self.scale, packing).flatten(1)))
 
     def attention_map(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, N): the probabilities that the fused kernels never write down."""
@@ -102,13 +111,44 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def _attend(self, x: Tensor, packing: Packing) -> Tensor:
+        return self.attn(self.norm1(x), packing)
+
+    def _think(self, x: Tensor, packing: Packing) -> Tensor:
+        return self.mlp(self.norm2(x))
+
+    def _scaled(self, x: Tensor, packing: Packing, factors: Sequence[Tensor]) -> Tensor:
+        attend, think = (packing.per_token(f) for f in factors) if factors else (1, 1)
+        x = x + self._attend(x, packing) * attend
+        return x + self._think(x, packing) * think
+
+    def _on_subsets(self, x: Tensor, choices: Sequence[tuple[Tensor, Packing]]) -> Tensor:
+        for branch, (rows, packing) in zip((self._attend, self._think), choices):
+            x = x.index_add(0, rows, branch(x[rows], packing) * (len(x) / len(rows)))
+        return x
+
+    def forward(self, x: Tensor, packing: Packing, mode: str = "sample", checkpointing: bool = False) -> Tensor:
+        """(M, D) -> (M, D). mode: drop-path by sample, or by batch (on a subset of the images, scaled up)."""
+        # What is random is drawn out here: a checkpoint then has no random state to put back, which a CUDA graph
+        # could not.
+        drops = self.drop_path > 0 and self.training
+        if drops and mode == "batch":
+            choices = [chosen(packing, self.drop_path, x) for _ in range(2)]
+            return self._maybe_recomputed(checkpointing, self._on_subsets, x, choices)
+        n_images = sum(n for n, _ in packing.groups)
+        factors = [kept(n_images, self.drop_path, x) for _ in range(2)] if drops else []
+        return self._maybe_recomputed(checkpointing, self._scaled, x, packing, factors)
+
+    def _maybe_recomputed(self, checkpointing: bool, branch: Callable[..., Tensor], *args: Any) -> Tensor:
+        if not (checkpointing and torch.is_grad_enabled()):
+            return branch(*args)
+        # Dropout inside, which no DINO recipe has, would want its random state back.
+        random = self.training and self.mlp.drop.p > 0
+        return checkpoint(branch, *args, use_reentrant=False, preserve_rng_state=random)
 
 
 class PatchEmbed(nn.Module):
@@ -122,7 +162,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # A convolution whose stride is its size is one matrix product over the patches, and faster as such.
+        size = self.patch_size
+        patches = x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -141,6 +184,8 @@ class VisionTransformer(nn.Module):
 
     img_size: one-element list, the side in pixels the position embedding is laid out for; other sizes, square or
     not, are interpolated. num_classes: 0 for features, else a linear classifier follows.
+    drop_path_mode: "sample" as the original, "batch" as DINOv2, which saves the dropped work. checkpointing: blocks
+    keep their input alone and compute again in the backward pass; less memory, a third more time.
     Raises ValueError where num_heads does not divide embed_dim, patch_size not img_size, or (in forward) patch_size
     not the image.
     """
@@ -161,8 +206,13 @@ class VisionTransformer(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = layer_norm,
+        drop_path_mode: str = "sample",
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if drop_path_mode not in ("sample", "batch"):
+            raise ValueError(f"drop_path_mode: expected sample or batch, got {drop_path_mode!r}")
+        self.drop_path_mode, self.checkpointing = drop_path_mode, checkpointing
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim={embed_dim}, got {num_heads}")
         if img_size[0] % patch_size:
@@ -209,31 +259,35 @@ class VisionTransformer(nn.Module):
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1)
         return self.pos_drop(tokens + self.interpolate_pos_encoding(height, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D) CLS features."""
-        x = self.prepare_tokens(x)
+    def _blocks(self, x: Tensor, packing: Packing) -> Iterator[Tensor]:
+        """(M, D) tokens after each block."""
         for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)[:, 0])
+            x = block(x, packing, self.drop_path_mode, self.checkpointing)
+            yield x
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """(B, 3, H, W) -> (B, D) CLS features. A list of such, of several resolutions: the features one after another."""
+        groups = [self.prepare_tokens(images) for images in ([x] if isinstance(x, Tensor) else x)]
+        packing = Packing(tuple((tokens.shape[0], tokens.shape[1]) for tokens in groups))
+        *_, tokens = self._blocks(torch.cat([group.flatten(0, 1) for group in groups]), packing)
+        # The norm looks at tokens one by one: those that nobody reads can go before it.
+        return self.head(self.norm(torch.cat([group[:, 0] for group in packing.split(tokens)])))
+
+    def _tokens_after_blocks(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> (B, N, D) before the first block, and after each."""
+        tokens = self.prepare_tokens(x)
+        packing = Packing(((tokens.shape[0], tokens.shape[1]),))
+        return [tokens, *(y.unflatten(0, packing.groups[0]) for y in self._blocks(tokens.flatten(0, 1), packing))]
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, heads, N, N) attention probabilities of the last block."""
-        x = self.prepare_tokens(x)
-        for block in self.blocks[:-1]:
-            x = block(x)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        return last.attn.attention_map(last.norm1(x))
+        return last.attn.attention_map(last.norm1(self._tokens_after_blocks(x)[-2]))
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """(B, 3, H, W) -> the normalised tokens (B, N, D) after each of the last n blocks."""
-        x = self.prepare_tokens(x)
-        outputs = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if len(self.blocks) - i <= n:
-                outputs.append(self.norm(x))
-        return outputs
+        return [self.norm(tokens) for tokens in self._tokens_after_blocks(x)[1:][-n:]]
 
 
 def _vit(embed_dim: int, depth: int, num_heads: int, patch_size: int, kwargs: dict[str, Any]) -> VisionTransformer:
