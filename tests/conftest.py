@@ -5,6 +5,7 @@ all others take the ops' plain path, as a user without a GPU would, unless they 
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from PIL import Image
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    # Not the environment variable, which subprocesses would inherit; and before a test imports a kernel.
+    # Triton's own functions (tl.sum, tl.zeros) are made for the interpreter or not when triton is imported, ours when
+    # they are; the environment variable does not stay, because subprocesses would inherit it.
+    os.environ["TRITON_INTERPRET"] = "1"
     import triton
 
     triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
 
 from fastdino_kernels import launch
 

@@ -44,6 +44,11 @@ def use_triton(*tensors: Tensor) -> bool:
     return all(x.device.type in TRITON_DEVICES and x.dtype != torch.float64 for x in tensors)
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether an op may look at values and take library calls: on a CPU, and not while a compiler traces."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def device_scalar(value: float | Tensor, like: Tensor) -> Tensor:
     """What may change per step, as kernels read it: () on the device of `like`. A float is filled in, not copied."""
     if isinstance(value, Tensor):

@@ -23,7 +23,7 @@ class ClipAdamWEMA(AdamW):
     group may be replaced by 0-D tensors on the device (`group["lr"] = torch.full(...)`): then a captured step reads
     them at each replay. clip_grad: norm to which each gradient is cut; 0 or None: none is.
     teacher: pairs (student's tensor, teacher's tensor), as `zip(student.parameters(), teacher.parameters())`; the
-    student's may be frozen, or missing from params. copies: pairs (tensor of either model, its copy in bf16 or fp16).
+    student's may be frozen, or missing from params. copies: pairs (tensor of either model, its copy in bf16 or fp16); where a param has no gradient, its copy's is taken.
     Attributes to read and to set between steps:
       momentum: of the EMA, a float in [0, 1] or a 0-D tensor on the device.
       tensors: the params in the order of the groups, then what is only averaged.
@@ -105,7 +105,7 @@ class ClipAdamWEMA(AdamW):
         weight_decays = [group["weight_decay"] for group in self.param_groups]
         self._check_step(lrs, weight_decays)
         n_params = sum(len(group["params"]) for group in self.param_groups)
-        grads = [x.grad if i < n_params else None for i, x in enumerate(self.tensors)]
+        grads = [self._grad_of(x) if i < n_params else None for i, x in enumerate(self.tensors)]
         states: list[dict[str, Any]] = [
             {} if grad is None else self._state_of(x) for x, grad in zip(self.tensors, grads)
         ]
@@ -155,6 +155,18 @@ class ClipAdamWEMA(AdamW):
             end = first + len(list(run))
             yield slice(first, end), betas, eps
             first = end
+
+    def _grad_of(self, param: Tensor) -> Tensor | None:
+        """A param's gradient, or its copy's, where the copy is what the loss was computed with."""
+        copy = self._copy_of.get(param)
+        return param.grad if param.grad is not None or copy is None else copy.grad
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As AdamW's, the gradients of copies included."""
+        super().zero_grad(set_to_none)
+        for copy in self._copy_of.values():
+            if copy.grad is not None:
+                copy.grad = None if set_to_none else copy.grad.detach().zero_()
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         """AdamW's state of a param, made where it has none. The step count is on the device."""
