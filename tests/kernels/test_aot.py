@@ -45,7 +45,9 @@ def test_every_kernel_has_a_case():
 
     folder = Path(fastdino_kernels.__file__).parent
     launched = {
-        name for room in ROOMS for name in re.findall(r"\b(_\w+_kernel)\[", (folder / f"{room}.py").read_text())
+        name
+        for room in ROOMS
+        for name in re.findall(r"\b(_\w+_kernel)\[", (folder / f"{room.replace('.', '/')}.py").read_text())
     }
     assert {case.kernel.__name__ for case in aot_cases()} == launched
 
