@@ -8,7 +8,8 @@ their signs. Axes: n crops, S pixels of a side, taps of an output pixel: 4 * max
 A kernel makes the weights of all crops: 2*S sums of taps each. Another makes 8 rows by 32 columns of one crop per
 program: it walks down the source rows below them, sums each along x and adds it to those of the 8 rows that it is part
 of. Nothing is kept between the passes, and a source row is read by (8 + 4) / 8 programs instead of the 4 per output
-row. More than 48 taps (a scale of 11.75: 2632 pixels to 224) are computed where they are needed, and need no table.
+row. Crops of more than 48 taps (a scale of 11.75: 2632 pixels to 224) are made by a variant that has no table: its
+fp64 would cost the other half of the registers' room, hence a launch of its own, whose programs mostly return at once.
 """
 
 from collections.abc import Iterator
@@ -210,49 +211,60 @@ def _resize_kernel(
     levels_ptr,  # (n, 3, S, S) uint8
     luma_sum_ptr,  # (n,) int32
     size,
+    TABLE: tl.constexpr,
     MAX_TAPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     tiles_x = (size + COLS - 1) // COLS
-    tiles = tiles_x * ((size + ROWS - 1) // ROWS)
-    crop = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    rows = tile // tiles_x * ROWS + tl.arange(0, ROWS)
-    cols = tile % tiles_x * COLS + tl.arange(0, COLS)
-
+    tiles_y = (size + ROWS - 1) // ROWS
+    program = tl.program_id(0)
+    first_tile, last_tile = 0, tiles_x
+    if TABLE:  # a program per tile, or else per row of tiles
+        first_tile = program % tiles_x
+        last_tile = first_tile + 1
+        program = program // tiles_x
+    crop = (program // tiles_y).to(tl.int64)
     image = tl.load(image_ptr + crop)
     x, width = _side(box_ptr, crop, 0, tl.load(width_ptr + image))
     y, height = _side(box_ptr, crop, 1, tl.load(height_ptr + image))
-    row_bytes = tl.load(stride_ptr + image).to(tl.int64)
-    pixels = pixels_ptr + tl.load(offset_ptr + image) + y * row_bytes + x * 3
-    source_cols = tl.where(tl.load(flip_ptr + crop), size - 1 - cols, cols)
-    source_cols = tl.where(cols < size, source_cols, size)  # beyond the crop, wherever the flip would put it
-    lines = crop * 2 * size
-    first, count, total = first_ptr + lines, count_ptr + lines, total_ptr + lines
-    weights = weight_ptr + lines * MAX_TAPS
     # The support is 2 * scale to either side, and an output pixel has at most one tap more than that is long.
-    if 4 * tl.maximum(width, height) <= (MAX_TAPS - 1) * size:
-        r, g, b = _resized(
-            pixels, row_bytes, width, height, rows, source_cols, first, count, total, weights, size,
-            True, MAX_TAPS, ROWS, COLS,
-        )  # fmt: skip
-    else:
-        r, g, b = _resized(
-            pixels, row_bytes, width, height, rows, source_cols, first, count, total, weights, size,
-            False, MAX_TAPS, ROWS, COLS,
-        )  # fmt: skip
-
-    contrast = contrast_position(order_ptr, crop)
-    r, g, b = color_steps(r, g, b, 0, contrast, order_ptr, factor_ptr, hue_ptr, crop, 0)
-    mask = (rows < size)[:, None] & (cols < size)[None, :]
-    if contrast < 4:
-        tl.atomic_add(luma_sum_ptr + crop, tl.sum(tl.where(mask, luma(r, g, b), 0)), sem="relaxed")
-    n_pixels = size * size
-    levels = levels_ptr + crop * 3 * n_pixels + rows[:, None] * size + cols[None, :]
-    tl.store(levels, r.to(tl.uint8), mask=mask)
-    tl.store(levels + n_pixels, g.to(tl.uint8), mask=mask)
-    tl.store(levels + 2 * n_pixels, b.to(tl.uint8), mask=mask)
+    if (4 * tl.maximum(width, height) <= (MAX_TAPS - 1) * size) == TABLE:
+        row_bytes = tl.load(stride_ptr + image).to(tl.int64)
+        pixels = pixels_ptr + tl.load(offset_ptr + image) + y * row_bytes + x * 3
+        lines = crop * 2 * size
+        n_pixels = size * size
+        contrast = contrast_position(order_ptr, crop)
+        rows = program % tiles_y * ROWS + tl.arange(0, ROWS)
+        for tile in range(first_tile, last_tile):
+            cols = tile * COLS + tl.arange(0, COLS)
+            source_cols = tl.where(tl.load(flip_ptr + crop), size - 1 - cols, cols)
+            source_cols = tl.where(cols < size, source_cols, size)  # beyond the crop, wherever a flip would put it
+            r, g, b = _resized(
+                pixels,
+                row_bytes,
+                width,
+                height,
+                rows,
+                source_cols,
+                first_ptr + lines,
+                count_ptr + lines,
+                total_ptr + lines,
+                weight_ptr + lines * MAX_TAPS,
+                size,
+                TABLE,
+                MAX_TAPS,
+                ROWS,
+                COLS,
+            )
+            r, g, b = color_steps(r, g, b, 0, contrast, order_ptr, factor_ptr, hue_ptr, crop, 0)
+            mask = (rows < size)[:, None] & (cols < size)[None, :]
+            if contrast < 4:
+                tl.atomic_add(luma_sum_ptr + crop, tl.sum(tl.where(mask, luma(r, g, b), 0)), sem="relaxed")
+            levels = levels_ptr + crop * 3 * n_pixels + rows[:, None] * size + cols[None, :]
+            tl.store(levels, r.to(tl.uint8), mask=mask)
+            tl.store(levels + n_pixels, g.to(tl.uint8), mask=mask)
+            tl.store(levels + 2 * n_pixels, b.to(tl.uint8), mask=mask)
 
 
 class ResizeWeights(NamedTuple):
@@ -289,28 +301,31 @@ def resize(images: PackedImages, crops: CropTable, levels: Tensor, luma_sum: Ten
         enable_fp_fusion=False,
     )
     launch = LAUNCH["resize"]
-    _resize_kernel[(n * triton.cdiv(size, ROWS) * triton.cdiv(size, launch.block),)](
-        images.pixels,
-        images.offset,
-        images.width,
-        images.height,
-        images.stride,
-        crops.image,
-        crops.box,
-        crops.flip,
-        crops.order,
-        crops.factor,
-        crops.hue,
-        *weights,
-        levels,
-        luma_sum,
-        size,
-        MAX_TAPS,
-        ROWS,
-        launch.block,
-        num_warps=launch.num_warps,
-        enable_fp_fusion=False,
-    )
+    row_tiles = n * triton.cdiv(size, ROWS)
+    for in_table, n_programs in ((True, row_tiles * triton.cdiv(size, launch.block)), (False, row_tiles)):
+        _resize_kernel[(n_programs,)](
+            images.pixels,
+            images.offset,
+            images.width,
+            images.height,
+            images.stride,
+            crops.image,
+            crops.box,
+            crops.flip,
+            crops.order,
+            crops.factor,
+            crops.hue,
+            *weights,
+            levels,
+            luma_sum,
+            size,
+            in_table,
+            MAX_TAPS,
+            ROWS,
+            launch.block,
+            num_warps=launch.num_warps,
+            enable_fp_fusion=False,
+        )
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -333,22 +348,20 @@ def aot_cases() -> Iterator[AotCase]:
     }
     pointers = ("pixels_ptr", "box_ptr", "first_ptr", "count_ptr", "total_ptr", "weight_ptr", "levels_ptr")
     tile = {"MAX_TAPS": MAX_TAPS, "ROWS": ROWS, "COLS": LAUNCH["resize"].block}
-    for name, kernel, constexprs, narrow_load in (
-        (
-            "resize_weights",
-            _resize_weights_kernel,
-            {"MAX_TAPS": MAX_TAPS, "BLOCK": LAUNCH["resize_weights"].block},
-            "reads a crop's box, five numbers",
-        ),
-        ("resize", _resize_kernel, tile, "gathers: a source pixel has 3 bytes, and begins anywhere"),
+    table = {"MAX_TAPS": MAX_TAPS, "BLOCK": LAUNCH["resize_weights"].block}
+    box, gathers = "reads a crop's box, five numbers", "gathers: a source pixel has 3 bytes, and begins anywhere"
+    for name, kernel, launch, constexprs, narrow_load in (
+        ("weights", _resize_weights_kernel, LAUNCH["resize_weights"], table, box),
+        ("from the table", _resize_kernel, LAUNCH["resize"], {**tile, "TABLE": True}, gathers),
+        ("of many taps", _resize_kernel, LAUNCH["resize"], {**tile, "TABLE": False}, gathers),
     ):
         yield AotCase(
-            name=f"augment, {name}",
+            name=f"augment, resize {name}",
             kernel=kernel,
             signature=signature,
             constexprs=constexprs,
             aligned=(*pointers, "size"),
-            num_warps=LAUNCH[name].num_warps,
+            num_warps=launch.num_warps,
             fp_fusion=False,
             narrow_load=narrow_load,
         )
