@@ -28,8 +28,10 @@ def small(photos) -> dict[str, Image]:
     return {
         "photo": np.ascontiguousarray(photos[2][::22, ::25]),  # 24 x 21
         "flower": np.ascontiguousarray(photos[1][::30, ::36]),  # 15 x 18
-        "noise": rng.integers(0, 256, (13, 20, 3), np.uint8),
-        "saturated": rng.integers(0, 2, (14, 11, 3)).astype(np.uint8) * 255,
+        "noise": rng.integers(0, 256, (9, 14, 3), np.uint8),
+        "saturated": rng.integers(0, 2, (8, 7, 3)).astype(np.uint8) * 255,
+        "tiny": rng.integers(0, 256, (4, 5, 3), np.uint8),
+        "tinier": rng.integers(0, 2, (3, 4, 3)).astype(np.uint8) * 255,
         "gray": np.repeat(rng.integers(0, 256, (9, 16, 1), np.uint8), 3, 2),
         "column": rng.integers(0, 256, (17, 1, 3), np.uint8),
         "row": rng.integers(0, 256, (1, 19, 3), np.uint8),
@@ -51,18 +53,24 @@ def assert_pillows_levels(images: list[Image], crops: list[dict], size: int, dev
     assert torch.equal(ours, by_replica(images, crops, size))
 
 
-@pytest.mark.parametrize("size", [1, 8, 19, 40])
+@pytest.mark.parametrize("size", [1, 9])
 def test_resize_shrinks_and_grows_as_pillow(small, size, device):
-    """40 pixels: several tiles, all growing. 1 pixel: more taps than the table holds, next to crops that fit."""
+    """1 pixel: more taps than the table holds, next to crops that fit."""
     images = list(small.values())
     crops = [whole(images, i, flip=i % 2 == 1) for i in range(len(images))]
     crops += [
         crop(0, (3, 5, 9, 16)),
-        crop(2, (0, 12, 20, 1), flip=True),
+        crop(2, (0, 5, 14, 1), flip=True),
         crop(0, (20, 0, 1, 24)),
         crop(1, (2, 1, 8, 8)),
     ]
     assert_pillows_levels(images, crops, size, device)
+
+
+def test_several_tiles_are_pillows(small, device):
+    images = [small["tiny"], small["flower"]]
+    crops = [whole(images, 0, blur=1.0), whole(images, 0, flip=True, blur=2.0), whole(images, 1, flip=True)]
+    assert_pillows_levels(images, crops, 40, device)
 
 
 def test_resize_of_many_taps_is_pillows(small, device):
@@ -75,7 +83,7 @@ def test_every_order_of_the_color_steps_is_pillows(small, device):
     images = [small["flower"], small["saturated"]]
     orders = list(permutations(STEPS))
     crops = [
-        crop(i % 2, (1, 2, 9, 7), jitter=[(name, FACTORS[name]) for name in order]) for i, order in enumerate(orders)
+        crop(i % 2, (1, 2, 6, 5), jitter=[(name, FACTORS[name]) for name in order]) for i, order in enumerate(orders)
     ]
     assert len(crops) == 24
     assert_pillows_levels(images, crops, 8, device)
@@ -86,12 +94,12 @@ def test_every_color_step_alone_is_pillows(small, device):
     images = [small["photo"], small["saturated"], small["gray"]]
     values = {name: (0.0, 0.6, 1.0, 1.9) for name in STEPS[:3]} | {"hue": (-0.5, -0.1, -0.001, 0.004, 0.1, 0.5)}
     steps = [(name, value) for name, some in values.items() for value in some]
-    crops = [crop(i % 3, (0, 0, 9, 8), jitter=[step]) for i, step in enumerate(steps)]
+    crops = [crop(i % 3, (0, 0, 7, 6), jitter=[step]) for i, step in enumerate(steps)]
     assert_pillows_levels(images, crops, 8, device)
 
 
 def test_gray_and_solarize_are_pillows(small, device):
-    images = [small["photo"], small["noise"]]
+    images = [small["tiny"], small["flower"]]
     flags = [dict(zip(("gray", "solarize", "blur"), x)) for x in np.ndindex(2, 2, 2)]
     crops = [
         whole(images, i % 2, **{k: bool(v) for k, v in f.items()} | {"blur": 1.3 * f["blur"]})
@@ -100,17 +108,17 @@ def test_gray_and_solarize_are_pillows(small, device):
     assert_pillows_levels(images, crops, 11, device)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 37])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_blur_is_pillows_up_to_its_borders(small, size, device):
     """Radii to either side of sqrt(2), where a box grows from one whole tap to three."""
-    images = [small["noise"], small["saturated"]]
+    images = [small["tiny"], small["tinier"]]
     radii = (0.1, 0.4, 1.0, 1.41, 1.4143, 1.7, 2.0, 2.4)
     assert_pillows_levels(images, [whole(images, i % 2, blur=r) for i, r in enumerate(radii)], size, device)
 
 
 def test_everything_at_once_is_pillows(small, device):
     images, rng = list(small.values()), np.random.default_rng(1)
-    assert_pillows_levels(images, [random_crop(rng, images, i % len(images)) for i in range(24)], 12, device)
+    assert_pillows_levels(images, [random_crop(rng, images, i % len(images)) for i in range(20)], 12, device)
 
 
 def test_plain_path_is_pillows_on_photographs(photos, monkeypatch):
@@ -165,29 +173,32 @@ def test_hue_is_pillows_for_every_color(shift, device):
     assert torch.equal(turned_by_kernel(rgb, shift), turned_by_pillow(rgb, shift))
 
 
+def assert_is_rounded(low: Tensor, full: Tensor) -> None:
+    """To the nearest; the interpreter cuts bf16 off instead, which is one unit in the last place at most."""
+    interpreted = full.device.type == "cpu" and "cpu" in launch.TRITON_DEVICES
+    ulp = torch.finfo(low.dtype).eps if interpreted and low.dtype == torch.bfloat16 else 0.0
+    assert ((low - full.to(low.dtype)).abs() <= ulp * full.abs()).all()
+
+
 def test_levels_are_normalised_and_rounded_once(small, ops):
-    """fp32 within two roundings of the truth; bf16 and fp16 are fp32, rounded."""
-    images = [small["photo"]]
+    """fp32 within two roundings of the truth; bf16 and fp16 are that, rounded."""
+    images = [small["tiny"]]
     crops = [whole(images, 0), whole(images, 0, blur=1.0)]
-    tables, mean, std = (
-        (packed(images, CPU), table(crops, CPU)),
-        (0.5, 0.3, 0.1),
-        (0.2, 0.25, 0.5),
-    )
+    tables = packed(images, CPU), table(crops, CPU)
+    mean, std = (0.5, 0.3, 0.1), (0.2, 0.25, 0.5)
     full = multi_crop_augment(*tables, 12, mean=mean, std=std)
     as_column = [torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (mean, std)]
     truth = (by_pillow(images, crops, 12).double() / 255 - as_column[0]) / as_column[1]
     assert (full.double() - truth).abs().max() <= 2 * torch.finfo(torch.float32).eps * truth.abs().max()
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(multi_crop_augment(*tables, 12, mean=mean, std=std, dtype=dtype), full.to(dtype))
+        low = multi_crop_augment(*tables, 12, mean=mean, std=std, dtype=dtype)
+        assert low.dtype == dtype
+        assert_is_rounded(low, full)
 
 
 def test_out_is_filled_whatever_its_strides(small, ops):
-    images = [small["photo"], small["noise"]]
-    tables = (
-        packed(images, CPU),
-        table([whole(images, i % 2, blur=0.9 * (i > 1)) for i in range(3)], CPU),
-    )
+    images = [small["tiny"], small["tinier"]]
+    tables = packed(images, CPU), table([whole(images, i % 2, blur=0.9 * (i > 1)) for i in range(3)], CPU)
     expected = multi_crop_augment(*tables, 9)
     for out in (
         torch.full((3, 3, 9, 9), torch.nan),
@@ -196,12 +207,12 @@ def test_out_is_filled_whatever_its_strides(small, ops):
     ):
         assert multi_crop_augment(*tables, 9, out=out) is out
         assert torch.equal(out, expected)
-    low = torch.empty(3, 3, 9, 9, dtype=torch.bfloat16)
-    assert torch.equal(multi_crop_augment(*tables, 9, out=low), expected.bfloat16())
+    low = torch.full((3, 3, 9, 9), torch.nan, dtype=torch.bfloat16)
+    assert_is_rounded(multi_crop_augment(*tables, 9, dtype=torch.float32, out=low), expected)
 
 
 def test_tables_may_be_strided_and_pixels_a_view(small, ops):
-    images, device = [small["photo"], small["noise"]], CPU
+    images, device = [small["tiny"], small["tinier"]], CPU
     rng = np.random.default_rng(4)
     tables = packed(images, device), table([random_crop(rng, images, i % 2) for i in range(3)], device)
     spread = [[torch.stack([x, x], -1)[..., 0] for x in values] for values in tables]
@@ -269,13 +280,13 @@ def test_bad_dtypes_are_value_errors(small):
 
 
 def test_opcheck(small, device):
-    images = [small["noise"]]
+    images = [small["tiny"]]
     tables = [*packed(images, device), *table([whole(images, 0, blur=0.5)], device)]
     torch.library.opcheck(_multi_crop_augment_, (torch.zeros(1, 3, 4, 4, device=device), tables, MEAN, STD))
 
 
 def test_compiled_fullgraph_equals_eager(small, device):
-    images = [small["noise"]]
+    images = [small["tiny"]]
     rng = np.random.default_rng(5)
     tables = packed(images, device), table([random_crop(rng, images, 0) for _ in range(2)], device)
 
@@ -343,3 +354,4 @@ def test_captured_call_follows_its_tables(photos, device):
             x.copy_(new)
         graph.replay()
         assert torch.equal(out, multi_crop_augment(images, crops, 96))
+    assert_is_rounded(multi_crop_augment(images, crops, 96, dtype=torch.bfloat16), out)

@@ -9,7 +9,9 @@ pixel and keeps in registers what each pass makes of them: 5 or 9 levels, 3 or 5
 side. DINO's radii end at 2; from 2.45 R would be 2, so they are cut to 2.4 here.
 """
 
-# ruff: noqa: RUF005 - Triton adds tuples, and does not know the star
+# Triton adds tuples, whose length a variable may change, and does not know the star.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 from collections.abc import Iterator, Sequence
 
 import torch

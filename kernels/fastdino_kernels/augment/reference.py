@@ -77,8 +77,8 @@ def turn_hue(image: Tensor, shift: int) -> Tensor:
     v, part = value.double(), (s.double() / 255.0).float().double()
     p, q, t = ((x + 0.5).int() for x in (v * (1 - part), v * (1 - part * rest), v * (1 - part * (1 - rest))))
     sector = (sector % 6).long()[None]
-    red, green, blue = ([value, q, p, p, t, value], [t, value, value, q, p, p], [p, p, t, value, value, q])
-    turned = [torch.stack(choices).gather(0, sector)[0] for choices in (red, green, blue)]
+    choices = ([value, q, p, p, t, value], [t, value, value, q, p, p], [p, p, t, value, value, q])
+    turned = [torch.stack(choice).gather(0, sector)[0] for choice in choices]
     return torch.stack(turned, -1)
 
 

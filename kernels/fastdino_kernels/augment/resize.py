@@ -271,7 +271,7 @@ class ResizeWeights(NamedTuple):
     """What the first kernel leaves for the second; see its arguments."""
 
     first: Tensor
-    count: Tensor
+    taps: Tensor
     total: Tensor
     weight: Tensor
 
@@ -279,13 +279,10 @@ class ResizeWeights(NamedTuple):
 def resize(images: PackedImages, crops: CropTable, levels: Tensor, luma_sum: Tensor) -> None:
     """Crops as contrast finds them into levels (n, 3, S, S) uint8, and their sums of luma into luma_sum (n,) int32."""
     n, _, size, _ = levels.shape
-    weights = ResizeWeights(
-        *(
-            torch.empty(n, 2, size, dtype=kind, device=levels.device)
-            for kind in (torch.int32, torch.int32, torch.float64)
-        ),
-        torch.empty(n, 2, MAX_TAPS, size, dtype=torch.int32, device=levels.device),
-    )
+    kinds = (torch.int32, torch.int32, torch.float64)
+    first, taps, total = (torch.empty(n, 2, size, dtype=kind, device=levels.device) for kind in kinds)
+    weight = torch.empty(n, 2, MAX_TAPS, size, dtype=torch.int32, device=levels.device)
+    weights = ResizeWeights(first, taps, total, weight)
     launch = LAUNCH["resize_weights"]
     _resize_weights_kernel[(2 * n * triton.cdiv(size, launch.block),)](
         crops.image,
