@@ -9,10 +9,12 @@ import torch
 from augment_cases import MEAN, STD, STEPS, Image, by_pillow, by_replica, crop, levels_of, packed, random_crop, table
 from fake_device import run_launcher
 from PIL import Image as PillowImage
+from PIL import ImageFilter
 from torch import Tensor
 
 from fastdino_kernels import launch
 from fastdino_kernels.augment import CropTable, PackedImages, _multi_crop_augment_, multi_crop_augment
+from fastdino_kernels.augment.blur import blur
 from fastdino_kernels.augment.color import _turn_hue
 from fastdino_kernels.augment.reference import turn_hue
 from fastdino_kernels.launch import tl, triton
@@ -114,6 +116,42 @@ def test_blur_is_pillows_up_to_its_borders(small, size, device):
     images = [small["tiny"], small["tinier"]]
     radii = (0.1, 0.4, 1.0, 1.41, 1.4143, 1.7, 2.0, 2.4)
     assert_pillows_levels(images, [whole(images, i % 2, blur=r) for i, r in enumerate(radii)], size, device)
+
+
+def blurred(levels: Tensor, radii: list[float], exact: bool) -> Tensor:
+    """Levels (n, 3, S, S) uint8, by the blur kernels alone."""
+    crops = table([crop(0, (0, 0, 1, 1), blur=radius) for radius in radii], levels.device)
+    out = torch.full(levels.shape, torch.nan, device=levels.device)
+    scale_and_shift = [1 / (255 * s) for s in STD] + [-m / s for m, s in zip(MEAN, STD)]
+    blur(levels, out, crops, scale_and_shift, exact)
+    return levels_of(out)
+
+
+def blurred_by_pillow(levels: Tensor, radii: list[float]) -> Tensor:
+    images = [PillowImage.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in levels]
+    filtered = [np.asarray(im.filter(ImageFilter.GaussianBlur(radius))) for im, radius in zip(images, radii)]
+    return torch.from_numpy(np.stack(filtered)).permute(0, 3, 1, 2).long()
+
+
+def test_blur_away_from_borders_is_pillows_too(device):
+    """80 pixels: tiles at the borders and within them, along both axes."""
+    radii = [0.3, 2.0]
+    levels = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8, device=device)
+    assert torch.equal(blurred(levels, radii, exact=True), blurred_by_pillow(levels, radii))
+
+
+def test_blur_that_is_not_exact_is_off_by_three_levels_at_most(photos, device):
+    """Noise, stripes of black and white, and a photograph; a tenth of a level in the mean."""
+    noise = torch.randint(0, 2, (3, 80, 80)) * 255
+    stripes = (torch.arange(80) // 3 % 2 * 255).expand(3, 80, 80)
+    photo = torch.from_numpy(photos[2][100:180, 200:280].copy()).permute(2, 0, 1)
+    levels = torch.stack([noise, stripes, photo, noise]).to(device, torch.uint8)
+    radii = [0.5, 1.1, 1.5, 2.0]
+    difference = (blurred(levels, radii, exact=False) - blurred_by_pillow(levels, radii)).abs().double()
+    print("MAX", difference.amax((1, 2, 3)), difference.mean((1, 2, 3)))
+    assert difference.max() > 0
+    assert difference.max() <= 3
+    assert difference.mean((1, 2, 3)).max() <= 0.5
 
 
 def test_everything_at_once_is_pillows(small, device):
@@ -282,7 +320,7 @@ def test_bad_dtypes_are_value_errors(small):
 def test_opcheck(small, device):
     images = [small["tiny"]]
     tables = [*packed(images, device), *table([whole(images, 0, blur=0.5)], device)]
-    torch.library.opcheck(_multi_crop_augment_, (torch.zeros(1, 3, 4, 4, device=device), tables, MEAN, STD))
+    torch.library.opcheck(_multi_crop_augment_, (torch.zeros(1, 3, 4, 4, device=device), tables, MEAN, STD, True))
 
 
 def test_compiled_fullgraph_equals_eager(small, device):
@@ -322,9 +360,9 @@ def test_nothing_waits_for_the_device(fakegpu):
     crops = CropTable(*columns(fakegpu, CROP_COLUMNS, 4))
     out = multi_crop_augment(images, crops, 32, dtype=torch.bfloat16)
     assert (out.shape, out.dtype, out.device.type) == ((4, 3, 32, 32), torch.bfloat16, fakegpu.type)
-    run_launcher(_multi_crop_augment_, out, [*images, *crops], MEAN, STD)
+    run_launcher(_multi_crop_augment_, out, [*images, *crops], MEAN, STD, True)
     strided = torch.zeros(4, 32, 32, 3, device=fakegpu).permute(0, 3, 1, 2)
-    run_launcher(_multi_crop_augment_, strided, [*images, *crops], MEAN, STD)
+    run_launcher(_multi_crop_augment_, strided, [*images, *crops], MEAN, STD, True)
 
 
 @pytest.mark.gpu

@@ -34,7 +34,9 @@ N_IMAGE_FIELDS = len(PackedImages._fields)
 
 
 @torch.library.custom_op("fastdino::multi_crop_augment_", mutates_args=("out",))
-def _multi_crop_augment_(out: Tensor, tables: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> None:
+def _multi_crop_augment_(
+    out: Tensor, tables: Sequence[Tensor], mean: Sequence[float], std: Sequence[float], exact: bool
+) -> None:
     n = out.shape[0]
     if n == 0:
         return
@@ -47,13 +49,13 @@ def _multi_crop_augment_(out: Tensor, tables: Sequence[Tensor], mean: Sequence[f
     with torch.cuda.device_of(out):
         resize(images, crops, levels, luma_sum)
         color(levels, target, luma_sum, crops, scale_and_shift)
-        blur(levels, target, crops, scale_and_shift)
+        blur(levels, target, crops, scale_and_shift, exact)
     if target is not out:
         out.copy_(target)
 
 
 @_multi_crop_augment_.register_fake
-def _(out: Tensor, tables: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> None:
+def _(out: Tensor, tables: Sequence[Tensor], mean: Sequence[float], std: Sequence[float], exact: bool) -> None:
     return None
 
 
@@ -73,8 +75,8 @@ def multi_crop_augment(
 
     images: what was decoded. crops: a row of parameters per crop; both are read on the device, which nobody waits for,
     so that they may be rewritten and the call replayed. size: S, pixels of a side, 2048 at most. mean, std: of the
-    channels, for levels in [0, 1]. dtype: fp32, bf16 or fp16. exact: Pillow's levels; without it a crop may differ by
-    3 levels and its mean by 1.5, where that is cheaper. out: (n, 3, S, S), written and returned; dtype is then its own.
+    channels, for levels in [0, 1]. dtype: fp32, bf16 or fp16. exact: Pillow's levels; without it a blurred pixel may
+    be off by 3 of them, where that is cheaper on a GPU. out: (n, 3, S, S), written and returned; dtype is then its own.
     Returns (n, 3, S, S), row i from row i of `crops`: crop-major tables make a view of (V, B, 3, S, S).
     Values of tables are trusted: image indices, offsets and strides must lie in the buffer.
     Raises ValueError where shapes, dtypes or devices do not fit, and for sizes, means and deviations out of range;
@@ -99,7 +101,7 @@ def multi_crop_augment(
         out = torch.empty(shape, dtype=dtype, device=crops.image.device)
     check_shape("out", out, shape)
     if use_triton(out):
-        _multi_crop_augment_(out, [*images, *crops], [float(m) for m in mean], [float(s) for s in std])
+        _multi_crop_augment_(out, [*images, *crops], [float(m) for m in mean], [float(s) for s in std], exact)
     else:
         reference.multi_crop_augment_(out, images, crops, mean, std)
     return out
