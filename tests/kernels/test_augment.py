@@ -1,6 +1,7 @@
 """multi_crop_augment has Pillow's levels, bit for bit: against the installed Pillow and its integer specification."""
 
 import re
+import sys
 from itertools import permutations
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fastdino_kernels import launch
 from fastdino_kernels.augment import CropTable, PackedImages, _multi_crop_augment_, multi_crop_augment
-from fastdino_kernels.augment.blur import blur
+from fastdino_kernels.augment.blur import aot_cases, blur
 from fastdino_kernels.augment.color import _turn_hue
 from fastdino_kernels.augment.reference import turn_hue
 from fastdino_kernels.launch import tl, triton
@@ -28,8 +29,8 @@ def small(photos) -> dict[str, Image]:
     """Small, because the interpreter walks over their pixels one by one."""
     rng = np.random.default_rng(0)
     return {
-        "photo": np.ascontiguousarray(photos[2][::22, ::25]),  # 24 x 21
-        "flower": np.ascontiguousarray(photos[1][::30, ::36]),  # 15 x 18
+        "photo": np.ascontiguousarray(photos[2][::22, ::47]),  # 24 x 11
+        "flower": np.ascontiguousarray(photos[1][::36, ::46]),  # 12 x 14
         "noise": rng.integers(0, 256, (9, 14, 3), np.uint8),
         "saturated": rng.integers(0, 2, (8, 7, 3)).astype(np.uint8) * 255,
         "tiny": rng.integers(0, 256, (4, 5, 3), np.uint8),
@@ -61,9 +62,9 @@ def test_resize_shrinks_and_grows_as_pillow(small, size, device):
     images = list(small.values())
     crops = [whole(images, i, flip=i % 2 == 1) for i in range(len(images))]
     crops += [
-        crop(0, (3, 5, 9, 16)),
+        crop(0, (1, 5, 9, 16)),
         crop(2, (0, 5, 14, 1), flip=True),
-        crop(0, (20, 0, 1, 24)),
+        crop(0, (10, 0, 1, 24)),
         crop(1, (2, 1, 8, 8)),
     ]
     assert_pillows_levels(images, crops, size, device)
@@ -133,30 +134,33 @@ def blurred_by_pillow(levels: Tensor, radii: list[float]) -> Tensor:
     return torch.from_numpy(np.stack(filtered)).permute(0, 3, 1, 2).long()
 
 
-def test_blur_away_from_borders_is_pillows_too(device):
-    """80 pixels: tiles at the borders and within them, along both axes."""
+@pytest.fixture
+def few_tiles(monkeypatch, device) -> None:
+    """Of 32 rows, for the interpreter: 80 pixels are then three tiles, of which one reaches no border."""
+    if device.type == "cpu":
+        monkeypatch.setattr(sys.modules[aot_cases.__module__], "ROWS", 32)
+
+
+def test_blur_away_from_borders_is_pillows_too(few_tiles, device):
     radii = [0.3, 2.0]
     levels = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8, device=device)
     assert torch.equal(blurred(levels, radii, exact=True), blurred_by_pillow(levels, radii))
 
 
-def test_blur_that_is_not_exact_is_off_by_three_levels_at_most(photos, device):
-    """Noise, stripes of black and white, and a photograph; a tenth of a level in the mean."""
+def test_blur_that_is_not_exact_is_off_by_three_levels_at_most(photos, few_tiles, device):
+    """Noise of black and white, stripes of them, and a photograph; a quarter of a level in the mean."""
     noise = torch.randint(0, 2, (3, 80, 80)) * 255
     stripes = (torch.arange(80) // 3 % 2 * 255).expand(3, 80, 80)
     photo = torch.from_numpy(photos[2][100:180, 200:280].copy()).permute(2, 0, 1)
-    levels = torch.stack([noise, stripes, photo, noise]).to(device, torch.uint8)
-    radii = [0.5, 1.1, 1.5, 2.0]
-    difference = (blurred(levels, radii, exact=False) - blurred_by_pillow(levels, radii)).abs().double()
-    print("MAX", difference.amax((1, 2, 3)), difference.mean((1, 2, 3)))
-    assert difference.max() > 0
-    assert difference.max() <= 3
-    assert difference.mean((1, 2, 3)).max() <= 0.5
+    levels, radii = torch.stack([noise, stripes, photo]).to(device, torch.uint8), [0.5, 1.1, 2.0]
+    difference = (blurred(levels, radii, exact=False) - blurred_by_pillow(levels, radii)).abs()
+    assert 0 < difference.max() <= 3
+    assert difference.double().mean((1, 2, 3)).max() <= 0.25
 
 
 def test_everything_at_once_is_pillows(small, device):
     images, rng = list(small.values()), np.random.default_rng(1)
-    assert_pillows_levels(images, [random_crop(rng, images, i % len(images)) for i in range(20)], 12, device)
+    assert_pillows_levels(images, [random_crop(rng, images, i % len(images)) for i in range(14)], 12, device)
 
 
 def test_plain_path_is_pillows_on_photographs(photos, monkeypatch):
@@ -260,9 +264,9 @@ def test_tables_may_be_strided_and_pixels_a_view(small, ops):
 
 
 def test_boxes_and_radii_out_of_range_are_cut(small, ops):
-    images, device = [small["photo"]], CPU  # 24 high, 21 wide
-    asked = [crop(0, (18, 20, 9, 9)), crop(0, (-2, 30, 5, 5)), crop(0, (0, 0, 0, 99)), crop(0, (0, 0, 9, 9), blur=7.0)]
-    given = [crop(0, (18, 20, 3, 4)), crop(0, (0, 23, 5, 1)), crop(0, (0, 0, 1, 24)), crop(0, (0, 0, 9, 9), blur=2.4)]
+    images, device = [small["photo"]], CPU  # 24 high, 11 wide
+    asked = [crop(0, (8, 20, 9, 9)), crop(0, (-2, 30, 5, 5)), crop(0, (0, 0, 0, 99)), crop(0, (0, 0, 9, 9), blur=7.0)]
+    given = [crop(0, (8, 20, 3, 4)), crop(0, (0, 23, 5, 1)), crop(0, (0, 0, 1, 24)), crop(0, (0, 0, 9, 9), blur=2.4)]
     ours, expected = (multi_crop_augment(packed(images, device), table(c, device), 6) for c in (asked, given))
     assert torch.equal(ours, expected)
 
