@@ -56,9 +56,7 @@ def assert_pillows_levels(images: list[Image], crops: list[dict], size: int, dev
     assert torch.equal(ours, by_replica(images, crops, size))
 
 
-@pytest.mark.parametrize("size", [1, 9])
-def test_resize_shrinks_and_grows_as_pillow(small, size, device):
-    """1 pixel: more taps than the table holds, next to crops that fit."""
+def test_resize_shrinks_and_grows_as_pillow(small, device):
     images = list(small.values())
     crops = [whole(images, i, flip=i % 2 == 1) for i in range(len(images))]
     crops += [
@@ -67,19 +65,21 @@ def test_resize_shrinks_and_grows_as_pillow(small, size, device):
         crop(0, (10, 0, 1, 24)),
         crop(1, (2, 1, 8, 8)),
     ]
-    assert_pillows_levels(images, crops, size, device)
+    assert_pillows_levels(images, crops, 9, device)
 
 
 def test_several_tiles_are_pillows(small, device):
-    images = [small["tiny"], small["flower"]]
-    crops = [whole(images, 0, blur=1.0), whole(images, 0, flip=True, blur=2.0), whole(images, 1, flip=True)]
-    assert_pillows_levels(images, crops, 40, device)
+    images = [small["tiny"], small["tinier"]]
+    crops = [whole(images, 0, blur=1.0), whole(images, 1, flip=True, blur=2.0)]
+    assert_pillows_levels(images, crops, 34, device)
 
 
-def test_resize_of_many_taps_is_pillows(small, device):
-    """24 pixels to 2: 49 taps, where the table holds 48."""
-    images = [small["photo"], small["noise"]]
-    assert_pillows_levels(images, [whole(images, 0), whole(images, 0, flip=True), whole(images, 1)], 2, device)
+@pytest.mark.parametrize(("name", "size"), [("photo", 2), ("noise", 1)], ids=["24-to-2", "14-to-1"])
+def test_resize_of_many_taps_is_pillows(small, name, size, device):
+    """49 and 56 taps, where the table holds 48; with them a crop that fits."""
+    images = [small[name], small["tiny"]]
+    crops = [whole(images, 0, jitter=[("contrast", 1.4)]), whole(images, 0, flip=True), whole(images, 1)]
+    assert_pillows_levels(images, crops, size, device)
 
 
 def test_every_order_of_the_color_steps_is_pillows(small, device):
@@ -111,11 +111,11 @@ def test_gray_and_solarize_are_pillows(small, device):
     assert_pillows_levels(images, crops, 11, device)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 2, 7])
 def test_blur_is_pillows_up_to_its_borders(small, size, device):
     """Radii to either side of sqrt(2), where a box grows from one whole tap to three."""
     images = [small["tiny"], small["tinier"]]
-    radii = (0.1, 0.4, 1.0, 1.41, 1.4143, 1.7, 2.0, 2.4)
+    radii = (0.1, 1.0, 1.41, 1.4143, 2.0, 2.4)
     assert_pillows_levels(images, [whole(images, i % 2, blur=r) for i, r in enumerate(radii)], size, device)
 
 
@@ -160,7 +160,7 @@ def test_blur_that_is_not_exact_is_off_by_three_levels_at_most(photos, few_tiles
 
 def test_everything_at_once_is_pillows(small, device):
     images, rng = list(small.values()), np.random.default_rng(1)
-    assert_pillows_levels(images, [random_crop(rng, images, i % len(images)) for i in range(14)], 12, device)
+    assert_pillows_levels(images, [random_crop(rng, images, i % len(images)) for i in range(14)], 8, device)
 
 
 def test_plain_path_is_pillows_on_photographs(photos, monkeypatch):
