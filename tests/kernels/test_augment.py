@@ -171,6 +171,15 @@ def test_plain_path_is_pillows_on_photographs(photos, monkeypatch):
         assert_pillows_levels(photos, crops, size, CPU)
 
 
+def test_a_box_over_a_hundred_times_as_tall_as_wide_is_summed_along_x_first_too(photos, monkeypatch):
+    """Where one shrinks, Pillow sums its rows first, and rounds other numbers to 8 bits between the passes."""
+    monkeypatch.setattr(launch, "TRITON_DEVICES", set())
+    crops = [crop(0, (300, 10, 4, 400)), crop(0, (300, 10, 3, 400))]
+    ours = levels_of(multi_crop_augment(packed(photos[:1], CPU), table(crops, CPU), 96))
+    assert torch.equal(ours, by_replica(photos, crops, 96))
+    assert [torch.equal(*pair) for pair in zip(ours, by_pillow(photos, crops, 96))] == [True, False]
+
+
 @triton.jit
 def _turn_every_kernel(rgb_ptr, out_ptr, shift, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

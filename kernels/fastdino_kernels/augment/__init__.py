@@ -10,7 +10,7 @@ Axes: B images, n crops, S pixels of a side. One crop, in this order:
 `resize` makes the crops up to the first mean that is needed (contrast's), `color` does the rest of the colours, `blur`
 the crops that are blurred; the last of them that touches a crop finishes it. Between them crops have 8 bits per
 channel, as in Pillow. Memory: the boxes once, and per crop pixel 6 bytes and 3 words of the output; blurred ones move
-15 bytes more. Every step is in integers, or in fp32 and fp64 operations that round as Pillow's do, so the levels are
+12 bytes more. Every step is in integers, or in fp32 and fp64 operations that round as Pillow's do, so the levels are
 Pillow 12's on every device and run.
 """
 

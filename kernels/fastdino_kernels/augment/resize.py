@@ -2,8 +2,9 @@
 
 Keys' cubic with a = -0.5, whose support grows with the scale, over the pixels of the box alone: crop, then resize.
 Weights are fp64 divided by their sum, times 2**22, rounded. Columns first: their sums are rounded to 8 bits, and the
-rows are summed over those. A weighted sum stays below 2**31, because the cubic's weights add up to 1.3 at most without
-their signs. Axes: n crops, S pixels of a side, taps of an output pixel: 4 * max(scale, 1) + 1 source pixels at most.
+rows are summed over those. (Pillow begins with the rows in one case, a box over 100 times as tall as wide that shrinks;
+levels may differ there, and no recipe draws one.) A weighted sum stays below 2**31: without their signs the weights add
+up to 1.3 at most. Axes: n crops, S pixels of a side, taps of an output pixel: 4 * max(scale, 1) + 1 at most.
 
 A kernel makes the weights of all crops: 2*S sums of taps each. Another makes 8 rows by 32 columns of one crop per
 program: it walks down the source rows below them, sums each along x and adds it to those of the 8 rows that it is part
@@ -63,7 +64,7 @@ def _side(box_ptr, crop, axis, image_length):
     return start, tl.maximum(tl.minimum(tl.load(box_ptr + crop * 4 + 2 + axis), image_length - start), 1)
 
 
-# Reads 40 bytes per crop and axis, and writes 16 + 4 * taps per output pixel.
+# Reads 16 bytes per crop and axis, and writes 16 + 4 * taps per output pixel.
 @triton.jit
 def _resize_weights_kernel(
     image_ptr,  # (n,) int32
@@ -189,8 +190,9 @@ def _resized(
     return _rounded(r), _rounded(g), _rounded(b)
 
 
-# Reads the 3*w*h bytes of a box about 1.5 * (1 + 128 / (S * max(scale, 1))) times, mostly from the caches; writes
-# 3*S*S. The plain version writes and reads 3*h*S bytes between the passes, and as much again for each step of colour.
+# Reads the 3*w*h bytes of a box 1.7 times where it shrinks ((8 + 4) / 8 along y, (32 + 4) / 32 along x), mostly from the
+# caches, and the weights; writes 3*S*S. The plain version writes and reads 3*h*S more between the passes, and 3*S*S for
+# each step of colour.
 @triton.jit
 def _resize_kernel(
     pixels_ptr,  # (bytes,) uint8
