@@ -190,9 +190,9 @@ def _resized(
     return _rounded(r), _rounded(g), _rounded(b)
 
 
-# Reads the 3*w*h bytes of a box 1.7 times where it shrinks ((8 + 4) / 8 along y, (32 + 4) / 32 along x), mostly from the
-# caches, and the weights; writes 3*S*S. The plain version writes and reads 3*h*S more between the passes, and 3*S*S for
-# each step of colour.
+# Reads the 3*w*h bytes of a box 1.7 times where it shrinks ((8 + 4) / 8 along y, (32 + 4) / 32 along x), mostly from
+# the caches, and the weights; writes 3*S*S. The plain version writes and reads 3*h*S more between the passes, and 3*S*S
+# for each step of colour.
 @triton.jit
 def _resize_kernel(
     pixels_ptr,  # (bytes,) uint8
