@@ -5,9 +5,11 @@ all others take the ops' plain path, as a user without a GPU would, unless they 
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,12 +19,14 @@ from PIL import Image
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    # Not the environment variable, which subprocesses would inherit; and before a test imports a kernel.
-    import triton
+    # The environment variable for Triton's own functions, which are decorated when it is imported, and no longer,
+    # because subprocesses would inherit it; and before a test imports a kernel.
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        import triton
 
     triton.knobs.runtime.interpret = True
 
-from fastdino_kernels import launch
+from fastdino_kernels import launch  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -7,7 +7,7 @@ convolution by extended box filtering", SSVM 2011: a box of 2R + 1 whole taps, a
 The three passes along an axis are one kernel. A thread loads the 7 (R = 0) or 13 (R = 1) source pixels of an output
 pixel and keeps in registers what each pass makes of them: 5 or 9 levels, 3 or 5, and 1. Tiles that reach no border
 need none of the care for it. Of those, what is not `exact` sums the three passes as one, with a quarter of the
-arithmetic; the difference is the 8 bits between passes, less than 2 levels an axis. At a border there is no such
+arithmetic; what differs is the rounding to 8 bits between passes, half a level at each. At a border there is no such
 shortcut: repeating its pixels once is not what repeating them at every pass makes.
 Axes: n crops, S pixels of a side. DINO's radii end at 2; from 2.45 R would be 2, so they are cut to 2.4 here.
 """
