@@ -1,5 +1,6 @@
 """DINO's fused ops, for anyone's training loop. Imports torch and triton, nothing else."""
 
+from fastdino_kernels.augment import CropTable, PackedImages, multi_crop_augment
 from fastdino_kernels.center import batch_center, center_ema_, center_update_
 from fastdino_kernels.clip_adamw_ema import clip_adamw_ema_
 from fastdino_kernels.dino_loss import DINOLossStats, dino_loss, dino_loss_and_grad_, dino_loss_with_stats
@@ -8,7 +9,9 @@ from fastdino_kernels.optim import ClipAdamWEMA
 
 __all__ = [
     "ClipAdamWEMA",
+    "CropTable",
     "DINOLossStats",
+    "PackedImages",
     "batch_center",
     "center_ema_",
     "center_update_",
@@ -17,4 +20,5 @@ __all__ = [
     "dino_loss_and_grad_",
     "dino_loss_with_stats",
     "ema_update_",
+    "multi_crop_augment",
 ]

@@ -17,7 +17,15 @@ from importlib import import_module
 
 from fastdino_kernels.launch import INTERPRETED, AotCase
 
-ROOMS = ("dino_loss", "center", "ema", "clip_adamw_ema")  # by name: in the package, `dino_loss` is the function
+ROOMS = (
+    "dino_loss",
+    "center",
+    "ema",
+    "clip_adamw_ema",
+    "augment.resize",
+    "augment.color",
+    "augment.blur",
+)  # by name: in the package, `dino_loss` is the function
 ARCHS = (80, 90, 100)
 WIDE_BITS = 128
 
@@ -60,7 +68,8 @@ def compile_case(case: AotCase, arch: int) -> Usage:
         constexprs=dict(case.constexprs),
         attrs={(position[name],): [["tt.divisibility", 16]] for name in case.aligned if name in position},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps})
+    options = {"num_warps": case.num_warps, "enable_fp_fusion": case.fp_fusion}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

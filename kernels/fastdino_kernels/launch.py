@@ -89,6 +89,10 @@ LAUNCH = {
     "ema": Launch(block=2048, num_warps=8),
     "grad_norm": Launch(block=2048, num_warps=8),
     "clip_adamw_ema": Launch(block=1024, num_warps=8),
+    "resize_weights": Launch(block=32, num_warps=1),
+    "resize": Launch(block=32, num_warps=1),  # columns: a warp is a row, so that sums need no exchange
+    "augment_color": Launch(block=1024, num_warps=4),
+    "blur": Launch(block=32, num_warps=4),  # columns
 }
 
 
@@ -107,5 +111,7 @@ class AotCase:
     aligned: tuple[str, ...] = ()
     """Runtime arguments that are multiples of 16 in real models (pointers: of 16 bytes), as a launch would find out."""
     num_warps: int = 4
+    fp_fusion: bool = True
+    """Whether a multiplication and an addition may become one operation, rounded once."""
     narrow_load: str = ""
     """Why no load of this kernel is 128 bits wide, where none is."""

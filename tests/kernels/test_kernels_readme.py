@@ -13,8 +13,8 @@ EXAMPLES = re.findall(r"## ([^\n]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", READM
 def test_example_runs(code: str) -> None:
     scope: dict[str, object] = {}
     exec(code, scope)
-    assert any(name in scope for name in ("loss", "center", "low"))
+    assert any(name in scope for name in ("loss", "center", "low", "crops"))
 
 
 def test_every_chapter_with_code_is_found() -> None:
-    assert len(EXAMPLES) == README.read_text().count("```python") == 5
+    assert len(EXAMPLES) == README.read_text().count("```python") == 6
