@@ -52,17 +52,26 @@ class DINOLoss(nn.Module):
 
     def with_stats(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> DINOLossStats:
         """`forward`, and the numbers for the log: teacher entropy, KL, per-image losses."""
-        student = student_output.unflatten(0, (self.ncrops, -1))
-        teacher = teacher_output.detach().unflatten(0, (N_TEACHER_VIEWS, -1))
         temp = float(self.teacher_temp_schedule[epoch])
-        stats = dino_loss_with_stats(student, teacher, self.center[0], self.student_temp, temp)
-        self.update_center(teacher_output)
+        stats = self.at_temperature(student_output, teacher_output, temp)
+        self.move_center(self.batch_center(teacher_output))
         return stats
 
+    def at_temperature(
+        self, student_output: Tensor, teacher_output: Tensor, teacher_temp: float | Tensor
+    ) -> DINOLossStats:
+        """The loss alone: no schedule, and the center stays."""
+        student = student_output.unflatten(0, (self.ncrops, -1))
+        teacher = teacher_output.detach().unflatten(0, (N_TEACHER_VIEWS, -1))
+        return dino_loss_with_stats(student, teacher, self.center[0], self.student_temp, teacher_temp)
+
+    def batch_center(self, teacher_output: Tensor) -> Tensor:
+        """Mean of teacher logits (2 * B, K) of this process: (K,)."""
+        return batch_center(teacher_output.detach().unflatten(0, (N_TEACHER_VIEWS, -1)))
+
     @torch.no_grad()
-    def update_center(self, teacher_output: Tensor) -> None:
-        """Move the center towards the mean of this batch's teacher logits (2 * B, K), over all processes."""
-        mean = batch_center(teacher_output.detach().unflatten(0, (N_TEACHER_VIEWS, -1)))
+    def move_center(self, mean: Tensor) -> None:
+        """Move the center towards a mean (K,) of teacher logits, averaged over all processes first."""
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()

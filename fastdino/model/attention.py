@@ -62,13 +62,35 @@ def _load_cuda12_runtime() -> None:
             return
 
 
-@cache
-def _block_diagonal_mask(packing: Packing, device: torch.device) -> Any:
-    """Built once per shape: building one copies lengths to the device, which a capture must not see."""
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+# What tells a kernel where images end, per packing and device. Made before a compiler traces or a graph captures
+# (`prepare`), because making one copies lengths to the device.
+_MASKS: dict[tuple[Packing, torch.device], Any] = {}
+_BOUNDARIES: dict[tuple[Packing, torch.device], Tensor] = {}
 
-    lengths = [n_tokens for n_images, n_tokens in packing.groups for _ in range(n_images)]
-    return BlockDiagonalMask.from_seqlens(lengths, device=device)
+
+def _block_diagonal_mask(packing: Packing, device: torch.device) -> Any:
+    if (packing, device) not in _MASKS:
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        lengths = [n_tokens for n_images, n_tokens in packing.groups for _ in range(n_images)]
+        _MASKS[packing, device] = BlockDiagonalMask.from_seqlens(lengths, device=device)
+    return _MASKS[packing, device]
+
+
+def _boundaries(packing: Packing, device: torch.device) -> Tensor:
+    """(images + 1,) int32: where each image begins, and the end."""
+    if (packing, device) not in _BOUNDARIES:
+        lengths = [n_tokens for n_images, n_tokens in packing.groups for _ in range(n_images)]
+        _BOUNDARIES[packing, device] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return _BOUNDARIES[packing, device]
+
+
+def prepare(backend: str, packing: Packing, device: torch.device) -> None:
+    """Make what a backend needs for a packing."""
+    if backend == "xformers":
+        _block_diagonal_mask(packing, device)
+    elif backend == "varlen":
+        _boundaries(packing, device)
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
@@ -79,15 +101,8 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) ->
     return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask, scale=scale)[0]
 
 
-@cache
-def _boundaries(packing: Packing, device: torch.device) -> Tensor:
-    """(images + 1,) int32: where each image begins, and the end."""
-    lengths = [n_tokens for n_images, n_tokens in packing.groups for _ in range(n_images)]
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-
-
 def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
-    """torch.nn.attention.varlen over all groups in one call; it knows no scale but D ** -0.5 before torch 2.11."""
+    """torch.nn.attention.varlen over all groups in one call. A scale of its own is folded into q: it takes none yet."""
     from torch.nn.attention.varlen import varlen_attn
 
     starts = _boundaries(packing, q.device)
@@ -175,9 +190,11 @@ def use_backend(name: str | None) -> None:
 
 def attention_op(device_type: str, dtype: torch.dtype) -> AttentionOp:
     """What computes attention of such tensors: the backend in use where it can, else SDPA (CPU, fp64)."""
-    preferred = [_Current.name] if _Current.name else ["xformers"]
-    for name in preferred:
-        if why_not(name, device_type, dtype) is None:
+    if _Current.name is None and torch.compiler.is_compiling():
+        return sdpa  # a compiler cannot try things out
+    if device_type == "cuda" and dtype != torch.float64:
+        name = _Current.name or "xformers"
+        if torch.compiler.is_compiling() or why_not(name, device_type, dtype) is None:
             return BACKENDS[name]
     return sdpa
 

@@ -6,6 +6,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from fastdino.model.attention import Packing
 from fastdino.model.vit import VisionTransformer
 
 
@@ -28,6 +29,15 @@ class MultiCropWrapper(nn.Module):
         out_dim = self.head.out_dim
         assert isinstance(out_dim, int)
         return out_dim
+
+    def packing(self, crops: Sequence[Tensor], batch_size: int) -> Packing:
+        """How the tokens of such crops, of batch_size images each, lie one after another."""
+        assert isinstance(self.backbone, VisionTransformer)
+        patch_size = self.backbone.patch_embed.patch_size
+        runs = [(size, len(list(run))) for size, run in groupby(crops, key=lambda x: x.shape[-2:])]
+        return Packing(
+            tuple((n * batch_size, 1 + (h // patch_size) * (w // patch_size)) for (h, w), n in runs)
+        )
 
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """V crops (B, 3, H, W), or one tensor of them -> (V * B, K), crop-major."""

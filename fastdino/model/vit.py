@@ -268,7 +268,7 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """(B, 3, H, W) -> (B, D) CLS features. A list of such, of several resolutions: the features one after another."""
         groups = [self.prepare_tokens(images) for images in ([x] if isinstance(x, Tensor) else x)]
-        packing = Packing(tuple((tokens.shape[0], tokens.shape[1]) for tokens in groups))
+        packing = Packing(tuple((len(tokens), tokens.shape[1]) for tokens in groups))
         *_, tokens = self._blocks(torch.cat([group.flatten(0, 1) for group in groups]), packing)
         # The norm looks at tokens one by one: those that nobody reads can go before it.
         return self.head(self.norm(torch.cat([group[:, 0] for group in packing.split(tokens)])))

@@ -55,9 +55,20 @@ class TrainConfig:
         3.0, "Optimisation", "largest gradient norm of one parameter tensor; 0 switches clipping off"
     )
     freeze_last_layer: int = flag(1, "Optimisation", "epochs during which the prototypes stay fixed")
-    use_fp16: bool = flag(True, "Optimisation", "half precision on GPUs (fp32 on CPU all the same)")
+    use_fp16: bool = flag(True, "Optimisation", "half precision on GPUs (on a CPU fp32, unless --amp_dtype bf16)")
     amp_dtype: str = flag(
         "auto", "Optimisation", "which half: bf16 where the GPU has it, else fp16", ("auto", "bf16", "fp16")
+    )
+    step: str = flag(
+        "auto", "Optimisation", "how a step runs: graph on GPUs, eager on CPU", ("auto", "eager", "compiled", "graph")
+    )
+    attention: str = flag(
+        "auto", "Optimisation", "attention kernels; auto times what works", ("auto", "xformers", "varlen", "sdpa")
+    )
+    accumulate: int = flag(1, "Optimisation", "parts that a batch is computed in, one update for all; less memory")
+    checkpointing: bool = flag(False, "Optimisation", "recompute activations in the backward pass; less memory")
+    drop_path_mode: str = flag(
+        "sample", "Optimisation", "drop-path as in the original, or on a subset (DINOv2)", ("sample", "batch")
     )
 
     # Crops
@@ -115,12 +126,17 @@ class TrainConfig:
                 raise ValueError(
                     f"--patch_size: expected a divisor of --{name}_crops_size={size}, got {self.patch_size}"
                 )
+        if self.batch_size_per_gpu % self.accumulate:
+            raise ValueError(
+                f"--accumulate: expected a divisor of --batch_size_per_gpu={self.batch_size_per_gpu}, "
+                f"got {self.accumulate}"
+            )
         for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
             if getattr(self, name) > self.epochs:
                 raise ValueError(f"--{name}: expected at most --epochs={self.epochs}, got {getattr(self, name)}")
 
     def _check_ranges(self) -> None:
-        positive = """patch_size out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu knn_k warmup_teacher_temp
+        positive = """patch_size out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu accumulate knn_k warmup_teacher_temp
             teacher_temp global_crops_size local_crops_size"""
         not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
             freeze_last_layer local_crops_number num_workers knn_freq knn_images eval_resize attention_images

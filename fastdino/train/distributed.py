@@ -96,6 +96,18 @@ def average(values: Tensor) -> Tensor:
     return values
 
 
+def average_all(tensors: list[Tensor]) -> None:
+    """Mean over processes of many tensors, in place: one collective per dtype, and none that waits for the host."""
+    if not dist.is_initialized():
+        return
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        part = [x for x in tensors if x.dtype == dtype]
+        flat = torch.cat([x.reshape(-1) for x in part])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        torch._foreach_copy_(part, [x.view_as(y) for x, y in zip(flat.split([y.numel() for y in part]), part)])
+
+
 def any_of(flag: bool, device: torch.device) -> bool:
     """True on every process if it is on one."""
     if not dist.is_initialized():

@@ -30,7 +30,6 @@ from fastdino.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from fastdino.train.config import TrainConfig, check_writable, command_line
 from fastdino.train.distributed import Process
 from fastdino.train.log import Entry, LogFile, Reporter, draw_curves
-from fastdino.train.optim import OPTIMIZERS, get_params_groups
 from fastdino.train.schedules import Schedules
 from fastdino.train.step import StepMetrics, TrainStep
 
@@ -68,7 +67,11 @@ def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrap
 
     def network(drop_path_rate: float, norm_last_layer: bool) -> MultiCropWrapper:
         backbone = ARCHITECTURES[config.arch](
-            config.patch_size, img_size=[config.global_crops_size], drop_path_rate=drop_path_rate
+            config.patch_size,
+            img_size=[config.global_crops_size],
+            drop_path_rate=drop_path_rate,
+            drop_path_mode=config.drop_path_mode,
+            checkpointing=config.checkpointing,
         )
         head = DINOHead(
             backbone.embed_dim,
@@ -87,9 +90,11 @@ def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrap
 
 
 def amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The half precision to compute in, or None for fp32: on CPU, and where it is switched off."""
-    if not config.use_fp16 or device.type != "cuda":
+    """The half precision to compute in, or None for fp32: where it is switched off, and on a CPU that was not asked."""
+    if not config.use_fp16:
         return None
+    if device.type != "cuda":
+        return torch.bfloat16 if config.amp_dtype == "bf16" else None
     if config.amp_dtype == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[config.amp_dtype]
@@ -189,23 +194,26 @@ class _Run:
             config.warmup_teacher_temp_epochs,
             config.epochs,
         ).to(device)
-        self.optimizer = OPTIMIZERS[config.optimizer](get_params_groups(self.student))
-        student: nn.Module = self.student
-        if process.world_size > 1:
-            student = nn.parallel.DistributedDataParallel(
-                self.student, device_ids=[device.index] if device.type == "cuda" else None
+        self.reporter = Reporter(process.is_main)
+        mode = config.step if config.step != "auto" else "graph" if device.type == "cuda" else "eager"
+        try:
+            self.step = TrainStep(
+                student=self.student,
+                teacher=self.teacher,
+                loss=self.loss,
+                optimizer=config.optimizer,
+                schedules=Schedules.of(config, self.niter, process.world_size),
+                niter_per_ep=self.niter,
+                clip_grad=config.clip_grad,
+                freeze_last_layer=config.freeze_last_layer,
+                amp_dtype=amp_dtype(config, device),
+                mode=mode,
+                accumulate=config.accumulate,
+                attention_backend=config.attention,
+                say=self.reporter.say,
             )
-        self.step = TrainStep(
-            student=student,
-            teacher=self.teacher,
-            loss=self.loss,
-            optimizer=self.optimizer,
-            schedules=Schedules.of(config, self.niter, process.world_size),
-            niter_per_ep=self.niter,
-            clip_grad=config.clip_grad,
-            freeze_last_layer=config.freeze_last_layer,
-            amp_dtype=amp_dtype(config, device),
-        )
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
         self.checkpoint_path = self.folder / "checkpoint.pth"
         self.iteration = self._resume() if config.resume and self.checkpoint_path.is_file() else 0
 
@@ -214,7 +222,6 @@ class _Run:
             self.source, config.recipe(), self.sampler, self.num_workers, pin_memory=device.type == "cuda"
         )
         self.log = LogFile(self.folder / "log.txt")
-        self.reporter = Reporter(process.is_main)
         self.stop = _Stop()
         self.knn_before: float | None = None
         self.drawn_at = time.perf_counter()
@@ -227,10 +234,11 @@ class _Run:
                 checkpoint,
                 student=self.student,
                 teacher=self.teacher,
-                optimizer=self.optimizer,
+                optimizer=self.step.optimizer,
                 loss=self.loss,
                 scaler=self.step.scaler,
             )
+            self.step.refresh_copies()
         except UserError as error:
             raise UserError(
                 f"cannot resume from {self.checkpoint_path} (--resume false starts anew): {error}"
@@ -347,7 +355,7 @@ class _Run:
                 path,
                 student=self.student,
                 teacher=self.teacher,
-                optimizer=self.optimizer,
+                optimizer=self.step.optimizer,
                 loss=self.loss,
                 epoch=epoch,
                 config=self.config,

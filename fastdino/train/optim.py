@@ -84,6 +84,7 @@ class LARS(Optimizer):
         return loss
 
 
+# adamw here is what a GradScaler drives; otherwise the step takes ClipAdamWEMA, whose state_dict is the same.
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
     "adamw": lambda groups: AdamW(groups, lr=0.0),  # the step sets lr and weight decay from the schedules
     "sgd": lambda groups: SGD(groups, lr=0.0, momentum=0.9),

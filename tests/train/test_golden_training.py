@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastdino import DINOHead, DINOLoss, MultiCropWrapper, VisionTransformer, cosine_schedule, get_params_groups
+from fastdino.model.vit import Block
 from fastdino.train.checkpoint import load_checkpoint, restore
 from fastdino.train.config import TrainConfig
 from fastdino.train.optim import OPTIMIZERS
@@ -50,7 +51,7 @@ def micro_loss(cfg):
     )
 
 
-def run_trajectory(data, dtype):
+def run_trajectory(data, dtype, packed=True, **options):
     """Nine steps with the parts that `fastdino train` uses; (step, losses)."""
     cfg = data["cfg"]
     student, teacher = micro_networks(cfg)
@@ -68,15 +69,16 @@ def run_trajectory(data, dtype):
     assert np.allclose(schedules.weight_decay, data["wd"].numpy(), rtol=1e-12)
     assert np.allclose(schedules.momentum_teacher, data["momentum"].numpy(), rtol=1e-12)
     student, teacher = student.to(dtype), teacher.to(dtype)
+    student.packed = teacher.packed = packed
     step = TrainStep(
         student=student,
         teacher=teacher,
         loss=micro_loss(cfg).to(dtype),
-        optimizer=OPTIMIZERS["adamw"](get_params_groups(student)),
         schedules=schedules,
         niter_per_ep=cfg["steps_per_epoch"],
         clip_grad=cfg["clip_grad"],
         freeze_last_layer=cfg["freeze_last_layer"],
+        **{"optimizer": "adamw", **options},
     )
     losses = []
     for i in range(len(data["losses"])):
@@ -85,17 +87,12 @@ def run_trajectory(data, dtype):
     return step, torch.tensor(losses, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "loss_budget", "weight_budget"),
-    [
-        ("trajectory_fp64", torch.float64, 1e-10, 1e-8),
-        ("trajectory_free_g_fp64", torch.float64, 1e-10, 1e-8),
-        ("trajectory_fp32", torch.float32, 1e-5, 1e-3),
-    ],
-)
-def test_nine_steps_end_at_the_originals_weights(golden, rel, name, dtype, loss_budget, weight_budget):
-    data = golden(name)
-    step, losses = run_trajectory(data, dtype)
+BUDGETS = {torch.float64: (1e-10, 1e-8), torch.float32: (1e-5, 1e-3)}  # of the first loss; of weights after nine steps
+
+
+def assert_the_originals(data, step, losses, rel):
+    dtype = next(step.student.parameters()).dtype
+    loss_budget, weight_budget = BUDGETS[dtype]
     assert rel(losses[0], data["losses"][0]) < loss_budget
     assert rel(losses, data["losses"]) < weight_budget
     assert rel(step.loss.center, data["center"]) < weight_budget
@@ -111,12 +108,56 @@ def test_nine_steps_end_at_the_originals_weights(golden, rel, name, dtype, loss_
             assert rel(got[key], value) < weight_budget, f"{what}.{key}"
 
 
-def test_clipping_the_whole_model_at_once_would_be_noticed(golden, rel, monkeypatch):
-    def clip_globally(model, clip):
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+TRAJECTORIES = [
+    ("trajectory_fp64", torch.float64),
+    ("trajectory_free_g_fp64", torch.float64),
+    ("trajectory_fp32", torch.float32),
+]
 
-    monkeypatch.setattr("fastdino.train.step.clip_gradients", clip_globally)
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "unpacked"])
+@pytest.mark.parametrize(("name", "dtype"), TRAJECTORIES, ids=[name for name, _ in TRAJECTORIES])
+def test_nine_steps_end_at_the_originals_weights(golden, rel, name, dtype, packed):
+    data = golden(name)
+    assert_the_originals(data, *run_trajectory(data, dtype, packed), rel)
+
+
+@pytest.mark.parametrize(("name", "dtype"), TRAJECTORIES, ids=[name for name, _ in TRAJECTORIES])
+def test_nine_compiled_steps_end_there_too(golden, rel, name, dtype):
+    data = golden(name)
+    step, losses = run_trajectory(data, dtype, mode="compiled")
+    assert step.mode == "compiled"  # nothing fell back
+    assert_the_originals(data, step, losses, rel)
+
+
+def test_nine_steps_through_the_interpreted_kernels(golden, rel, ops):
+    """fp32, because the kernels leave fp64 to the reference."""
+    data = golden("trajectory_fp32")
+    assert_the_originals(data, *run_trajectory(data, torch.float32), rel)
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"checkpointing": True}], ids=str)
+def test_accumulation_and_checkpointing_change_nothing(golden, rel, options, monkeypatch):
     data = golden("trajectory_fp64")
+    if "checkpointing" in options:
+        recomputing = lambda self, x, packing, mode, _: forward(self, x, packing, mode, True)  # noqa: E731
+        forward = Block.forward
+        monkeypatch.setattr(Block, "forward", recomputing)
+        options = {}
+    assert_the_originals(data, *run_trajectory(data, torch.float64, **options), rel)
+
+
+def test_clipping_the_whole_model_at_once_would_be_noticed(golden, rel, monkeypatch):
+    data = golden("trajectory_fp64")
+    step_update = TrainStep._update
+
+    def update(self, iteration):
+        clip, self.optimizer.clip_grad = self.optimizer.clip_grad, 0.0
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip)
+        step_update(self, iteration)
+        self.optimizer.clip_grad = clip
+
+    monkeypatch.setattr(TrainStep, "_update", update)
     step, _ = run_trajectory(data, torch.float64)
     expected = data.state("student")
     assert max(rel(value, expected[key]) for key, value in step.student.state_dict().items()) > 1e-2
