@@ -12,7 +12,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastdino.data.augment import MultiCropRecipe, ViewRecipe
+from fastdino.data.params import MultiCropRecipe, ViewRecipe
 from fastdino.errors import UserError
 from fastdino.model import ARCHITECTURES
 
@@ -76,9 +76,14 @@ class TrainConfig:
 
     # Data
     data_path: str | None = flag(None, "Data", "folder of images, of any depth; without it: scikit-learn's digits")
-    num_workers: int = flag(
-        10, "Data", "data-loading processes per GPU, at most one per core; 0 loads in the main process"
+    num_workers: int = flag(10, "Data", "loading threads per GPU, at most one per core; 0 loads between the steps")
+    augment: str = flag(
+        "auto",
+        "Data",
+        "exact: Pillow's pixels; fast: within 1.5 levels on average; auto: exact on GPUs, fast on CPU",
+        ("auto", "exact", "fast"),
     )
+    dct_scale: bool = flag(False, "Data", "decode JPEGs far larger than the crops need at 1/2 to 1/8 of their size")
 
     # Evaluation
     knn_freq: int = flag(10, "Evaluation", "epochs between k-NN evaluations, where there are labels; 0 for never")

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdino.data.augment import normalize
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.digits import load_digits
-from fastdino.data.loader import MAX_BAD, Batch, EpochSampler, train_loader, useful_workers
+from fastdino.data.loader import MAX_BAD, Batch, CropLoader, EpochSampler, useful_workers
 from fastdino.data.sources import FolderSource, ImageSource
 from fastdino.errors import TrainingError, UserError
 from fastdino.eval.attention_maps import draw_attention
@@ -210,8 +209,14 @@ class _Run:
         self.iteration = self._resume() if config.resume and self.checkpoint_path.is_file() else 0
 
         self.num_workers = useful_workers(config.num_workers, distributed.local_world_size())
-        self.loader = train_loader(
-            self.source, config.recipe(), self.sampler, self.num_workers, pin_memory=device.type == "cuda"
+        self.loader = CropLoader(
+            self.source,
+            config.recipe(),
+            self.sampler,
+            num_workers=self.num_workers,
+            device=device,
+            augment=config.augment,
+            dct_scale=config.dct_scale,
         )
         self.log = LogFile(self.folder / "log.txt")
         self.reporter = Reporter(process.is_main)
@@ -305,11 +310,7 @@ class _Run:
 
     def _to_device(self, batch: Batch) -> list[Tensor]:
         """V normalised crops (B, 3, H, W), globals first."""
-        crops: list[Tensor] = []
-        for group in (batch.global_crops, batch.local_crops):
-            if len(group):
-                crops += normalize(group.to(self.process.device, non_blocking=True)).unbind(0)
-        return crops
+        return batch.crops(self.process.device)
 
     def _read_metrics(self, pending: list[StepMetrics], meter: _Meter) -> None:
         """Bring the metrics of the last steps to the host, averaged over processes. Raises on a non-finite loss."""
