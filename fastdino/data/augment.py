@@ -1,13 +1,14 @@
 """Crops from images and parameters, on the CPU, with the original's order of alterations.
 
 `apply_crop` is Pillow itself: the pixels that DINO was trained on (arXiv:2104.14294, section 3.1). `apply_crop_fast`
-does the same with PyTorch's antialiased resize and OpenCV's colours, several times as fast, and close: the resize within
-2 levels, whole crops within 1.5 levels on average. On a GPU `fastdino_kernels.augment` makes Pillow's pixels.
+does the same with PyTorch's antialiased resize and OpenCV's colours, several times as fast, and close: the resize
+within 2 levels, whole crops within 1.5 levels on average. On a GPU `fastdino_kernels.augment` makes Pillow's pixels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,8 +24,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, for values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 LEVELS = np.arange(256)
 
-Pixels = NDArray[np.uint8]
-ApplyCrop = Callable[[Pixels, CropParams, int], Pixels]
+Pixels = NDArray[Any]  # of uint8, which OpenCV's types do not say
 
 
 def _shift_hue(image: Image.Image, shift: float) -> Image.Image:
@@ -63,7 +63,7 @@ def apply_crop(pixels: Pixels, params: CropParams, size: int) -> Pixels:
     return np.asarray(crop)
 
 
-def _levels(values: NDArray[np.float64]) -> Pixels:
+def _levels(values: NDArray[Any]) -> Pixels:
     """A table of 256 levels, truncated as Pillow's blends are."""
     return values.clip(0, 255).astype(np.uint8)
 

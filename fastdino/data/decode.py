@@ -1,7 +1,7 @@
 """Encoded bytes to RGB, as the original's `Image.open(f).convert("RGB")` sees them, EXIF rotation ignored included.
 
-In two steps, so that the pixels of a batch land in one buffer without a copy: `open_image` reads the header and says how
-large the image is, its `write` decodes into the place that was reserved. JPEG goes through simplejpeg, which gives
+In two steps, so that the pixels of a batch land in one buffer without a copy: `open_image` reads the header and says
+how large the image is, its `write` decodes into the place that was reserved. JPEG goes through simplejpeg, which gives
 Pillow's pixels a quarter faster and lets go of the interpreter's lock; everything else goes through Pillow.
 """
 

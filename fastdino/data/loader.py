@@ -19,7 +19,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from fastdino_kernels.augment.tables import CropTable, PackedImages
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -29,6 +28,7 @@ from fastdino.data.decode import BadImage, Opened, decode, decode_array, open_im
 from fastdino.data.params import MultiCropRecipe, crop_params, draw_crops
 from fastdino.data.ring import N_BUFFERS, PackedBuffer
 from fastdino.data.sources import ImageSource
+from fastdino_kernels.augment.tables import CropTable, PackedImages
 
 MAX_BAD = 0.1  # of the images: more unreadable ones than this end the run
 N_SAMPLED = 16  # headers read to say how much memory decoded images take
@@ -154,6 +154,14 @@ class CropLoader:
             sizes.append(3 * opened.width * opened.height)
         buffers = N_BUFFERS if self._batches else 1
         return int(np.mean(sizes or [0]) * 1.25 * self.sampler.batch_size * buffers)
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        how = "Pillow's pixels" if self.exact else "close to Pillow's pixels"
+        where = "on the GPU" if self.on_gpu else "on the CPU"
+        buffers = N_BUFFERS if self._batches else 1
+        batches = f"{buffers} batch{'es' if buffers > 1 else ''} of decoded images"
+        return f"crops {where}, {how}; {batches} in memory, about {self.memory() / 2**20:,.0f} MiB"
 
     def __iter__(self) -> Iterator[Batch]:
         if self._batches is None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fastdino_kernels.augment.tables import CropTable
 from numpy.typing import ArrayLike, NDArray
+
+from fastdino_kernels.augment.tables import CropTable
 
 RATIO = (3 / 4, 4 / 3)  # width / height of a crop, before it is resized to a square
 STEPS = ("brightness", "contrast", "saturation", "hue")  # as CropTable.order counts them

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from fastdino_kernels.augment.tables import PackedImages
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fastdino_kernels.augment.tables import PackedImages
 
 N_BUFFERS = 3  # one that is augmented, two that are decoded
 ALIGNMENT = 16  # bytes

@@ -75,7 +75,12 @@ class TrainConfig:
     solarize_prob: float = flag(0.2, "Crops", "probability that global 2 is solarized")
 
     # Data
-    data_path: str | None = flag(None, "Data", "folder of images, of any depth; without it: scikit-learn's digits")
+    data_path: str | None = flag(
+        None,
+        "Data",
+        "folder of images, of any depth; .tar or .parquet files, a folder of them or a pattern like "
+        "'train-{000..146}.tar'; without it: scikit-learn's digits",
+    )
     num_workers: int = flag(10, "Data", "loading threads per GPU, at most one per core; 0 loads between the steps")
     augment: str = flag(
         "auto",
@@ -89,7 +94,7 @@ class TrainConfig:
     knn_freq: int = flag(10, "Evaluation", "epochs between k-NN evaluations, where there are labels; 0 for never")
     knn_k: int = flag(20, "Evaluation", "neighbours that vote")
     knn_images: int = flag(10000, "Evaluation", "most images in each half of a k-NN evaluation; 0 for all")
-    val_path: str | None = flag(None, "Evaluation", "held-out folder with the same classes; else leave-one-out")
+    val_path: str | None = flag(None, "Evaluation", "held-out images with the same classes; else leave-one-out")
     eval_resize: int = flag(
         0, "Evaluation", "short side before the center crop; 0: 8/7 of the global crop (256 for 224)"
     )

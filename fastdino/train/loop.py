@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.digits import load_digits
 from fastdino.data.loader import MAX_BAD, Batch, CropLoader, EpochSampler, useful_workers
-from fastdino.data.sources import FolderSource, ImageSource
+from fastdino.data.sources import ImageSource, open_source
 from fastdino.errors import TrainingError, UserError
 from fastdino.eval.attention_maps import draw_attention
 from fastdino.eval.knn import extract_features, knn_accuracy
@@ -98,10 +98,10 @@ def open_sources(config: TrainConfig) -> tuple[ImageSource, ImageSource | None]:
     """(images to train on, held-out images or None)."""
     if config.data_path is None:
         return load_digits()
-    source = FolderSource(config.data_path)
+    source = open_source(config.data_path)
     if config.val_path is None:
         return source, None
-    held_out = FolderSource(config.val_path)
+    held_out = open_source(config.val_path)
     if list(held_out.classes) != list(source.classes) or not source.classes:
         raise UserError(
             f"--val_path: expected the class folders of --data_path ({', '.join(source.classes) or 'none'}), "
@@ -432,8 +432,9 @@ class _Run:
             f"crops   2 x {config.global_crops_size} px + {config.local_crops_number} x {config.local_crops_size} px, "
             f"{self.batch_size} images a step"
         )
+        say(f"loading {self.loader.describe()}")
         processes = f" x {self.process.world_size} processes" if self.process.world_size > 1 else ""
-        workers = f"{self.num_workers} loading process{'' if self.num_workers == 1 else 'es'}"
+        workers = f"{self.num_workers} loading thread{'' if self.num_workers == 1 else 's'}"
         fewer = f" (of {config.num_workers}: one per core)" if self.num_workers < config.num_workers else ""
         say(
             f"run     {config.epochs} epochs x {self.niter} steps of {config.optimizer} on {self.process.device}"
