@@ -132,9 +132,10 @@ class CropLoader:
         self.exact = self.on_gpu if augment == "auto" else augment == "exact"
         # Twice what the smallest boxes need: the resize still does most of the smoothing.
         self.enough = round(2 * recipe.short_side) if dct_scale else 0
+        self.buffers = [PackedBuffer(pin=self.on_gpu) for _ in range(N_BUFFERS if num_workers else 1)]
         self._free: SimpleQueue[PackedBuffer] = SimpleQueue()
-        for _ in range(N_BUFFERS if num_workers else 1):
-            self._free.put(PackedBuffer(pin=self.on_gpu))
+        for buffer in self.buffers:
+            self._free.put(buffer)
         self._images = ThreadPoolExecutor(num_workers, "image") if num_workers else None
         self._batches = ThreadPoolExecutor(N_BUFFERS, "batch") if num_workers else None
         self._stream = torch.cuda.Stream(self.device) if self.on_gpu else None
@@ -152,15 +153,13 @@ class CropLoader:
             except (BadImage, OSError):
                 continue
             sizes.append(3 * opened.width * opened.height)
-        buffers = N_BUFFERS if self._batches else 1
-        return int(np.mean(sizes or [0]) * 1.25 * self.sampler.batch_size * buffers)
+        return int(np.mean(sizes or [0]) * 1.25 * self.sampler.batch_size * len(self.buffers))
 
     def describe(self) -> str:
         """One phrase for the log."""
         how = "Pillow's pixels" if self.exact else "close to Pillow's pixels"
         where = "on the GPU" if self.on_gpu else "on the CPU"
-        buffers = N_BUFFERS if self._batches else 1
-        batches = f"{buffers} batch{'es' if buffers > 1 else ''} of decoded images"
+        batches = f"{len(self.buffers)} batch{'es' if len(self.buffers) > 1 else ''} of decoded images"
         return f"crops {where}, {how}; {batches} in memory, about {self.memory() / 2**20:,.0f} MiB"
 
     def __iter__(self) -> Iterator[Batch]:
@@ -199,10 +198,11 @@ class CropLoader:
                 if pixels is not None:
                     buffer.replace(i, pixels)
             widths, heights = zip(*buffer.sizes)
+            samples = [item.index for item in items]
             tables, first = [], 0
             for views in (self.recipe.globals, self.recipe.locals):
-                samples = [item.index for item in items]
-                tables.append(draw_crops(self.sampler.seed, keys[0][0], samples, widths, heights, views, first))
+                drawn = (samples, widths, heights, views, first)
+                tables.append(draw_crops(self.sampler.seed, keys[0][0], *drawn) if views else None)
                 first += len(views)
             bad = [line for item in items for line in item.bad]
             if self.on_gpu:
@@ -248,10 +248,10 @@ class CropLoader:
         """(views, pixels of a side) of the global and of the local crops."""
         return [(len(v), v[0].size if v else 0) for v in (self.recipe.globals, self.recipe.locals)]
 
-    def _on_cpu(self, buffer: PackedBuffer, tables: list[CropTable], bad: list[str]) -> Batch:
+    def _on_cpu(self, buffer: PackedBuffer, tables: list[CropTable | None], bad: list[str]) -> Batch:
         n_images = len(buffer.sizes)
         groups = [torch.empty(n, n_images, 3, size, size, dtype=torch.uint8) for n, size in self._groups()]
-        rows = [crop_params(table) for table in tables]
+        rows = [crop_params(table) if table else [] for table in tables]
         apply = apply_crop if self.exact else apply_crop_fast
 
         def augment(b: int) -> None:
@@ -265,7 +265,7 @@ class CropLoader:
         self._each(augment, range(n_images))
         return Batch(groups[0], groups[1], bad)
 
-    def _on_gpu(self, images: PackedImages, tables: list[CropTable], bad: list[str]) -> Batch:
+    def _on_gpu(self, images: PackedImages, tables: list[CropTable | None], bad: list[str]) -> Batch:
         from fastdino_kernels.augment import multi_crop_augment
 
         assert self._stream is not None
@@ -274,7 +274,7 @@ class CropLoader:
         with self._launching, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             on_device = PackedImages(*(x.to(self.device, non_blocking=True) for x in images))
             for (n, size), table in zip(self._groups(), tables):
-                if not n:
+                if table is None:
                     groups.append(torch.empty(0, n_images, 3, 0, 0, device=self.device))
                     continue
                 crops = CropTable(*(x.to(self.device, non_blocking=True) for x in table))

@@ -139,19 +139,20 @@ class TarSource:
 
     def _members(self, shard: str) -> list[tuple[str, int, int]]:
         """(name, offset, bytes) of the complete files in a shard."""
-        end, members = os.path.getsize(shard), []
+        n_bytes, end, members = os.path.getsize(shard), 0, []
         try:
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
                     archive.members = []  # type: ignore[attr-defined] # which it would keep, a kilobyte for each
-                    if member.offset_data + member.size > end:
-                        self.cut.append(shard)
+                    end = member.offset_data + member.size
+                    if end > n_bytes:
                         break
                     if member.isreg() and not os.path.basename(member.name).startswith("."):
                         members.append((member.name, member.offset_data, member.size))
         except (tarfile.TarError, OSError) as error:
             if not members:
                 raise UserError(f"{shard}: expected an uncompressed tar file: {error}") from error
+        if end + 2 * tarfile.BLOCKSIZE > n_bytes:  # an archive ends in two empty blocks
             self.cut.append(shard)
         return members
 
