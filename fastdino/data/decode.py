@@ -92,10 +92,9 @@ def _open_jpeg(data: bytes, enough: int) -> Opened | None:
         try:
             decoded = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=pixels.reshape(-1), **least)
             assert decoded.shape == pixels.shape
-        except ValueError:
-            if divisor > 1:
-                raise BadImage("a broken JPEG") from None
-            _open_with_pillow(data).write(pixels)
+        except ValueError:  # broken, or odd: Pillow forgives more
+            whole = Image.fromarray(decode_array(_open_with_pillow(data)))
+            pixels[:] = np.asarray(whole.resize((width, height), Image.Resampling.BOX))
 
     return Opened(width, height, write)
 

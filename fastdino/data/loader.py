@@ -8,6 +8,7 @@ Axes: V views, L local crops, B images.
 """
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -126,7 +127,7 @@ class CropLoader:
         augment: str = "auto",
         dct_scale: bool = False,
     ) -> None:
-        self.source, self.recipe, self.sampler = source, recipe, sampler
+        self.source, self.recipe, self.sampler, self.num_workers = source, recipe, sampler, num_workers
         self.device = device or torch.device("cpu")
         self.on_gpu = self.device.type == "cuda"
         self.exact = self.on_gpu if augment == "auto" else augment == "exact"
@@ -161,6 +162,17 @@ class CropLoader:
         where = "on the GPU" if self.on_gpu else "on the CPU"
         batches = f"{len(self.buffers)} batch{'es' if len(self.buffers) > 1 else ''} of decoded images"
         return f"crops {where}, {how}; {batches} in memory, about {self.memory() / 2**20:,.0f} MiB"
+
+    def cure(self) -> str:
+        """What to try where training waits for this loader."""
+        cures = []
+        if self.num_workers < useful_workers(sys.maxsize, 1):
+            cures.append(f"more threads (--num_workers, now {self.num_workers})")
+        if self.exact and not self.on_gpu:
+            cures.append("--augment fast")
+        if not self.enough:
+            cures.append("--dct_scale true if the images are large")
+        return ", ".join([*cures, "smaller images or a faster disk"])
 
     def __iter__(self) -> Iterator[Batch]:
         if self._batches is None:

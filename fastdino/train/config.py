@@ -66,6 +66,12 @@ class TrainConfig:
     local_crops_scale: tuple[float, ...] = flag((0.05, 0.4), "Crops", "area of the local crops, as parts of the image")
     global_crops_size: int = flag(224, "Crops", "side of the global crops in pixels")
     local_crops_size: int = flag(96, "Crops", "side of the local crops in pixels")
+    augmentation: str = flag(
+        "dino",
+        "Crops",
+        "probabilities of the alterations: dino; dinov2 (blur 0, 0.9, 0.5); none (flips only); flags below win over it",
+        ("dino", "dinov2", "none"),
+    )
     flip_prob: float = flag(0.5, "Crops", "probability of a horizontal flip")
     jitter_prob: float = flag(0.8, "Crops", "probability of colour jitter (0.4, 0.4, 0.2, 0.1)")
     gray_prob: float = flag(0.2, "Crops", "probability of grayscale")
@@ -193,9 +199,11 @@ class TrainConfig:
     def from_flags(cls, given: Mapping[str, Any]) -> "TrainConfig":
         """A run from the flags somebody gave: the rest are the defaults, or the digits' recipe without data_path.
 
+        What `augmentation` stands for replaces defaults, never a probability that was given.
         The default warm-up shrinks with a run shorter than itself; one that was asked for does not.
         """
-        values = {**({} if given.get("data_path") else DIGITS), **given}
+        preset = AUGMENTATIONS.get(given.get("augmentation", "dino"), {})
+        values = {**({} if given.get("data_path") else DIGITS), **preset, **given}
         epochs = values.get("epochs", cls.epochs)
         if "warmup_epochs" not in given and values.get("warmup_epochs", cls.warmup_epochs) > epochs:
             values["warmup_epochs"] = epochs // 10
@@ -205,6 +213,12 @@ class TrainConfig:
 def _words(values: tuple[float, ...]) -> str:
     return " ".join(f"{v:g}" for v in values)
 
+
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "dino": {},  # the defaults
+    "dinov2": {"blur_prob": (0.0, 0.9, 0.5)},  # what its code amounts to: torchvision's p there is that of no blur
+    "none": {"jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": (0.0, 0.0, 0.0), "solarize_prob": 0.0},
+}
 
 # Without data: the handwritten digits that scikit-learn carries. Learned in minutes on two CPU cores.
 DIGITS: dict[str, Any] = {

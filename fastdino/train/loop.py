@@ -35,6 +35,8 @@ from fastdino.train.step import StepMetrics, TrainStep
 
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps between looks at the metrics: on a GPU, each look waits for it
 REDRAW_AFTER = 60.0  # seconds between drawings of the curves during a run
+MUCH_WAITING = 0.1  # of an epoch's time: more of it spent on waiting for data is worth a word
+SHORT_EPOCH = 10.0  # seconds: in less, the first batch is most of the waiting
 NAMED_BAD = 3  # unreadable files named on the console; log.txt names all
 
 
@@ -270,6 +272,7 @@ class _Run:
                     knn = self._finish_epoch(epoch, meter, bad)
         finally:
             self.reporter.stop()
+            self.loader.close()
         interrupted = self.iteration < config.epochs * self.niter
         if interrupted:
             self._save(self.iteration // self.niter, self.iteration)
@@ -390,6 +393,8 @@ class _Run:
             f"teacher entropy {averages[1]:.3f}  {meter.images_per_s:,.0f} img/s  "
             f"{meter.data_wait:.0%} waiting for data" + (f"  k-NN {knn:.4f}" if knn is not None else "")
         )
+        if meter.data_wait > MUCH_WAITING and meter.seconds > SHORT_EPOCH:
+            self.reporter.say(f"  {meter.data_wait:.0%} of the time went into waiting for data: {self.loader.cure()}")
         if bad:
             named = "; ".join(bad[:NAMED_BAD]) + ("; ..." if len(bad) > NAMED_BAD else "")
             self.reporter.say(
