@@ -84,8 +84,12 @@ BOMB = encoded(Image.new("1", (20_000, 20_000)), format="PNG")
     ids=["empty", "zeros", "text", "jpeg-header", "jpeg-half", "png-half", "jpeg-zeros", "bomb"],
 )
 def test_what_cannot_be_read_is_a_bad_image_with_a_reason(data):
-    with pytest.raises(BadImage, match=r"\w+"):
+    with pytest.raises(BadImage, match=r"\w+") as caught:
         decode(data)
+    with pytest.raises(BadImage) as again:
+        decode(bytes(bytearray(data)))
+    assert str(again.value) == str(caught.value)  # lines about an image are counted once
+    assert "0x" not in str(caught.value)
 
 
 def test_headers_say_what_will_be_decoded(photos):
