@@ -5,8 +5,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fastdino.data.augment import apply_crop
+from fastdino.data.augment import STD, apply_crop
 from fastdino.data.decode import decode
 from fastdino.data.loader import CropLoader, EpochSampler, center_views, useful_workers
 from fastdino.data.params import MultiCropRecipe, ViewRecipe, crop_params, draw_crops
@@ -216,3 +217,48 @@ def test_workers_never_outnumber_the_cores():
     assert useful_workers(0, 1) == 0
     assert useful_workers(10_000, 1) < 10_000
     assert useful_workers(8, 10_000) == 1
+
+
+def test_a_loader_says_what_it_holds_and_what_would_make_it_faster(photo_folder):
+    source = FolderSource(photo_folder)
+
+    def loader(**options):
+        return CropLoader(source, RECIPE, EpochSampler(len(source), 4, 5), **options)
+
+    fast, exact = loader(), loader(augment="exact", dct_scale=True, num_workers=1)
+    exact.close()
+    assert fast.memory() == int(120 * 100 * 3 * 1.25 * 4)
+    assert exact.memory() == 3 * fast.memory()
+    assert "on the CPU, close to Pillow's pixels; 1 batch of" in fast.describe()
+    assert "Pillow's pixels; 3 batches of" in exact.describe()
+    assert "--num_workers, now 0" in fast.cure()
+    assert "--dct_scale true" in fast.cure()
+    assert "--augment fast" not in fast.cure()
+    assert "--augment fast" in exact.cure()
+    assert "--dct_scale" not in exact.cure()
+
+
+def test_dct_scaling_changes_only_what_is_far_too_large(photos, tmp_path):
+    for name, side in (("small", 200), ("large", 427)):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.fromarray(photos[0][:side, : side + i]).save(tmp_path / name / f"{i}.jpg")
+    for name, same in (("small", True), ("large", False)):  # the local crops need 16 / 0.05 ** 0.5 = 72 pixels
+        source = FolderSource(tmp_path / name)
+        whole, scaled = (batches(source, dct_scale=scale)[0].local_crops for scale in (False, True))
+        assert torch.equal(whole, scaled) == same
+        assert (whole.double().mean() - scaled.double().mean()).abs() < 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augment", ["exact", "fast"])
+def test_crops_made_on_a_gpu_are_pillows(photo_folder, augment):
+    source, device = FolderSource(photo_folder), torch.device("cuda", torch.cuda.current_device())
+    expected = batches(source, augment="exact")
+    got = batches(source, workers=2, device=device, augment=augment)
+    std = torch.tensor(STD)[:, None, None]
+    bound = {"exact": 0.01, "fast": 1.5}[augment]
+    for one, two in zip(expected, got, strict=True):
+        for ours, theirs in zip(two.crops(device), one.crops(torch.device("cpu")), strict=True):
+            levels = (ours.cpu().float() - theirs) * std * 255
+            assert levels.abs().mean() < bound
