@@ -123,7 +123,7 @@ def _backbone(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 def _knn(args: argparse.Namespace) -> int:
     from fastdino.data.digits import load_digits
     from fastdino.data.loader import useful_workers
-    from fastdino.data.sources import FolderSource, ImageSource
+    from fastdino.data.sources import ImageSource, open_source
     from fastdino.eval.knn import extract_features, knn_accuracy
 
     if min(args.nb_knn) < 1 or not args.temperature > 0 or args.batch_size_per_gpu < 1 or args.num_workers < 0:
@@ -133,9 +133,9 @@ def _knn(args: argparse.Namespace) -> int:
     if args.data_path is None:
         source, held_out = load_digits()
     elif (Path(args.data_path) / "train").is_dir() and (Path(args.data_path) / "val").is_dir():
-        source, held_out = FolderSource(Path(args.data_path) / "train"), FolderSource(Path(args.data_path) / "val")
+        source, held_out = open_source(Path(args.data_path) / "train"), open_source(Path(args.data_path) / "val")
     else:
-        source = FolderSource(args.data_path)
+        source = open_source(args.data_path)
     backbone, resize, size = _backbone(args)
     options = {
         "resize": resize,

@@ -49,6 +49,23 @@ def test_a_command_line_of_the_original_means_the_same():
     assert (config.optimizer, config.lr, config.local_rank) == ("lars", 1e-3, 3)
 
 
+def test_a_preset_sets_probabilities_that_nobody_gave():
+    names = ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob")
+
+    def probabilities(*flags):
+        return [getattr(parse("--data_path", "p", *flags), name) for name in names]
+
+    assert probabilities() == probabilities("--augmentation", "dino") == [0.5, 0.8, 0.2, (1.0, 0.1, 0.5), 0.2]
+    assert probabilities("--augmentation", "dinov2") == [0.5, 0.8, 0.2, (0.0, 0.9, 0.5), 0.2]
+    assert probabilities("--augmentation", "none") == [0.5, 0.0, 0.0, (0.0, 0.0, 0.0), 0.0]
+    assert probabilities("--augmentation", "none", "--gray_prob", "0.3") == [0.5, 0.0, 0.3, (0.0, 0.0, 0.0), 0.0]
+    assert probabilities("--blur_prob", "1", "1", "1", "--augmentation", "dinov2")[3] == (1.0, 1.0, 1.0)
+    recipe = parse("--data_path", "p", "--augmentation", "dinov2").recipe()
+    assert [view.blur for view in recipe.views] == [0.0, 0.9, *[0.5] * 8]
+    with pytest.raises(ValueError, match="--augmentation: expected one of dino, dinov2, none, got 'dinov3'"):
+        parse("--augmentation", "dinov3")
+
+
 def test_the_command_that_resumes_is_the_run_again():
     config = parse("--data_path", "my photos", "--epochs", "7", "--blur_prob", "0", "0.9", "0.5", "--use_fp16", "off")
     words = shlex.split(command_line(config))

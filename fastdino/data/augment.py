@@ -1,119 +1,36 @@
-"""Multi-crop augmentation with Pillow's semantics and the original's probabilities.
+"""Crops from images and parameters, on the CPU, with the original's order of alterations.
 
-Two steps, so that the second can move to another device: `draw_crop` turns random numbers into a crop's parameters,
-`apply_crop` turns an image and parameters into pixels. DINO (arXiv:2104.14294), section 3.1; BYOL (arXiv:2006.07733).
+`apply_crop` is Pillow itself: the pixels that DINO was trained on (arXiv:2104.14294, section 3.1). `apply_crop_fast`
+does the same with PyTorch's antialiased resize and OpenCV's colours, several times as fast, and close: the resize
+within 2 levels, whole crops within 1.5 levels on average. On a GPU `fastdino_kernels.augment` makes Pillow's pixels.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
+from fastdino.data.params import CropParams, ViewRecipe, crop_params, draw_crops
+
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, for values in [0, 1]
 STD = (0.229, 0.224, 0.225)
+LEVELS = np.arange(256)
 
-RATIO = (3 / 4, 4 / 3)  # width / height of a crop, before it is resized to a square
-JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
-BLUR_RADIUS = (0.1, 2.0)  # pixels
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewRecipe:
-    """How one crop is drawn: side in pixels, range of area, and the probability of each alteration."""
-
-    size: int
-    scale: tuple[float, float]
-    flip: float = 0.5
-    jitter: float = 0.8
-    gray: float = 0.2
-    blur: float = 0.5
-    solarize: float = 0.0
+Pixels = NDArray[Any]  # of uint8, which OpenCV's types do not say
 
 
-@dataclass(frozen=True, kw_only=True)
-class MultiCropRecipe:
-    """The two global crops and the local ones; within each group all have one size."""
-
-    globals: tuple[ViewRecipe, ...]
-    locals: tuple[ViewRecipe, ...]
-
-    @property
-    def views(self) -> tuple[ViewRecipe, ...]:
-        """Globals first, as the loss counts them."""
-        return self.globals + self.locals
-
-
-@dataclass(frozen=True, kw_only=True)
-class CropParams:
-    """One crop, drawn.
-
-    box: x, y, width, height in the image's pixels. size: side in pixels. jitter: (step, factor) in the order of
-    application, empty for none. blur: radius in pixels, 0 for none.
-    """
-
-    box: tuple[int, int, int, int]
-    size: int
-    flip: bool
-    jitter: tuple[tuple[str, float], ...]
-    gray: bool
-    blur: float
-    solarize: bool
-
-
-def draw_box(
-    rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """x, y, width, height of a random crop: ten tries at an area and a shape that fit, then the middle of the image."""
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
-    w = min(width, max(1, round(height * RATIO[1])))
-    h = min(height, max(1, round(width / RATIO[0])))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def draw_crop(rng: np.random.Generator, width: int, height: int, recipe: ViewRecipe) -> CropParams:
-    """Parameters of one crop of an image of width x height pixels."""
-    box = draw_box(rng, width, height, recipe.scale)
-    flip, jitter, gray, blur, solarize = rng.random(5) < (
-        recipe.flip,
-        recipe.jitter,
-        recipe.gray,
-        recipe.blur,
-        recipe.solarize,
-    )
-    steps: tuple[tuple[str, float], ...] = ()
-    if jitter:
-        factors = {
-            name: rng.uniform(-spread, spread) if name == "hue" else rng.uniform(1 - spread, 1 + spread)
-            for name, spread in JITTER.items()
-        }
-        names = list(JITTER)
-        steps = tuple((names[i], factors[names[i]]) for i in rng.permutation(len(names)))
-    return CropParams(
-        box=box,
-        size=recipe.size,
-        flip=bool(flip),
-        jitter=steps,
-        gray=bool(gray),
-        blur=float(rng.uniform(*BLUR_RADIUS)) if blur else 0.0,
-        solarize=bool(solarize),
-    )
-
-
-def _shift_hue(image: Image.Image, factor: float) -> Image.Image:
-    """Turn the hue by `factor` of a full circle, in Pillow's 8-bit HSV."""
+def _shift_hue(image: Image.Image, shift: float) -> Image.Image:
+    """Turn the hue by `shift` of 256 steps, in Pillow's 8-bit HSV."""
     hue, saturation, value = image.convert("HSV").split()
-    shift = int(factor * 255) % 256
-    turned = hue.point([(level + shift) % 256 for level in range(256)])
+    turned = hue.point([(level + int(shift)) % 256 for level in range(256)])
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
 
@@ -128,11 +45,11 @@ def _jitter(image: Image.Image, step: str, factor: float) -> Image.Image:
     return enhancers[step](image).enhance(factor)
 
 
-def apply_crop(image: Image.Image, params: CropParams) -> NDArray[np.uint8]:
-    """RGB image, parameters -> (size, size, 3) uint8."""
+def apply_crop(pixels: Pixels, params: CropParams, size: int) -> Pixels:
+    """(H, W, 3) uint8, parameters -> (size, size, 3) uint8, by Pillow."""
     x, y, w, h = params.box
     # Crop, then resize: `resize(box=...)` would look at pixels outside the box.
-    crop = image.crop((x, y, x + w, y + h)).resize((params.size, params.size), Image.Resampling.BICUBIC)
+    crop = Image.fromarray(pixels[y : y + h, x : x + w]).resize((size, size), Image.Resampling.BICUBIC)
     if params.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for step, factor in params.jitter:
@@ -144,6 +61,59 @@ def apply_crop(image: Image.Image, params: CropParams) -> NDArray[np.uint8]:
     if params.solarize:
         crop = ImageOps.solarize(crop)
     return np.asarray(crop)
+
+
+def _levels(values: NDArray[Any]) -> Pixels:
+    """A table of 256 levels, truncated as Pillow's blends are."""
+    return values.clip(0, 255).astype(np.uint8)
+
+
+def _gray(pixels: Pixels) -> Pixels:
+    return cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def _jitter_fast(pixels: Pixels, step: str, factor: float) -> Pixels:
+    if step == "brightness":
+        return cv2.LUT(pixels, _levels(factor * LEVELS))
+    if step == "contrast":
+        mean = int(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0] + 0.5)
+        return cv2.LUT(pixels, _levels(mean + factor * (LEVELS - mean)))
+    if step == "saturation":
+        return cv2.addWeighted(pixels, factor, _gray(pixels), 1 - factor, -0.5)  # truncates, as a blend of Pillow's
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(factor)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+@cache
+def _blur_taps(hundredths: int) -> NDArray[np.float32]:
+    """The three box passes of Pillow's GaussianBlur as one filter. hundredths: the radius in 1/100 pixel."""
+    variance = (hundredths / 100) ** 2 / 3
+    whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    box = np.full(2 * whole + 3, 1 / (2 * (whole + rest) + 1))
+    box[[0, -1]] *= rest
+    return np.convolve(np.convolve(box, box), box).astype(np.float32)  # OpenCV takes three times as long in fp64
+
+
+def apply_crop_fast(pixels: Pixels, params: CropParams, size: int) -> Pixels:
+    """(H, W, 3) uint8, parameters -> (size, size, 3) uint8, close to Pillow's."""
+    x, y, w, h = params.box
+    box = torch.from_numpy(pixels[y : y + h, x : x + w]).permute(2, 0, 1)[None]
+    resized = F.interpolate(box, (size, size), mode="bicubic", antialias=True)
+    crop: Pixels = cv2.merge(list(resized[0].numpy()))
+    if params.flip:
+        crop = cv2.flip(crop, 1)
+    for step, factor in params.jitter:
+        crop = _jitter_fast(crop, step, factor)
+    if params.gray:
+        crop = _gray(crop)
+    if params.blur:
+        taps = _blur_taps(round(params.blur * 100))
+        crop = cv2.sepFilter2D(crop, -1, taps, taps, borderType=cv2.BORDER_REPLICATE)
+    if params.solarize:
+        crop = cv2.LUT(crop, np.where(LEVELS < 128, LEVELS, 255 - LEVELS).astype(np.uint8))
+    return crop
 
 
 def center_view(image: Image.Image, resize: int, size: int) -> NDArray[np.uint8]:
@@ -181,14 +151,15 @@ def _as_images(images: Sequence[Image.Image] | Tensor) -> list[Image.Image]:
 
 
 def _augment(images: Sequence[Image.Image] | Tensor, recipe: ViewRecipe, num_crops: int) -> Tensor:
-    rng = np.random.default_rng(int(torch.randint(2**62, ())))  # follows torch.manual_seed
-    decoded = _as_images(images)
-    crops = [
-        apply_crop(image, draw_crop(rng, image.width, image.height, recipe))
-        for _ in range(num_crops)
-        for image in decoded
+    seed = int(torch.randint(2**62, ()))  # follows torch.manual_seed
+    decoded = [np.asarray(image) for image in _as_images(images)]
+    heights, widths = zip(*(pixels.shape[:2] for pixels in decoded))
+    crops = draw_crops(seed, 0, range(len(decoded)), widths, heights, [recipe] * num_crops)
+    made = [
+        apply_crop(decoded[image], params, recipe.size)
+        for image, params in zip(crops.image.tolist(), crop_params(crops))
     ]
-    return normalize(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)).contiguous()
+    return normalize(torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2)).contiguous()
 
 
 def global_augment(images: Sequence[Image.Image] | Tensor) -> Tensor:

@@ -1,38 +1,66 @@
-"""Batches of crops. What is in a batch depends on (seed, epoch, position) alone: not on workers, ranks or a resume.
+"""Batches of crops. What is in a batch depends on (seed, epoch, position) alone: not on threads, ranks or a resume.
 
-Axes: B images, L local crops.
+Threads, because everything slow here (reading, decoding, resizing) lets go of the interpreter's lock, and what they
+decode lies where it is needed; processes would have to send every image. A batch is opened (headers: where in the
+buffer does each image go?), decoded, and made into crops: on a GPU by the kernels, on a side stream, and without one by
+the same threads. Two batches are in the making while a third is trained on.
+Axes: V views, L local crops, B images.
 """
 
 import os
-import signal
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
-from fastdino.data.augment import MultiCropRecipe, ViewRecipe, apply_crop, center_view, draw_crop
-from fastdino.data.decode import BadImage, decode
+from fastdino.data.augment import MEAN, STD, apply_crop, apply_crop_fast, center_view, normalize
+from fastdino.data.decode import BadImage, Opened, decode, decode_array, open_image
+from fastdino.data.params import MultiCropRecipe, crop_params, draw_crops
+from fastdino.data.ring import N_BUFFERS, PackedBuffer
 from fastdino.data.sources import ImageSource
+from fastdino_kernels.augment.tables import CropTable, PackedImages
 
 MAX_BAD = 0.1  # of the images: more unreadable ones than this end the run
+N_SAMPLED = 16  # headers read to say how much memory decoded images take
+BLACK = open_image(np.zeros((1, 1, 3), np.uint8))
+
+cv2.setNumThreads(0)  # the threads are ours; OpenCV's own would fight them for the cores
 
 
 @dataclass
 class Batch:
-    """global_crops: (2, B, 3, S, S) uint8. local_crops: (L, B, 3, s, s) uint8. bad: a line per image left out."""
+    """Crops of one step, on the host in uint8, or on the GPU and normalised once `ready` has passed.
+
+    global_crops: (2, B, 3, S, S). local_crops: (L, B, 3, s, s). bad: a line per image left out.
+    """
 
     global_crops: Tensor
     local_crops: Tensor
     bad: list[str]
+    ready: torch.cuda.Event | None = None
 
-    def pin_memory(self) -> "Batch":
-        """For the DataLoader: page-locked, so that the copy to the GPU overlaps."""
-        return Batch(self.global_crops.pin_memory(), self.local_crops.pin_memory(), self.bad)
+    def crops(self, device: torch.device) -> list[Tensor]:
+        """V normalised crops (B, 3, H, W) on `device`, globals first, for the current stream to use."""
+        groups = [group for group in (self.global_crops, self.local_crops) if len(group)]
+        if self.ready is None:
+            groups = [normalize(group.to(device, non_blocking=True)) for group in groups]
+        else:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(self.ready)
+            for group in groups:
+                group.record_stream(stream)
+        return [crop for group in groups for crop in group.unbind(0)]
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -59,117 +87,240 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         order = torch.randperm(self.n_images, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
         order += order[: -len(order) % self.world_size]
         mine = order[self.rank :: self.world_size]
+        epoch = self.epoch
         for i in range(self.first_batch, len(self)):
-            yield [(self.epoch, index) for index in mine[i * self.batch_size : (i + 1) * self.batch_size]]
-
-
-def _read(source: ImageSource, index: int, bad: list[str]) -> Image.Image:
-    """The first readable image from `index` on; a line for each that cannot be read is added to `bad`.
-
-    Where more in a row are bad than a run accepts, a black pixel: the loop ends the run when it counts them.
-    """
-    for candidate in range(index, index + int(len(source) * MAX_BAD) + 1):
-        candidate %= len(source)
-        try:
-            return decode(source[candidate])
-        except (BadImage, OSError) as error:
-            bad.append(f"{source.name(candidate)}: {error}")
-    return Image.new("RGB", (1, 1))
-
-
-class MultiCropDataset(Dataset[Batch]):
-    """Item (epoch, index) -> the crops of one image, drawn from (seed, epoch, index). Bad images are replaced."""
-
-    def __init__(self, source: ImageSource, recipe: MultiCropRecipe, seed: int) -> None:
-        self.source, self.recipe, self.seed = source, recipe, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        epoch, index = key
-        bad: list[str] = []
-        image = _read(self.source, index, bad)
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, index]))
-        return Batch(
-            _crops(image, self.recipe.globals, rng),
-            _crops(image, self.recipe.locals, rng),
-            bad,
-        )
-
-
-def _crops(image: Image.Image, views: Sequence[ViewRecipe], rng: np.random.Generator) -> Tensor:
-    """(n, 3, S, S) uint8."""
-    if not views:
-        return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    crops = [apply_crop(image, draw_crop(rng, image.width, image.height, view)) for view in views]
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
-
-
-def _collate(items: list[Batch]) -> Batch:
-    return Batch(
-        torch.stack([item.global_crops for item in items], dim=1),
-        torch.stack([item.local_crops for item in items], dim=1),
-        [line for item in items for line in item.bad],
-    )
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process decides when its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+            yield [(epoch, index) for index in mine[i * self.batch_size : (i + 1) * self.batch_size]]
 
 
 def useful_workers(asked: int, n_sharing: int) -> int:
-    """Loading processes worth having where `n_sharing` training processes share this machine's cores."""
+    """Loading threads worth having where `n_sharing` training processes share this machine's cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(asked, max(1, cores // n_sharing))
 
 
-def train_loader(
-    source: ImageSource, recipe: MultiCropRecipe, sampler: EpochSampler, num_workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
-    """Batches of the sampler's epoch; `sampler.seek` before each iteration over it."""
-    return DataLoader(
-        MultiCropDataset(source, recipe, sampler.seed),
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_ignore_interrupts,
-        persistent_workers=num_workers > 0,
-    )
+@dataclass
+class _Item:
+    """A place in a batch: which image was asked for, how many candidates were tried, and what was wrong with them."""
+
+    index: int
+    n_bad: int = 0
+    bad: list[str] = field(default_factory=list)
+    opened: Opened = BLACK
 
 
-class CenterViews(Dataset[tuple[Tensor | None, int]]):
-    """Images as features are extracted from them: (3, size, size) uint8, and the index; bad images are left out."""
+class CropLoader:
+    """Iterates over the sampler's epoch; `sampler.seek` before each iteration.
 
-    def __init__(self, source: ImageSource, indices: NDArray[np.int64], resize: int, size: int) -> None:
-        self.source, self.indices, self.resize, self.size = source, indices, resize, size
+    num_workers: threads; 0 does everything in the caller's. augment: exact (Pillow's pixels), fast (close to them), or
+    auto: exact where the kernels make the crops, on a GPU, and fast elsewhere. dct_scale: decode JPEGs that are far
+    larger than the crops need at a fraction of their size.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        recipe: MultiCropRecipe,
+        sampler: EpochSampler,
+        *,
+        num_workers: int = 0,
+        device: torch.device | None = None,
+        augment: str = "auto",
+        dct_scale: bool = False,
+    ) -> None:
+        self.source, self.recipe, self.sampler, self.num_workers = source, recipe, sampler, num_workers
+        self.device = device or torch.device("cpu")
+        self.on_gpu = self.device.type == "cuda"
+        self.exact = self.on_gpu if augment == "auto" else augment == "exact"
+        # Twice what the smallest boxes need: the resize still does most of the smoothing.
+        self.enough = round(2 * recipe.short_side) if dct_scale else 0
+        self.buffers = [PackedBuffer(pin=self.on_gpu) for _ in range(N_BUFFERS if num_workers else 1)]
+        self._free: SimpleQueue[PackedBuffer] = SimpleQueue()
+        for buffer in self.buffers:
+            self._free.put(buffer)
+        self._images = ThreadPoolExecutor(num_workers, "image") if num_workers else None
+        self._batches = ThreadPoolExecutor(N_BUFFERS, "batch") if num_workers else None
+        self._stream = torch.cuda.Stream(self.device) if self.on_gpu else None
+        self._launching = threading.Lock()  # Triton compiles a kernel when it is first launched
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.sampler)
 
-    def __getitem__(self, i: int) -> tuple[Tensor | None, int]:
-        index = int(self.indices[i])
+    def memory(self) -> int:
+        """About how many bytes the decoded images of all buffers take, from the headers of a few."""
+        sizes = []
+        for index in np.linspace(0, len(self.source) - 1, min(N_SAMPLED, len(self.source))).astype(int):
+            try:
+                opened = open_image(self.source[int(index)], self.enough)
+            except (BadImage, OSError):
+                continue
+            sizes.append(3 * opened.width * opened.height)
+        return int(np.mean(sizes or [0]) * 1.25 * self.sampler.batch_size * len(self.buffers))
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        how = "Pillow's pixels" if self.exact else "close to Pillow's pixels"
+        where = "on the GPU" if self.on_gpu else "on the CPU"
+        batches = f"{len(self.buffers)} batch{'es' if len(self.buffers) > 1 else ''} of decoded images"
+        return f"crops {where}, {how}; {batches} in memory, about {self.memory() / 2**20:,.0f} MiB"
+
+    def cure(self) -> str:
+        """What to try where training waits for this loader."""
+        cures = []
+        if self.num_workers < useful_workers(sys.maxsize, 1):
+            cures.append(f"more threads (--num_workers, now {self.num_workers})")
+        if self.exact and not self.on_gpu:
+            cures.append("--augment fast")
+        if not self.enough:
+            cures.append("--dct_scale true if the images are large")
+        return ", ".join([*cures, "smaller images or a faster disk"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._batches is None:
+            yield from map(self._make, self.sampler)
+            return
+        coming: deque[Future[Batch]] = deque()
         try:
-            image = decode(self.source[index])
-        except (BadImage, OSError):
-            return None, index
-        return torch.from_numpy(center_view(image, self.resize, self.size).copy()).permute(2, 0, 1), index
+            for keys in self.sampler:
+                coming.append(self._batches.submit(self._make, keys))
+                if len(coming) == N_BUFFERS:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for batch in coming:
+                batch.cancel()
 
+    def close(self) -> None:
+        """End the threads; what they are doing is finished first."""
+        for pool in (self._batches, self._images):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
 
-def _collate_views(items: list[tuple[Tensor | None, int]]) -> tuple[Tensor, NDArray[np.int64]]:
-    kept = [(view, index) for view, index in items if view is not None]
-    if not kept:
-        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), np.empty(0, np.int64)
-    return torch.stack([view for view, _ in kept]), np.array([index for _, index in kept])
+    def _each(self, function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+        return list((self._images.map if self._images else map)(function, *arguments))
+
+    def _make(self, keys: list[tuple[int, int]]) -> Batch:
+        buffer = self._free.get()
+        try:
+            items = [_Item(index) for _, index in keys]
+            self._each(self._open, items)
+            buffer.reserve([(item.opened.width, item.opened.height) for item in items])
+            replaced = self._each(self._decode, items, map(buffer.view, range(len(items))))
+            for i, pixels in enumerate(replaced):
+                if pixels is not None:
+                    buffer.replace(i, pixels)
+            widths, heights = zip(*buffer.sizes)
+            samples = [item.index for item in items]
+            tables, first = [], 0
+            for views in (self.recipe.globals, self.recipe.locals):
+                drawn = (samples, widths, heights, views, first)
+                tables.append(draw_crops(self.sampler.seed, keys[0][0], *drawn) if views else None)
+                first += len(views)
+            bad = [line for item in items for line in item.bad]
+            if self.on_gpu:
+                return self._on_gpu(buffer.images(), tables, bad)
+            return self._on_cpu(buffer, tables, bad)
+        finally:
+            self._free.put(buffer)
+
+    def _open(self, item: _Item) -> None:
+        """The header of the first image from `index` on that has one.
+
+        Where more in a row are bad than a run accepts, a black pixel: the loop ends the run when it counts them.
+        """
+        while item.n_bad <= int(len(self.source) * MAX_BAD):
+            candidate = (item.index + item.n_bad) % len(self.source)
+            try:
+                item.opened = open_image(self.source[candidate], self.enough)
+                return
+            except (BadImage, OSError) as error:
+                self._blame(item, error)
+        item.opened = BLACK
+
+    def _blame(self, item: _Item, error: Exception) -> None:
+        candidate = (item.index + item.n_bad) % len(self.source)
+        item.bad.append(f"{self.source.name(candidate)}: {error}")
+        item.n_bad += 1
+
+    def _decode(self, item: _Item, place: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        """Fill the place that was reserved; where the image is broken behind its header, the pixels of another."""
+        try:
+            item.opened.write(place)
+            return None
+        except BadImage as error:
+            self._blame(item, error)
+        while True:
+            self._open(item)
+            try:
+                return decode_array(item.opened)
+            except BadImage as error:
+                self._blame(item, error)
+
+    def _groups(self) -> list[tuple[int, int]]:
+        """(views, pixels of a side) of the global and of the local crops."""
+        return [(len(v), v[0].size if v else 0) for v in (self.recipe.globals, self.recipe.locals)]
+
+    def _on_cpu(self, buffer: PackedBuffer, tables: list[CropTable | None], bad: list[str]) -> Batch:
+        n_images = len(buffer.sizes)
+        groups = [torch.empty(n, n_images, 3, size, size, dtype=torch.uint8) for n, size in self._groups()]
+        rows = [crop_params(table) if table else [] for table in tables]
+        apply = apply_crop if self.exact else apply_crop_fast
+
+        def augment(b: int) -> None:
+            pixels = buffer.view(b)
+            for group, params in zip(groups, rows):
+                for v in range(len(group)):
+                    planes = group[v, b].numpy()
+                    crop = apply(pixels, params[v * n_images + b], planes.shape[-1])
+                    cv2.split(crop, list(planes))
+
+        self._each(augment, range(n_images))
+        return Batch(groups[0], groups[1], bad)
+
+    def _on_gpu(self, images: PackedImages, tables: list[CropTable | None], bad: list[str]) -> Batch:
+        from fastdino_kernels.augment import multi_crop_augment
+
+        assert self._stream is not None
+        n_images, groups = len(images.offset), []
+        ready = torch.cuda.Event()
+        with self._launching, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            on_device = PackedImages(*(x.to(self.device, non_blocking=True) for x in images))
+            for (n, size), table in zip(self._groups(), tables):
+                if table is None:
+                    groups.append(torch.empty(0, n_images, 3, 0, 0, device=self.device))
+                    continue
+                crops = CropTable(*(x.to(self.device, non_blocking=True) for x in table))
+                made = multi_crop_augment(on_device, crops, size, mean=MEAN, std=STD, exact=self.exact)
+                groups.append(made.unflatten(0, (n, n_images)))
+            ready.record(self._stream)
+        ready.synchronize()  # until the copy is over the buffer is not free
+        return Batch(groups[0], groups[1], bad, ready)
 
 
 def center_views(
     source: ImageSource, indices: NDArray[np.int64], resize: int, size: int, batch_size: int, num_workers: int
-) -> Iterable[tuple[Tensor, NDArray[np.int64]]]:
-    """Batches ((b, 3, size, size) uint8, indices (b,)) of the readable images among `indices`."""
-    return DataLoader(
-        CenterViews(source, indices, resize, size),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=_collate_views,
-        worker_init_fn=_ignore_interrupts,
-    )
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Batches ((b, 3, size, size) uint8, indices (b,)) of the readable images among `indices`.
+
+    num_workers: threads, 0 for the caller's. What features are extracted from: `augment.center_view`.
+    """
+
+    def view(index: int) -> Tensor | None:
+        try:
+            image = decode(source[index])
+        except (BadImage, OSError):
+            return None
+        return torch.from_numpy(center_view(image, resize, size).copy()).permute(2, 0, 1)
+
+    starts = range(0, len(indices), batch_size)
+    chunks = [[int(index) for index in indices[start : start + batch_size]] for start in starts]
+    with ThreadPoolExecutor(max(num_workers, 1), "view") as pool:
+        coming: deque[Iterator[Tensor | None]] = deque()
+        for i in range(len(chunks) + 1):
+            if i < len(chunks):
+                coming.append(pool.map(view, chunks[i]) if num_workers else map(view, chunks[i]))
+            if i == 0:
+                continue
+            kept = [(v, index) for v, index in zip(coming.popleft(), chunks[i - 1]) if v is not None]
+            if kept:
+                yield torch.stack([v for v, _ in kept]), np.array([index for _, index in kept])

@@ -12,7 +12,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastdino.data.augment import MultiCropRecipe, ViewRecipe
+from fastdino.data.params import MultiCropRecipe, ViewRecipe
 from fastdino.errors import UserError
 from fastdino.model import ARCHITECTURES
 
@@ -77,6 +77,12 @@ class TrainConfig:
     local_crops_scale: tuple[float, ...] = flag((0.05, 0.4), "Crops", "area of the local crops, as parts of the image")
     global_crops_size: int = flag(224, "Crops", "side of the global crops in pixels")
     local_crops_size: int = flag(96, "Crops", "side of the local crops in pixels")
+    augmentation: str = flag(
+        "dino",
+        "Crops",
+        "probabilities of the alterations: dino; dinov2 (blur 0, 0.9, 0.5); none (flips only); flags below win over it",
+        ("dino", "dinov2", "none"),
+    )
     flip_prob: float = flag(0.5, "Crops", "probability of a horizontal flip")
     jitter_prob: float = flag(0.8, "Crops", "probability of colour jitter (0.4, 0.4, 0.2, 0.1)")
     gray_prob: float = flag(0.2, "Crops", "probability of grayscale")
@@ -86,16 +92,26 @@ class TrainConfig:
     solarize_prob: float = flag(0.2, "Crops", "probability that global 2 is solarized")
 
     # Data
-    data_path: str | None = flag(None, "Data", "folder of images, of any depth; without it: scikit-learn's digits")
-    num_workers: int = flag(
-        10, "Data", "data-loading processes per GPU, at most one per core; 0 loads in the main process"
+    data_path: str | None = flag(
+        None,
+        "Data",
+        "folder of images, of any depth; .tar or .parquet files, a folder of them or a pattern like "
+        "'train-{000..146}.tar'; without it: scikit-learn's digits",
     )
+    num_workers: int = flag(10, "Data", "loading threads per GPU, at most one per core; 0 loads between the steps")
+    augment: str = flag(
+        "auto",
+        "Data",
+        "exact: Pillow's pixels; fast: within 1.5 levels on average; auto: exact on GPUs, fast on CPU",
+        ("auto", "exact", "fast"),
+    )
+    dct_scale: bool = flag(False, "Data", "decode JPEGs far larger than the crops need at 1/2 to 1/8 of their size")
 
     # Evaluation
     knn_freq: int = flag(10, "Evaluation", "epochs between k-NN evaluations, where there are labels; 0 for never")
     knn_k: int = flag(20, "Evaluation", "neighbours that vote")
     knn_images: int = flag(10000, "Evaluation", "most images in each half of a k-NN evaluation; 0 for all")
-    val_path: str | None = flag(None, "Evaluation", "held-out folder with the same classes; else leave-one-out")
+    val_path: str | None = flag(None, "Evaluation", "held-out images with the same classes; else leave-one-out")
     eval_resize: int = flag(
         0, "Evaluation", "short side before the center crop; 0: 8/7 of the global crop (256 for 224)"
     )
@@ -199,9 +215,11 @@ class TrainConfig:
     def from_flags(cls, given: Mapping[str, Any]) -> "TrainConfig":
         """A run from the flags somebody gave: the rest are the defaults, or the digits' recipe without data_path.
 
+        What `augmentation` stands for replaces defaults, never a probability that was given.
         The default warm-up shrinks with a run shorter than itself; one that was asked for does not.
         """
-        values = {**({} if given.get("data_path") else DIGITS), **given}
+        preset = AUGMENTATIONS.get(given.get("augmentation", "dino"), {})
+        values = {**({} if given.get("data_path") else DIGITS), **preset, **given}
         epochs = values.get("epochs", cls.epochs)
         if "warmup_epochs" not in given and values.get("warmup_epochs", cls.warmup_epochs) > epochs:
             values["warmup_epochs"] = epochs // 10
@@ -211,6 +229,12 @@ class TrainConfig:
 def _words(values: tuple[float, ...]) -> str:
     return " ".join(f"{v:g}" for v in values)
 
+
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "dino": {},  # the defaults
+    "dinov2": {"blur_prob": (0.0, 0.9, 0.5)},  # what its code amounts to: torchvision's p there is that of no blur
+    "none": {"jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": (0.0, 0.0, 0.0), "solarize_prob": 0.0},
+}
 
 # Without data: the handwritten digits that scikit-learn carries. Learned in minutes on two CPU cores.
 DIGITS: dict[str, Any] = {

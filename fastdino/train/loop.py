@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdino.data.augment import normalize
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.digits import load_digits
-from fastdino.data.loader import MAX_BAD, Batch, EpochSampler, train_loader, useful_workers
-from fastdino.data.sources import FolderSource, ImageSource
+from fastdino.data.loader import MAX_BAD, Batch, CropLoader, EpochSampler, useful_workers
+from fastdino.data.sources import ImageSource, open_source
 from fastdino.errors import TrainingError, UserError
 from fastdino.eval.attention_maps import draw_attention
 from fastdino.eval.knn import extract_features, knn_accuracy
@@ -35,6 +34,8 @@ from fastdino.train.step import StepMetrics, TrainStep
 
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps between looks at the metrics: on a GPU, each look waits for it
 REDRAW_AFTER = 60.0  # seconds between drawings of the curves during a run
+MUCH_WAITING = 0.1  # of an epoch's time: more of it spent on waiting for data is worth a word
+SHORT_EPOCH = 10.0  # seconds: in less, the first batch is most of the waiting
 NAMED_BAD = 3  # unreadable files named on the console; log.txt names all
 
 
@@ -104,10 +105,10 @@ def open_sources(config: TrainConfig) -> tuple[ImageSource, ImageSource | None]:
     """(images to train on, held-out images or None)."""
     if config.data_path is None:
         return load_digits()
-    source = FolderSource(config.data_path)
+    source = open_source(config.data_path)
     if config.val_path is None:
         return source, None
-    held_out = FolderSource(config.val_path)
+    held_out = open_source(config.val_path)
     if list(held_out.classes) != list(source.classes) or not source.classes:
         raise UserError(
             f"--val_path: expected the class folders of --data_path ({', '.join(source.classes) or 'none'}), "
@@ -218,8 +219,14 @@ class _Run:
         self.iteration = self._resume() if config.resume and self.checkpoint_path.is_file() else 0
 
         self.num_workers = useful_workers(config.num_workers, distributed.local_world_size())
-        self.loader = train_loader(
-            self.source, config.recipe(), self.sampler, self.num_workers, pin_memory=device.type == "cuda"
+        self.loader = CropLoader(
+            self.source,
+            config.recipe(),
+            self.sampler,
+            num_workers=self.num_workers,
+            device=device,
+            augment=config.augment,
+            dct_scale=config.dct_scale,
         )
         self.log = LogFile(self.folder / "log.txt")
         self.stop = _Stop()
@@ -273,6 +280,7 @@ class _Run:
                     knn = self._finish_epoch(epoch, meter, bad)
         finally:
             self.reporter.stop()
+            self.loader.close()
         interrupted = self.iteration < config.epochs * self.niter
         if interrupted:
             self._save(self.iteration // self.niter, self.iteration)
@@ -313,11 +321,7 @@ class _Run:
 
     def _to_device(self, batch: Batch) -> list[Tensor]:
         """V normalised crops (B, 3, H, W), globals first."""
-        crops: list[Tensor] = []
-        for group in (batch.global_crops, batch.local_crops):
-            if len(group):
-                crops += normalize(group.to(self.process.device, non_blocking=True)).unbind(0)
-        return crops
+        return batch.crops(self.process.device)
 
     def _read_metrics(self, pending: list[StepMetrics], meter: _Meter) -> None:
         """Bring the metrics of the last steps to the host, averaged over processes. Raises on a non-finite loss."""
@@ -397,6 +401,8 @@ class _Run:
             f"teacher entropy {averages[1]:.3f}  {meter.images_per_s:,.0f} img/s  "
             f"{meter.data_wait:.0%} waiting for data" + (f"  k-NN {knn:.4f}" if knn is not None else "")
         )
+        if meter.data_wait > MUCH_WAITING and meter.seconds > SHORT_EPOCH:
+            self.reporter.say(f"  {meter.data_wait:.0%} of the time went into waiting for data: {self.loader.cure()}")
         if bad:
             named = "; ".join(bad[:NAMED_BAD]) + ("; ..." if len(bad) > NAMED_BAD else "")
             self.reporter.say(
@@ -439,8 +445,9 @@ class _Run:
             f"crops   2 x {config.global_crops_size} px + {config.local_crops_number} x {config.local_crops_size} px, "
             f"{self.batch_size} images a step"
         )
+        say(f"loading {self.loader.describe()}")
         processes = f" x {self.process.world_size} processes" if self.process.world_size > 1 else ""
-        workers = f"{self.num_workers} loading process{'' if self.num_workers == 1 else 'es'}"
+        workers = f"{self.num_workers} loading thread{'' if self.num_workers == 1 else 's'}"
         fewer = f" (of {config.num_workers}: one per core)" if self.num_workers < config.num_workers else ""
         say(
             f"run     {config.epochs} epochs x {self.niter} steps of {config.optimizer} on {self.process.device}"

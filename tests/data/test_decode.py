@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdino.data.decode import BadImage, decode
+from fastdino.data.decode import BadImage, decode, decode_array, open_image
 
 
 def encoded(image, **kwargs):
@@ -28,9 +28,10 @@ def test_jpeg_pixels_equal_pillows(photos, subsampling, progressive):
         assert np.array_equal(np.asarray(decode(data)), as_the_original(data))
 
 
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
 @pytest.mark.parametrize("mode", ["L", "CMYK", "YCbCr", "RGB"])
-def test_jpeg_colour_spaces_equal_pillows(photos, mode):
-    data = encoded(Image.fromarray(photos[1][:64, :80]).convert(mode), format="JPEG")
+def test_jpeg_colour_spaces_equal_pillows(photos, mode, progressive):
+    data = encoded(Image.fromarray(photos[1][:63, :81]).convert(mode), format="JPEG", progressive=progressive)
     assert np.array_equal(np.asarray(decode(data)), as_the_original(data))
 
 
@@ -83,5 +84,54 @@ BOMB = encoded(Image.new("1", (20_000, 20_000)), format="PNG")
     ids=["empty", "zeros", "text", "jpeg-header", "jpeg-half", "png-half", "jpeg-zeros", "bomb"],
 )
 def test_what_cannot_be_read_is_a_bad_image_with_a_reason(data):
-    with pytest.raises(BadImage, match=r"\w+"):
+    with pytest.raises(BadImage, match=r"\w+") as caught:
         decode(data)
+    with pytest.raises(BadImage) as again:
+        decode(bytes(bytearray(data)))
+    assert str(again.value) == str(caught.value)  # lines about an image are counted once
+    assert "0x" not in str(caught.value)
+
+
+def test_headers_say_what_will_be_decoded(photos):
+    for shape in ((1, 1), (10, 30_000), (203, 301)):
+        image = Image.fromarray(np.resize(photos[0], (*shape, 3)))
+        for kind in ("JPEG", "PNG", "TIFF"):
+            data = encoded(image, format=kind)
+            opened = open_image(data)
+            assert (opened.height, opened.width) == shape
+            assert np.array_equal(decode_array(opened), as_the_original(data))
+
+
+def test_every_pixel_of_the_place_is_written(photos):
+    frames = [Image.fromarray(photos[i][:40, :50]).convert("P") for i in (0, 1)]
+    animated = encoded(frames[0], format="GIF", save_all=True, append_images=frames[1:])
+    transparent = encoded(Image.new("RGBA", (50, 40), (9, 8, 7, 0)), format="PNG")
+    jpeg, webp = (encoded(Image.fromarray(photos[0][:40, :50]), format=kind) for kind in ("JPEG", "WEBP"))
+    for data in (animated, transparent, jpeg, webp):  # the first frame; names play no part, so none can be wrong
+        for stale in (0, 255):
+            place = np.full((40, 50, 3), stale, np.uint8)
+            open_image(data).write(place)
+            assert np.array_equal(place, as_the_original(data))
+
+
+def test_bombs_are_refused_by_their_header():
+    size = (20_000).to_bytes(2, "big")
+    start = JPEG.index(b"\xff\xc0") + 5
+    for data in (BOMB, JPEG[:start] + size + size + JPEG[start + 4 :]):
+        with pytest.raises(BadImage, match=r"pixels"):
+            open_image(data)
+
+
+@pytest.mark.parametrize(("enough", "divisor"), [(0, 1), (200, 1), (150, 2), (75, 4), (37, 8), (1, 8)])
+def test_large_jpegs_are_decoded_smaller_where_that_is_asked(photos, enough, divisor):
+    photo = Image.fromarray(photos[0][:301, :403])
+    data = encoded(photo, format="JPEG", quality=95)
+    opened = open_image(data, enough)
+    assert (opened.width, opened.height) == (-(-403 // divisor), -(-301 // divisor))
+    pixels = decode_array(opened)
+    shrunk = np.asarray(photo.resize((opened.width, opened.height), Image.Resampling.BOX))
+    assert np.abs(pixels.astype(int) - shrunk).mean() < 8
+    if divisor == 1:
+        assert np.array_equal(pixels, as_the_original(data))
+    with pytest.raises(BadImage):
+        decode_array(open_image(data[: len(data) // 2], enough))

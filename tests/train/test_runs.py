@@ -121,6 +121,14 @@ def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_bits(finished, tiny, 
     assert_same_state(load_checkpoint(folder / "checkpoint.pth"), final)
 
 
+def test_waiting_for_data_is_said_with_its_cure(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "MUCH_WAITING", -1.0)
+    monkeypatch.setattr(loop, "SHORT_EPOCH", 0.0)
+    train(tiny(epochs=1, warmup_epochs=0, augment="exact"))
+    words = r"\d% of the time went into waiting for data: more threads \(--num_workers, now 0\), --augment fast"
+    assert re.search(words, capsys.readouterr().out)
+
+
 def test_a_finished_run_is_left_as_it_is(finished, tiny, tmp_path):
     folder, before = finished
     shutil.copytree(folder, tmp_path / "run")
