@@ -52,18 +52,24 @@ class DINOLoss(nn.Module):
 
     def with_stats(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> DINOLossStats:
         """`forward`, and the numbers for the log: teacher entropy, KL, per-image losses."""
+        # The center moves before the caller's backward pass, which must see the one that the loss saw: a copy.
         temp = float(self.teacher_temp_schedule[epoch])
-        stats = self.at_temperature(student_output, teacher_output, temp)
+        stats = self.at_temperature(student_output, teacher_output, temp, self.center[0].clone())
         self.move_center(self.batch_center(teacher_output))
         return stats
 
     def at_temperature(
-        self, student_output: Tensor, teacher_output: Tensor, teacher_temp: float | Tensor
+        self,
+        student_output: Tensor,
+        teacher_output: Tensor,
+        teacher_temp: float | Tensor,
+        center: Tensor | None = None,
     ) -> DINOLossStats:
-        """The loss alone: no schedule, and the center stays."""
+        """The loss alone, at this center (K,) or at the module's, which must not move before the backward pass."""
         student = student_output.unflatten(0, (self.ncrops, -1))
         teacher = teacher_output.detach().unflatten(0, (N_TEACHER_VIEWS, -1))
-        return dino_loss_with_stats(student, teacher, self.center[0], self.student_temp, teacher_temp)
+        center = self.center[0] if center is None else center
+        return dino_loss_with_stats(student, teacher, center, self.student_temp, teacher_temp)
 
     def batch_center(self, teacher_output: Tensor) -> Tensor:
         """Mean of teacher logits (2 * B, K) of this process: (K,)."""

@@ -1,0 +1,253 @@
+"""The step: nothing waits for the device, nothing is compiled twice, and what cannot be done says why."""
+
+import copy
+
+import pytest
+import torch
+from fake_device import no_host_sync
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdino import DINOHead, DINOLoss, MultiCropWrapper, VisionTransformer
+from fastdino.model import attention
+from fastdino.train.config import TrainConfig
+from fastdino.train.schedules import Schedules
+from fastdino.train.step import MODES, TrainStep, low_precision_twin
+
+N_LOCAL, BATCH, NITER = 3, 4, 4
+
+
+def make_step(device="cpu", **options):
+    torch.manual_seed(0)
+    flags = {"drop_path_rate": 0.0, "use_bn": False, "checkpointing": False, "drop_path_mode": "sample"}
+    flags |= {name: options.pop(name) for name in list(options) if name in flags}
+
+    def network():
+        backbone = VisionTransformer(
+            [32], 8, embed_dim=32, depth=2, num_heads=2, drop_path_rate=flags["drop_path_rate"],
+            checkpointing=flags["checkpointing"], drop_path_mode=flags["drop_path_mode"],
+        )  # fmt: skip
+        return MultiCropWrapper(backbone, DINOHead(32, 48, use_bn=flags["use_bn"], hidden_dim=24, bottleneck_dim=16))
+
+    student, teacher = network().to(device), network().to(device).requires_grad_(False)
+    if device == "cpu":
+        teacher.load_state_dict(student.state_dict())
+    config = TrainConfig(epochs=4, warmup_epochs=1, batch_size_per_gpu=BATCH, data_path="x", warmup_teacher_temp_epochs=3)
+    loss = DINOLoss(48, 2 + N_LOCAL, 0.03, 0.06, 3, 4).to(device)
+    options = {"optimizer": "adamw", "clip_grad": 3.0, "freeze_last_layer": 1, **options}
+    return TrainStep(
+        student=student, teacher=teacher, loss=loss, schedules=Schedules.of(config, NITER, 1), niter_per_ep=NITER, **options
+    )
+
+
+def make_crops(iteration=0, device="cpu"):
+    if device == "cpu":
+        torch.manual_seed(iteration)
+    sizes = [32, 32] + [16] * N_LOCAL
+    return [torch.randn(BATCH, 3, size, size, device=device) for size in sizes]
+
+
+class CountOps(TorchDispatchMode):
+    """How many operations reach the device."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"amp_dtype": torch.bfloat16}, {"accumulate": 2}], ids=["fp32", "bf16", "parts"])
+def test_no_iteration_waits_for_the_device(options, capsys):
+    """Ten iterations over two epochs: the freeze is lifted, every schedule moves."""
+    with no_host_sync() as device:
+        # A table from the host is the one copy, and it is made once: it is given here.
+        with torch.utils._python_dispatch._disable_current_modes():
+            table = make_step().schedules
+        step = make_step_on_fake(device, table, **options)
+        counts = []
+        for i in range(10):
+            with CountOps() as ops:
+                metrics = step(make_crops(device=device), i)
+            counts.append(ops.n)
+    assert metrics.loss.device.type == device.type
+    assert len(set(counts[2:])) == 1  # the same launches whatever the schedules say
+    with capsys.disabled():
+        print(f"\n[{counts[-1]} operations an iteration, none waits]", end=" ")
+
+
+def make_step_on_fake(device, schedules, **options):
+    class OnDevice(TrainStep):
+        def _table(self):
+            return torch.zeros(len(schedules.lr), 5, device=device)
+
+    original, globals()["TrainStep"] = TrainStep, OnDevice
+    try:
+        return make_step(device, **options)
+    finally:
+        globals()["TrainStep"] = original
+
+
+def test_compiled_is_one_graph_for_all_iterations(monkeypatch):
+    """fullgraph refuses graph breaks; the backend counts what it is given to compile."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=counting, **options))
+    torch._dynamo.reset()
+    step = make_step(mode="compiled", say=pytest.fail)
+    plain = make_step()
+    for i in range(10):
+        ours, expected = step(make_crops(i), i), plain(make_crops(i), i)
+        assert torch.allclose(ours.loss, expected.loss, rtol=1e-5)
+    assert len(graphs) == 1, graphs
+    print(f"{graphs[0]} nodes")
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"accumulate": 4}, {"checkpointing": True}], ids=str)
+def test_less_memory_is_the_same_step(options):
+    ours, plain = make_step(**options), make_step()
+    for i in range(6):
+        a, b = ours(make_crops(i), i), plain(make_crops(i), i)
+    assert torch.allclose(a.loss, b.loss, rtol=1e-5)
+    assert torch.allclose(ours.loss.center, plain.loss.center, atol=1e-6)
+    for (name, x), y in zip(ours.student.named_parameters(), plain.student.parameters()):
+        if not name.endswith("qkv.bias"):
+            assert torch.allclose(x, y, atol=2e-5), name
+
+
+def test_bf16_runs_on_copies_that_follow_the_masters():
+    step = make_step(amp_dtype=torch.bfloat16)
+    reference = make_step()
+    for i in range(6):
+        low, full = step(make_crops(i), i), reference(make_crops(i), i)
+    assert torch.allclose(low.loss, full.loss, rtol=2e-2)
+    for master, copy_ in step._copies:
+        assert copy_.dtype == torch.bfloat16
+        assert torch.equal(copy_, master.to(torch.bfloat16))
+    assert all(p.dtype == torch.float32 for p in step.student.parameters())
+
+
+def test_bf16_parts_are_added_up_in_fp32():
+    step = make_step(amp_dtype=torch.bfloat16, accumulate=2)
+    step(make_crops(), 0)
+    assert all(p.grad.dtype == torch.float32 for p in step.student.parameters() if p.grad is not None)
+    assert any(p.grad is not None for p in step.student.parameters())
+
+
+def test_a_twin_shares_batchnorm_and_buffers():
+    net = MultiCropWrapper(nn.Flatten(), DINOHead(12, 5, use_bn=True, hidden_dim=8, bottleneck_dim=4))
+    twin, pairs = low_precision_twin(net, torch.bfloat16)
+    assert twin.head.mlp[1].weight is net.head.mlp[1].weight
+    assert twin.head.mlp[1].running_mean is net.head.mlp[1].running_mean
+    assert len(pairs) == sum(1 for _ in net.parameters()) - 4
+    assert all(low.requires_grad == p.requires_grad for p, low in pairs)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_other_optimizers_take_the_same_step(optimizer):
+    step = make_step(optimizer=optimizer)
+    before = copy.deepcopy(step.student.state_dict())
+    for i in range(6):
+        step(make_crops(i), i)
+    moved = [name for name, x in step.student.state_dict().items() if not torch.equal(x, before[name])]
+    assert any("last_layer.weight_v" in name for name in moved)
+
+
+def test_what_cannot_compile_falls_back_once_and_says_why(monkeypatch):
+    def broken(function, **options):
+        def run(*args):
+            raise RuntimeError("no compiler here\nand a long story")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    said = []
+    step, plain = make_step(mode="compiled", say=said.append), make_step()
+    for i in range(3):
+        assert torch.equal(step(make_crops(i), i).loss, plain(make_crops(i), i).loss)
+    assert said == ["step: compiled failed (RuntimeError: no compiler here); using eager"]
+    assert step.mode == "eager"
+
+
+def test_a_graph_without_a_gpu_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    if not torch.cuda.is_available():
+        assert make_step(mode="graph", say=said.append).mode == "compiled"
+        assert said == ["step: a graph needs a CUDA device; using compiled"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "fast"}, "mode: expected one of eager, compiled, graph, got 'fast'"),
+        ({"accumulate": 0}, "accumulate: expected 1 or more, got 0"),
+        ({"attention_backend": "flash"}, "attention: expected auto, xformers, varlen, sdpa, got 'flash'"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_step(**options)(make_crops(), 0)
+
+
+def test_parts_must_divide_the_batch():
+    with pytest.raises(ValueError, match="accumulate: expected a divisor of the batch of 4, got 3"):
+        make_step(accumulate=3)(make_crops(), 0)
+
+
+def test_a_backend_that_cannot_run_says_what_is_missing():
+    if not torch.cuda.is_available():
+        for name in ("xformers", "varlen"):
+            with pytest.raises(ValueError, match=f"attention: {name} has kernels for CUDA only, and the model is on cpu"):
+                make_step(attention_backend=name)(make_crops(), 0)
+
+
+def test_drop_path_keeps_the_mean_in_both_modes():
+    """A dropped image keeps its tokens; the others are scaled so that the expectation stays."""
+    torch.manual_seed(0)
+    for mode in ("sample", "batch"):
+        net = VisionTransformer([16], 8, embed_dim=8, depth=1, num_heads=2, drop_path_mode=mode).double()
+        block = net.blocks[0]
+        block.drop_path = 0.25
+        nn.init.zeros_(block.mlp.fc2.weight)  # the second branch adds nothing: one branch is looked at
+        nn.init.zeros_(block.mlp.fc2.bias)
+        packing = attention.Packing(((8, 5), (4, 2)))
+        x = torch.randn(48, 8, dtype=torch.float64)
+        full = block.eval()(x, packing) - x
+        block.train()
+        total, dropped = torch.zeros_like(full), 0
+        for _ in range(600):
+            change = block(x, packing, mode) - x
+            images = torch.cat([part.flatten(1).abs().amax(1) for part in packing.split(change)])
+            dropped += int((images == 0).sum())
+            kept = change.abs().amax(1) > 0
+            assert torch.allclose(change[kept], full[kept] / 0.75, rtol=1e-9)
+            total += change
+        assert abs(dropped / (600 * 12) - 0.25) < (1e-9 if mode == "batch" else 0.02)
+        assert (total / 600 - full).abs().max() < 0.15 * full.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=["whole", "parts"])
+def test_graph_equals_eager_over_twenty_steps(options):
+    """Changing schedules, the freeze boundary (iteration 4) and a resume in the middle of them."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    graph, eager = make_step("cuda", mode="graph", say=pytest.fail, **options), make_step("cuda", **options)
+    for part in ("student", "teacher"):
+        getattr(eager, part).load_state_dict(getattr(graph, part).state_dict())
+    n = NITER * 4
+    for i in [*range(n), *range(4)]:
+        crops = [x.cuda() for x in make_crops(i)]
+        a, b = graph(crops, i), eager(crops, i)
+        assert torch.allclose(a.loss, b.loss, rtol=1e-5)
+    assert graph.mode == MODES[2]
+    for (name, x), y in zip(graph.student.named_parameters(), eager.student.parameters()):
+        if not name.endswith("qkv.bias"):
+            assert torch.allclose(x, y, atol=1e-5), name
+    with pytest.raises(ValueError, match="expected the captured shapes"):
+        graph([x[:2] for x in crops], 4)
