@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train a model",
         usage="fastdino train [--data_path FOLDER] [flags]",
         description="Train DINO. Flags are those of the original main_dino.py, with its defaults [in brackets], and "
-        "some more. BOOL is true/false, on/off or 1/0.\nWithout --data_path: the digits of scikit-learn, with a recipe "
+        "some more.\nBOOL is true/false, on/off or 1/0. Without --data_path: the digits of scikit-learn, with a recipe "
         "of their own where you give no flag.\nSeveral GPUs: torchrun --nproc_per_node=8 -m fastdino.train ...",
         formatter_class=help_format,
         allow_abbrev=False,

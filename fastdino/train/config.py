@@ -333,6 +333,6 @@ def command_line(config: TrainConfig, n_processes: int = 1) -> str:
     words = words or ["torchrun", f"--nproc_per_node={n_processes}", "-m", "fastdino.train"]
     for f in fields(config):
         value = getattr(resumed, f.name)
-        if value != getattr(defaults, f.name):
+        if value != getattr(defaults, f.name) or (f.name == "data_path" and value):
             words += [f"--{f.name}", *(_shown(value).split() if isinstance(value, tuple) else [_shown(value)])]
     return shlex.join(words)

@@ -43,15 +43,14 @@ def low_precision_twin(network: nn.Module, dtype: torch.dtype) -> tuple[nn.Modul
     and so is BatchNorm, which keeps fp32 as autocast would.
     """
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    shared = [*network.buffers(), *(p for norm in norms for p in norm.parameters())]
-    twin = copy.deepcopy(network, {id(x): x for x in shared})
-    own = {id(x) for x in shared}
-    pairs = []
-    for param, low in zip(network.parameters(), twin.parameters()):
-        if id(param) not in own:
-            low.data = param.detach().to(dtype)
+    memo: dict[int, Tensor] = {id(x): x for x in (*network.buffers(), *(p for norm in norms for p in norm.parameters()))}
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for param in network.parameters():
+        if id(param) not in memo:
+            low = nn.Parameter(param.detach().to(dtype), requires_grad=param.requires_grad)
             pairs.append((param, low))
-    return twin, pairs
+            memo[id(param)] = low  # what deepcopy takes for the copy of param
+    return copy.deepcopy(network, memo), pairs
 
 
 class TrainStep:

@@ -24,7 +24,10 @@ from fastdino_kernels import launch
 
 
 class _Backend(backend_registration._DummyBackendModule):
-    """The dummy, and the generator state that opcheck keeps for whatever accelerator there is."""
+    """The dummy, and what opcheck and checkpointing ask whatever accelerator there is."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
 
     def get_rng_state(self) -> None:
         return None

@@ -17,26 +17,43 @@ from fastdino.train.step import MODES, TrainStep, low_precision_twin
 N_LOCAL, BATCH, NITER = 3, 4, 4
 
 
-def make_step(device="cpu", **options):
+def make_networks(drop_path_rate=0.0, use_bn=False, checkpointing=False, drop_path_mode="sample", **_):
+    backbone = VisionTransformer(
+        [32], 8, embed_dim=32, depth=2, num_heads=2, drop_path_rate=drop_path_rate, checkpointing=checkpointing,
+        drop_path_mode=drop_path_mode,
+    )  # fmt: skip
+    return MultiCropWrapper(backbone, DINOHead(32, 48, use_bn=use_bn, hidden_dim=24, bottleneck_dim=16))
+
+
+def recreated(network, device):
+    """The network with new tensors on the device, which has no values to copy from."""
+    for module in network.modules():
+        for name, p in module._parameters.items():
+            module._parameters[name] = nn.Parameter(torch.empty(p.shape, device=device), requires_grad=p.requires_grad)
+    return network
+
+
+def make_step(device="cpu", kind=TrainStep, networks=None, **options):
     torch.manual_seed(0)
-    flags = {"drop_path_rate": 0.0, "use_bn": False, "checkpointing": False, "drop_path_mode": "sample"}
-    flags |= {name: options.pop(name) for name in list(options) if name in flags}
-
-    def network():
-        backbone = VisionTransformer(
-            [32], 8, embed_dim=32, depth=2, num_heads=2, drop_path_rate=flags["drop_path_rate"],
-            checkpointing=flags["checkpointing"], drop_path_mode=flags["drop_path_mode"],
-        )  # fmt: skip
-        return MultiCropWrapper(backbone, DINOHead(32, 48, use_bn=flags["use_bn"], hidden_dim=24, bottleneck_dim=16))
-
-    student, teacher = network().to(device), network().to(device).requires_grad_(False)
-    if device == "cpu":
+    if networks is None:
+        student, teacher = make_networks(**options), make_networks().requires_grad_(False)
         teacher.load_state_dict(student.state_dict())
-    config = TrainConfig(epochs=4, warmup_epochs=1, batch_size_per_gpu=BATCH, data_path="x", warmup_teacher_temp_epochs=3)
-    loss = DINOLoss(48, 2 + N_LOCAL, 0.03, 0.06, 3, 4).to(device)
-    options = {"optimizer": "adamw", "clip_grad": 3.0, "freeze_last_layer": 1, **options}
-    return TrainStep(
-        student=student, teacher=teacher, loss=loss, schedules=Schedules.of(config, NITER, 1), niter_per_ep=NITER, **options
+        student, teacher = student.to(device), teacher.to(device)
+    else:
+        student, teacher = (recreated(network, device) for network in networks)
+    config = TrainConfig(
+        epochs=4, warmup_epochs=1, batch_size_per_gpu=BATCH, data_path="x", warmup_teacher_temp_epochs=3
+    )
+    of_step = {k: v for k, v in options.items() if k not in ("drop_path_rate", "use_bn", "checkpointing", "drop_path_mode")}
+    loss = DINOLoss(48, 2 + N_LOCAL, 0.03, 0.06, 3, 4)
+    loss.center = torch.zeros(1, 48, device=device)
+    return kind(
+        student=student,
+        teacher=teacher,
+        loss=loss,
+        schedules=Schedules.of(config, NITER, 1),
+        niter_per_ep=NITER,
+        **{"optimizer": "adamw", "clip_grad": 3.0, "freeze_last_layer": 1, **of_step},
     )
 
 
@@ -57,14 +74,23 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"amp_dtype": torch.bfloat16}, {"accumulate": 2}], ids=["fp32", "bf16", "parts"])
+class StepOnFakeDevice(TrainStep):
+    """The table of schedules comes from the host, once; here it has no values to bring."""
+
+    def _table(self):
+        return torch.zeros(len(self.schedules.lr), 5, device=self.device)
+
+
+OPTIONS = [{}, {"amp_dtype": torch.bfloat16}, {"accumulate": 2}, {"checkpointing": True, "drop_path_rate": 0.3}]
+OPTIONS += [{"drop_path_rate": 0.3, "drop_path_mode": "batch"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["fp32", "bf16", "parts", "checkpointing", "subsets"])
 def test_no_iteration_waits_for_the_device(options, capsys):
-    """Ten iterations over two epochs: the freeze is lifted, every schedule moves."""
+    """Ten iterations over three epochs: the freeze is lifted, every schedule moves."""
+    networks = make_networks(**options), make_networks().requires_grad_(False)
     with no_host_sync() as device:
-        # A table from the host is the one copy, and it is made once: it is given here.
-        with torch.utils._python_dispatch._disable_current_modes():
-            table = make_step().schedules
-        step = make_step_on_fake(device, table, **options)
+        step = make_step(device, StepOnFakeDevice, networks, **options)
         counts = []
         for i in range(10):
             with CountOps() as ops:
@@ -74,18 +100,6 @@ def test_no_iteration_waits_for_the_device(options, capsys):
     assert len(set(counts[2:])) == 1  # the same launches whatever the schedules say
     with capsys.disabled():
         print(f"\n[{counts[-1]} operations an iteration, none waits]", end=" ")
-
-
-def make_step_on_fake(device, schedules, **options):
-    class OnDevice(TrainStep):
-        def _table(self):
-            return torch.zeros(len(schedules.lr), 5, device=device)
-
-    original, globals()["TrainStep"] = TrainStep, OnDevice
-    try:
-        return make_step(device, **options)
-    finally:
-        globals()["TrainStep"] = original
 
 
 def test_compiled_is_one_graph_for_all_iterations(monkeypatch):
