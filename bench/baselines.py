@@ -1,8 +1,8 @@
 """The step without us, twice: as the original is structured, and as a careful user of PyTorch would write it.
 
 Both start from the state of our networks, take the same crops and end at the original's weights
-(tests/test_baselines.py), so a difference in time is a difference in how, not in what. Axes: V views, B images, N tokens, H heads, D channels,
-K prototypes.
+(tests/test_baselines.py), so a difference in time is a difference in how, not in what.
+Axes: V views, B images, N tokens, H heads, D channels, K prototypes.
 """
 
 import copy
