@@ -38,6 +38,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from bench.pictures import draw_throughput
+
     records = read(args.folder)
     print("| what | ms | p20 | p80 | images/s | device |\n|---|---|---|---|---|---|")
     for name, r in measured(records).items():
@@ -45,6 +47,9 @@ def _report(args: argparse.Namespace) -> int:
         print(f"| {r.get('images_per_s', float('nan')):.2f} | {r['device']} |")
     for name in missing(records):
         print(f"\nMissing: {name} was planned and not measured.")
+    picture = args.folder / "throughput.png"
+    if draw_throughput(records, picture):
+        print(f"\n![images per second]({picture.name})")
     return 0
 
 
@@ -59,7 +64,7 @@ def main() -> int:
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
     report = commands.add_parser("report", help="a table, and what is missing")
-    report.add_argument("folder", type=Path)
+    report.add_argument("folder", type=Path, help="a folder with results.jsonl")
     args = parser.parse_args()
     try:
         return {"step": _step, "compare": _compare, "report": _report}[args.command](args)
