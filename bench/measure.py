@@ -34,7 +34,18 @@ def measure(run: Callable[[], object], repeats: int = 50, warmup: int = 5) -> Ti
     """Time runs one by one: with CUDA events around each on a GPU, with the host's clock elsewhere."""
     for _ in range(warmup):
         run()
-    return _summary(_gpu_times(run, repeats) if ON_GPU else _host_times(run, repeats))
+    return timing_of(_gpu_times(run, repeats) if ON_GPU else _host_times(run, repeats))
+
+
+def time_once(run: Callable[[], object]) -> float:
+    """Milliseconds of one run, from an idle device to an idle device."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def _gpu_times(run: Callable[[], object], repeats: int) -> list[float]:
@@ -58,7 +69,8 @@ def _host_times(run: Callable[[], object], repeats: int) -> list[float]:
     return times
 
 
-def _summary(times_ms: list[float]) -> Timing:
+def timing_of(times_ms: list[float]) -> Timing:
+    """Median and quantiles of runs."""
     p20, median, p80 = torch.tensor(times_ms, dtype=torch.float64).quantile(
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     )

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DEVICE, ON_GPU, line, measure, row
 from torch import Tensor
 
+from bench.measure import DEVICE, ON_GPU, line, measure, row
 from fastdino_kernels import (
     ClipAdamWEMA,
     center_update_,

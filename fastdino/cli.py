@@ -1,4 +1,4 @@
-"""fastdino train | knn | attention: the only place that reads the command line."""
+"""fastdino train | knn | attention | doctor: the only place that reads the command line."""
 
 import argparse
 import os
@@ -19,6 +19,7 @@ Train DINO (self-distillation with no labels, arXiv:2104.14294) on your own imag
   fastdino train --data_path photos/      learn from a folder of images
   fastdino knn --pretrained_weights checkpoint.pth --data_path photos/
   fastdino attention --pretrained_weights checkpoint.pth --images photos/cat.jpg
+  fastdino doctor photos/                 what this machine can do, and how fast it reads the folder
 """
 
 
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="fastdino", description=DESCRIPTION, formatter_class=help_format)
     parser.add_argument("--version", action="version", version=f"fastdino {version('fastdino')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | knn | attention")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | knn | attention | doctor")
 
     train = commands.add_parser(
         "train",
@@ -79,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint_flags(attention)
     attention.add_argument("--images", nargs="+", metavar="FILE", help="image files; without them: a few digits")
     attention.add_argument("--output", default="attention.png", metavar="FILE", help="the picture [attention.png]")
+
+    doctor = commands.add_parser("doctor", help="what this machine can do", formatter_class=help_format)
+    doctor.add_argument("folder", nargs="?", metavar="FOLDER", help="images, to time their loading")
     return parser
 
 
@@ -176,10 +180,18 @@ def _attention(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from fastdino.doctor import examine
+
+    for what, finding in examine(args.folder):
+        print(f"{what:20}{finding}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. 1: the run failed, 2: the command was wrong, 130: interrupted."""
     args = _parser().parse_args(argv)
-    command = {"train": _train, "knn": _knn, "attention": _attention}[args.command]
+    command = {"train": _train, "knn": _knn, "attention": _attention, "doctor": _doctor}[args.command]
     try:
         return command(args)
     except UserError as error:

@@ -1,0 +1,1 @@
+"""What fastdino is worth on a device: measured, compared and modelled."""

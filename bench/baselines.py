@@ -1,0 +1,192 @@
+"""What a step is measured against: the original's structure, and the best a careful user gets without us.
+
+Both take our networks' weights under the same names and the calls of `fastdino.train.step.TrainStep`, and end the golden
+trajectories at the original's weights. Written for the comparison, from the paper's algorithm 1 and the facts in
+`tests/golden`; no code of the original is in here.
+Axes: V views (two global, then local), B images, N tokens, H heads, K prototypes.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdino import MultiCropWrapper, get_params_groups
+from fastdino.loss import DINOLoss
+from fastdino.train.schedules import Schedules
+
+
+class _Attention(nn.Module):
+    """q k^T, softmax, times v, each a tensor in memory; or SDPA."""
+
+    def __init__(self, ours: Any, fused: bool) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.n_heads, self.scale, self.fused = ours.qkv, ours.proj, ours.num_heads, ours.scale, fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        n_images, n_tokens, dim = x.shape
+        q, k, v = self.qkv(x).reshape(n_images, n_tokens, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            out = ((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1) @ v
+        return self.proj(out.transpose(1, 2).reshape(n_images, n_tokens, dim))
+
+
+class _Block(nn.Module):
+    def __init__(self, ours: Any, fused: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = ours.norm1, ours.norm2, ours.mlp
+        self.attn = _Attention(ours.attn, fused)
+        self.drop_path = ours.drop_path
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if not self.drop_path or not self.training:
+            return x
+        keep = 1 - self.drop_path
+        return x / keep * torch.floor(keep + torch.rand(len(x), 1, 1, dtype=x.dtype, device=x.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._drop(self.attn(self.norm1(x)))
+        return x + self._drop(self.mlp(self.norm2(x)))
+
+
+class _Backbone(nn.Module):
+    """Our Vision Transformer's parameters in a plain forward: a convolution, then blocks over (B, N, D)."""
+
+    def __init__(self, ours: Any, fused: bool) -> None:
+        super().__init__()
+        self.patch_embed, self.cls_token, self.pos_embed, self.norm = ours.patch_embed, ours.cls_token, ours.pos_embed, ours.norm
+        self.blocks = nn.ModuleList(_Block(block, fused) for block in ours.blocks)
+        self.positions = ours.interpolate_pos_encoding
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1) + self.positions(*x.shape[-2:])
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)[:, 0]
+
+
+class _Network(nn.Module):
+    """A backbone pass per resolution, a head pass over all."""
+
+    def __init__(self, ours: MultiCropWrapper, fused: bool) -> None:
+        super().__init__()
+        self.backbone, self.head = _Backbone(ours.backbone, fused), ours.head
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        runs = [torch.cat(list(run)) for _, run in groupby(crops, key=lambda x: x.shape[-1])]
+        features = torch.cat([self.backbone(run) for run in runs])
+        return self.head(features if features.dtype == torch.float64 else features.float())
+
+
+class PlainStep:
+    """(a) The original's structure: naive attention, a loop over pairs of views, a loop over parameters for each of
+    clip, AdamW and EMA, with the host looking at every norm; autocast where amp_dtype is given.
+    """
+
+    fused = False
+
+    def __init__(
+        self, *, student: MultiCropWrapper, teacher: MultiCropWrapper, loss: DINOLoss, schedules: Schedules,
+        niter_per_ep: int, clip_grad: float, freeze_last_layer: int, amp_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.student, self.teacher, self.loss, self.schedules = student, teacher, copy.deepcopy(loss), schedules
+        self.niter_per_ep, self.clip_grad, self.freeze_last_layer = niter_per_ep, clip_grad, freeze_last_layer
+        self.amp_dtype = amp_dtype
+        self.networks = _Network(student, self.fused), _Network(teacher, self.fused)
+        self.params = [p for p in student.parameters() if p.requires_grad]
+        self.last_layer = [p for name, p in student.named_parameters() if "last_layer" in name]
+        self.device = self.params[0].device
+        self.optimizer = self.make_optimizer(get_params_groups(student))
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=0.0, foreach=False)
+
+    def compute_loss(self, student: Tensor, teacher: Tensor, epoch: int) -> Tensor:
+        """Over all pairs of different views, one by one."""
+        temp = float(self.loss.teacher_temp_schedule[epoch])
+        students = (student / self.loss.student_temp).chunk(self.loss.ncrops)
+        targets = F.softmax((teacher - self.loss.center) / temp, dim=-1).detach().chunk(2)
+        terms = [
+            torch.sum(-q * F.log_softmax(p, dim=-1), dim=-1).mean()
+            for t, q in enumerate(targets)
+            for v, p in enumerate(students)
+            if v != t
+        ]
+        return torch.stack(terms).sum() / len(terms)
+
+    def _clip(self) -> None:
+        """Each gradient by its own norm; the host waits for every one."""
+        for p in self.params:
+            if p.grad is not None:
+                coefficient = self.clip_grad / (p.grad.norm(2) + 1e-6)
+                if coefficient < 1:
+                    p.grad.mul_(coefficient)
+
+    def average(self, momentum: float) -> None:
+        for target, source in zip(self.teacher.parameters(), self.student.parameters()):
+            target.data.mul_(momentum).add_((1 - momentum) * source.detach().data)
+
+    def forward(self, crops: Sequence[Tensor], epoch: int) -> tuple[Tensor, Tensor]:
+        """(loss, teacher logits (2 * B, K))."""
+        student, teacher = self.networks
+        with torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype else nullcontext():
+            with torch.no_grad():
+                teacher_output = teacher(crops[:2])
+            student_output = student(crops)
+        keep = student_output.dtype == torch.float64
+        teacher_output = teacher_output if keep else teacher_output.float()
+        return self.compute_loss(student_output if keep else student_output.float(), teacher_output, epoch), teacher_output
+
+    def __call__(self, crops: Sequence[Tensor], iteration: int) -> Tensor:
+        """The loss () of an iteration, after which the weights have changed."""
+        epoch = iteration // self.niter_per_ep
+        for i, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = float(self.schedules.lr[iteration])
+            if i == 0:
+                group["weight_decay"] = float(self.schedules.weight_decay[iteration])
+        loss, teacher_output = self.forward(crops, epoch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            if self.clip_grad:
+                self._clip()
+            if epoch < self.freeze_last_layer:
+                for p in self.last_layer:
+                    p.grad = None
+            self.optimizer.step()
+            self.average(float(self.schedules.momentum_teacher[iteration]))
+            mean = teacher_output.sum(dim=0, keepdim=True) / len(teacher_output)
+            self.loss.center.copy_(self.loss.center * 0.9 + mean * 0.1)
+        return loss.detach()
+
+
+class CarefulStep(PlainStep):
+    """(b) What PyTorch offers: SDPA, fused AdamW, foreach clip and EMA; forward and loss compiled where asked."""
+
+    fused = True
+
+    def __init__(self, *, compiled: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        if compiled:
+            self.forward = torch.compile(self.forward, dynamic=False)  # type: ignore[method-assign]
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+    def _clip(self) -> None:
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norms = torch._foreach_norm(grads)
+        coefficients = [(self.clip_grad / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+        torch._foreach_mul_(grads, coefficients)
+
+    def average(self, momentum: float) -> None:
+        teacher = [p.data for p in self.teacher.parameters()]
+        torch._foreach_lerp_(teacher, [p.data for p in self.student.parameters()], 1 - momentum)
