@@ -1,8 +1,8 @@
 """What a step is measured against: the original's structure, and the best a careful user gets without us.
 
-Both take our networks' weights under the same names and the calls of `fastdino.train.step.TrainStep`, and end the golden
-trajectories at the original's weights. Written for the comparison, from the paper's algorithm 1 and the facts in
-`tests/golden`; no code of the original is in here.
+Both take our networks' weights under the same names and the calls of `fastdino.train.step.TrainStep`, and end the
+golden trajectories at the original's weights. Written for the comparison, from the paper's algorithm 1 and the facts
+in `tests/golden`; no code of the original is in here.
 Axes: V views (two global, then local), B images, N tokens, H heads, K prototypes.
 """
 
@@ -26,7 +26,13 @@ class _Attention(nn.Module):
 
     def __init__(self, ours: Any, fused: bool) -> None:
         super().__init__()
-        self.qkv, self.proj, self.n_heads, self.scale, self.fused = ours.qkv, ours.proj, ours.num_heads, ours.scale, fused
+        self.qkv, self.proj, self.n_heads, self.scale, self.fused = (
+            ours.qkv,
+            ours.proj,
+            ours.num_heads,
+            ours.scale,
+            fused,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n_images, n_tokens, dim = x.shape
@@ -61,7 +67,12 @@ class _Backbone(nn.Module):
 
     def __init__(self, ours: Any, fused: bool) -> None:
         super().__init__()
-        self.patch_embed, self.cls_token, self.pos_embed, self.norm = ours.patch_embed, ours.cls_token, ours.pos_embed, ours.norm
+        self.patch_embed, self.cls_token, self.pos_embed, self.norm = (
+            ours.patch_embed,
+            ours.cls_token,
+            ours.pos_embed,
+            ours.norm,
+        )
         self.blocks = nn.ModuleList(_Block(block, fused) for block in ours.blocks)
         self.positions = ours.interpolate_pos_encoding
 
@@ -143,7 +154,9 @@ class PlainStep:
             student_output = student(crops)
         keep = student_output.dtype == torch.float64
         teacher_output = teacher_output if keep else teacher_output.float()
-        return self.compute_loss(student_output if keep else student_output.float(), teacher_output, epoch), teacher_output
+        return self.compute_loss(
+            student_output if keep else student_output.float(), teacher_output, epoch
+        ), teacher_output
 
     def __call__(self, crops: Sequence[Tensor], iteration: int) -> Tensor:
         """The loss () of an iteration, after which the weights have changed."""

@@ -1,11 +1,12 @@
 """The step beside the two baselines: images per second, FLOP/s, memory.
 
-Every provider's first loss is compared with the plain one's before anything is timed; then they take turns, a step each,
-so that what else the machine does meets all of them alike.
+Every provider's first loss is compared with the plain one's before anything is timed; then they take turns, a step
+each, so that what else the machine does meets all of them alike.
 """
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
         times: dict[str, list[float]] = {name: [] for name in steps}
         for i in range(repeats):
             for name, step in steps.items():
-                times[name].append(time_once(lambda step=step, i=i: step(crops, 10 + i)))  # type: ignore[misc]
+                times[name].append(time_once(partial(step, crops, 10 + i)))
         flops = sum(step_flops_per_image(ARCHITECTURES[arch], n_local, out_dim).values())
         for name in steps:
             timing = timing_of(times[name])

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from measure import environment
 from PIL import Image
 from torch import Tensor
 
+from bench.measure import environment
 from fastdino.data.augment import apply_crop, apply_crop_fast
 from fastdino.data.decode import decode_array, open_image
 from fastdino.data.loader import CropLoader, EpochSampler

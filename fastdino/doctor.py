@@ -10,7 +10,7 @@ import torch
 
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.sources import FolderSource
-from fastdino.model.attention import xformers_attention
+from fastdino.model.attention import BACKENDS, why_not
 
 PACKAGES = ("fastdino", "torch", "triton", "xformers", "numpy", "pillow", "simplejpeg")
 READ_SECONDS = 3.0
@@ -23,12 +23,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _xformers() -> str:
-    if importlib.util.find_spec("xformers") is None:
-        return "no: not installed"
-    if not torch.cuda.is_available():
-        return "no: needs a CUDA device"
-    return "yes" if xformers_attention() else "no: its CUDA kernels do not load"
+def _attention(backend: str) -> str:
+    on_gpu = torch.cuda.is_available()
+    reason = why_not(backend, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)
+    return f"no: {reason}" if reason else "yes"
 
 
 def _triton() -> str:
@@ -93,7 +91,7 @@ def examine(folder: str | None) -> list[tuple[str, str]]:
     device, advice = _device()
     lines = [("python", platform.python_version())]
     lines += [(package, _version(package)) for package in PACKAGES]
-    lines += [("GPU", device), ("sdpa", "yes"), ("xformers attention", _xformers())]
+    lines += [("GPU", device), *((f"attention {name}", _attention(name)) for name in BACKENDS)]
     lines += [("Triton compiles", _triton()), ("CUDA graphs", _graphs())]
     if folder is not None:
         lines.append(("loading", _loading(folder)))

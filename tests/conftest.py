@@ -26,7 +26,7 @@ if not HAS_GPU:
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
 
-from fastdino_kernels import launch
+from fastdino_kernels import launch  # noqa: E402  (after the interpreter is on)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -46,7 +46,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Ten
     """PyTorch's scaled_dot_product_attention, a call per group: runs everywhere, in every dtype."""
     outputs = []
     for group in zip(packing.split(q), packing.split(k), packing.split(v)):
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in group), scale=scale)
+        query, key, value = (x.transpose(1, 2) for x in group)
+        out = F.scaled_dot_product_attention(query, key, value, scale=scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

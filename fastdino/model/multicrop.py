@@ -35,9 +35,7 @@ class MultiCropWrapper(nn.Module):
         assert isinstance(self.backbone, VisionTransformer)
         patch_size = self.backbone.patch_embed.patch_size
         runs = [(size, len(list(run))) for size, run in groupby(crops, key=lambda x: x.shape[-2:])]
-        return Packing(
-            tuple((n * batch_size, 1 + (h // patch_size) * (w // patch_size)) for (h, w), n in runs)
-        )
+        return Packing(tuple((n * batch_size, 1 + (h // patch_size) * (w // patch_size)) for (h, w), n in runs))
 
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """V crops (B, 3, H, W), or one tensor of them -> (V * B, K), crop-major."""

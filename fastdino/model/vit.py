@@ -266,7 +266,7 @@ class VisionTransformer(nn.Module):
             yield x
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """(B, 3, H, W) -> (B, D) CLS features. A list of such, of several resolutions: the features one after another."""
+        """(B, 3, H, W) -> (B, D) CLS features; a list of such, of several resolutions, to all their features."""
         groups = [self.prepare_tokens(images) for images in ([x] if isinstance(x, Tensor) else x)]
         packing = Packing(tuple((len(tokens), tokens.shape[1]) for tokens in groups))
         *_, tokens = self._blocks(torch.cat([group.flatten(0, 1) for group in groups]), packing)

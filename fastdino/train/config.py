@@ -152,8 +152,8 @@ class TrainConfig:
                 raise ValueError(f"--{name}: expected at most --epochs={self.epochs}, got {getattr(self, name)}")
 
     def _check_ranges(self) -> None:
-        positive = """patch_size out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu accumulate knn_k warmup_teacher_temp
-            teacher_temp global_crops_size local_crops_size"""
+        positive = """patch_size out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu accumulate knn_k
+            warmup_teacher_temp teacher_temp global_crops_size local_crops_size"""
         not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
             freeze_last_layer local_crops_number num_workers knn_freq knn_images eval_resize attention_images
             saveckp_freq seed"""

@@ -13,7 +13,7 @@ from types import FrameType
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.digits import load_digits

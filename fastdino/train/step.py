@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastdino.loss import N_TEACHER_VIEWS, DINOLoss
 from fastdino.model import MultiCropWrapper, attention
-from fastdino.model.vit import VisionTransformer
+from fastdino.model.vit import Block, VisionTransformer
 from fastdino.train import distributed
 from fastdino.train.optim import OPTIMIZERS, cancel_last_layer_gradients, clip_gradients, get_params_groups
 from fastdino.train.schedules import Schedules
@@ -43,7 +43,9 @@ def low_precision_twin(network: nn.Module, dtype: torch.dtype) -> tuple[nn.Modul
     and so is BatchNorm, which keeps fp32 as autocast would.
     """
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    memo: dict[int, Tensor] = {id(x): x for x in (*network.buffers(), *(p for norm in norms for p in norm.parameters()))}
+    memo: dict[int, Tensor] = {
+        id(x): x for x in (*network.buffers(), *(p for norm in norms for p in norm.parameters()))
+    }
     pairs: list[tuple[Tensor, Tensor]] = []
     for param in network.parameters():
         if id(param) not in memo:
@@ -143,7 +145,7 @@ class TrainStep:
     # --- what changes per iteration ----------------------------------------------------------------------------
 
     def _table(self) -> Tensor:
-        """(iterations, 5): lr, weight decay, teacher momentum, teacher temperature, 1 where the last layer is frozen."""
+        """(iterations, 5): lr, weight decay, teacher momentum and temperature, 1 where the last layer is frozen."""
         n = len(self.schedules.lr)
         epochs = torch.arange(n) // self.niter_per_ep
         columns = [torch.from_numpy(x) for x in (self.schedules.lr, self.schedules.weight_decay)]
@@ -172,7 +174,9 @@ class TrainStep:
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.amp_dtype) if self._autocasts else nullcontext()
 
-    def _networks_and_loss(self, crops: Sequence[Tensor], teacher_temp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _networks_and_loss(
+        self, crops: Sequence[Tensor], teacher_temp: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(loss, teacher entropy, KL, mean teacher logits (K,)). The one part that is compiled."""
         if self._dtype != crops[0].dtype and not self._autocasts:
             crops = [crop.to(self._dtype) for crop in crops]
@@ -184,7 +188,7 @@ class TrainStep:
         return stats.loss, stats.teacher_entropy, stats.kl, self.loss.batch_center(teacher_output)
 
     def _compute(self, crops: Sequence[Tensor]) -> None:
-        """Forward and backward over the parts of the batch; gradients, metrics and the center's mean are left behind."""
+        """Forward and backward over the parts of the batch; leaves gradients, metrics and the center's mean."""
         n = self.accumulate
         parts = zip(*(crop.chunk(n) for crop in crops)) if n > 1 else [tuple(crops)]
         mean: Tensor | None = None
@@ -237,7 +241,7 @@ class TrainStep:
         self.loss.move_center(self._center_mean)
 
     def _iterate(self, crops: Sequence[Tensor], iteration: int) -> None:
-        """A whole iteration; everything but `iteration`, which only optimizers with host schedules read, is on device."""
+        """A whole iteration. Only optimizers with schedules on the host look at `iteration`."""
         self._now.copy_(self._rows.index_select(0, self._counter)[0])
         self._counter += 1
         if not self._fused:
@@ -275,7 +279,9 @@ class TrainStep:
         backbone = getattr(self.student, "backbone", None)
         if not isinstance(backbone, VisionTransformer) or not isinstance(self.student, MultiCropWrapper):
             return
-        heads = backbone.blocks[0].attn.num_heads
+        block = backbone.blocks[0]
+        assert isinstance(block, Block)
+        heads = block.attn.num_heads
         packings = [
             self.student.packing(crops[:n], len(crops[0]) // self.accumulate) for n in (N_TEACHER_VIEWS, len(crops))
         ]

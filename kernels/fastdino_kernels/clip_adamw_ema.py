@@ -362,7 +362,7 @@ def _library_update_(
 ) -> None:
     """The reference's update from PyTorch's fused and foreach calls: what a CPU, which has no Triton, does fastest.
 
-    On ViT-Ti with 65536 prototypes (23 M parameters) on two cores: 0.09 s against the reference's 0.55.
+    Six times as fast on ViT-Ti with 65536 prototypes (27 M parameters, two cores, 2026-11-24).
     """
     skipped = [False] * len(tensors.params) if frozen is None else frozen.tolist()
     if grad_norms is not None:
@@ -389,7 +389,7 @@ def _library_update_(
         groups.setdefault((float(lrs[i]), float(weight_decays[i]), param.dtype), []).append(i)
     for (lr, weight_decay, _), members in groups.items():
         params, exp_avgs, exp_avg_sqs, steps = (
-            [entries[i] for i in members]
+            _present([entries[i] for i in members])[0]
             for entries in (tensors.params, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps)
         )
         torch._foreach_add_(steps, 1)
@@ -399,11 +399,11 @@ def _library_update_(
         )  # fmt: skip
     averaged = [(teacher, param) for teacher, param in zip(tensors.teachers, tensors.params) if teacher is not None]
     if averaged:
-        library_ema_(*map(list, zip(*averaged)), float(momentum))
+        library_ema_([x for x, _ in averaged], [x for _, x in averaged], float(momentum))
     for copies, sources in ((tensors.param_copies, tensors.params), (tensors.teacher_copies, tensors.teachers)):
         pairs = [(copy, source) for copy, source in zip(copies, sources) if copy is not None and source is not None]
         if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs)))
+            torch._foreach_copy_([x for x, _ in pairs], [x for _, x in pairs])
 
 
 def update_(

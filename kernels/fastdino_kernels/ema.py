@@ -97,7 +97,7 @@ def _(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: Tensor, co
 def library_ema_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> None:
     """The reference's average in one foreach call where the dtypes of a pair are equal: what is fastest on a CPU."""
     if all(x.dtype == y.dtype and x.dtype in (torch.float32, torch.float64) for x, y in zip(teacher, student)):
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        torch._foreach_lerp_(list(teacher), list(student), 1 - momentum)
     else:
         reference.ema_update_(teacher, student, momentum)
 

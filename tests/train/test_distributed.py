@@ -12,7 +12,8 @@ from fastdino import load_checkpoint
 FP64 = str(Path(__file__).with_name("run_in_fp64.py"))
 # Three steps of 478 digits: one epoch, so also the last layer's freeze, lifted for it to move.
 FLAGS = "--epochs 1 --warmup_epochs 0 --freeze_last_layer 0 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16"
-FLAGS += " --use_bn_in_head false --drop_path_rate 0 --local_crops_number 2 --num_workers 0 --knn_freq 0 --clip_grad 0.3 --lr 0.0005"
+FLAGS += " --use_bn_in_head false --drop_path_rate 0 --local_crops_number 2 --num_workers 0 --knn_freq 0"
+FLAGS += " --clip_grad 0.3 --lr 0.0005"
 
 
 def run(program, processes, folder, *flags):

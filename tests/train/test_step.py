@@ -44,7 +44,9 @@ def make_step(device="cpu", kind=TrainStep, networks=None, **options):
     config = TrainConfig(
         epochs=4, warmup_epochs=1, batch_size_per_gpu=BATCH, data_path="x", warmup_teacher_temp_epochs=3
     )
-    of_step = {k: v for k, v in options.items() if k not in ("drop_path_rate", "use_bn", "checkpointing", "drop_path_mode")}
+    of_step = {
+        k: v for k, v in options.items() if k not in ("drop_path_rate", "use_bn", "checkpointing", "drop_path_mode")
+    }
     loss = DINOLoss(48, 2 + N_LOCAL, 0.03, 0.06, 3, 4)
     loss.center = torch.zeros(1, 48, device=device)
     return kind(
@@ -217,7 +219,9 @@ def test_parts_must_divide_the_batch():
 def test_a_backend_that_cannot_run_says_what_is_missing():
     if not torch.cuda.is_available():
         for name in ("xformers", "varlen"):
-            with pytest.raises(ValueError, match=f"attention: {name} has kernels for CUDA only, and the model is on cpu"):
+            with pytest.raises(
+                ValueError, match=f"attention: {name} has kernels for CUDA only, and the model is on cpu"
+            ):
                 make_step(attention_backend=name)(make_crops(), 0)
 
 
