@@ -23,8 +23,8 @@ class ClipAdamWEMA(AdamW):
     group may be replaced by 0-D tensors on the device (`group["lr"] = torch.full(...)`): then a captured step reads
     them at each replay. clip_grad: norm to which each gradient is cut; 0 or None: none is.
     teacher: pairs (student's tensor, teacher's tensor), as `zip(student.parameters(), teacher.parameters())`; the
-    student's may be frozen, or missing from params. copies: pairs (tensor of either model, its copy in bf16 or fp16); where a param
-      has no gradient, its copy's is taken.
+    student's may be frozen, or missing from params. copies: pairs (tensor of either model, its copy in bf16 or fp16);
+    where a param has no gradient, its copy's is taken.
     Attributes to read and to set between steps:
       momentum: of the EMA, a float in [0, 1] or a 0-D tensor on the device.
       tensors: the params in the order of the groups, then what is only averaged.
