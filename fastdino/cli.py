@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         help="train a model",
         usage="fastdino train [--data_path FOLDER] [flags]",
         description="Train DINO. Flags are those of the original main_dino.py, with its defaults [in brackets], and "
-        "some more.\nBOOL is true/false, on/off or 1/0. Without --data_path: the digits of scikit-learn, with a recipe of "
-        "their own.\nSeveral GPUs: torchrun --nproc_per_node=8 -m fastdino.train ...",
+        "some more.\nBOOL is true/false, on/off or 1/0. Without --data_path: the digits of scikit-learn, with a recipe "
+        "of their own.\nSeveral GPUs: torchrun --nproc_per_node=8 -m fastdino.train ...",
         formatter_class=help_format,
         allow_abbrev=False,
     )
