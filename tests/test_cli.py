@@ -89,7 +89,7 @@ MISTAKES = {
     "fewer than a batch": ("--data_path few", "3 images in few, no labels: fewer than the 64 of one step"),
     "unknown arch": ("--arch resnet50", "expected one of vit_nano, vit_tiny, vit_small, vit_base, vit_large"),
     "patch and crop": ("--patch_size 5", "--patch_size: expected a divisor of --global_crops_size=24, got 5"),
-    "patch and local crop": ("--local_crops_size 10", "expected a divisor of --local_crops_size=10, got 4"),
+    "patch and local crop": ("--local_crops_size 10", "expected a divisor of --local_crops_size=10, got 6"),
     "warm-up": ("--epochs 5 --warmup_epochs 6", "--warmup_epochs: expected at most --epochs=5, got 6"),
     "temperature warm-up": ("--epochs 5 --warmup_teacher_temp_epochs 6", "expected at most --epochs=5, got 6"),
     "negative temperature": ("--teacher_temp -0.04", "--teacher_temp: expected a value above 0, got -0.04"),
