@@ -38,11 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+# The interpreter is for tests of the ops, and for those that ask for `ops`: it is too slow for training runs. Off here,
+# and not in a fixture, so that it is off for fixtures of whole modules, too.
+KERNELS_ON_CPU = {"cpu"} & launch.TRITON_DEVICES
+launch.TRITON_DEVICES -= {"cpu"}
+
+
 @pytest.fixture(autouse=True)
-def _plain_ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter is for tests of the ops, and for those that ask for `ops`; it is too slow for training runs."""
-    if "kernels" not in request.path.parts and "ops" not in request.fixturenames:
-        monkeypatch.setattr(launch, "TRITON_DEVICES", launch.TRITON_DEVICES - {"cpu"})
+def _interpreted_ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "kernels" in request.path.parts:
+        monkeypatch.setattr(launch, "TRITON_DEVICES", launch.TRITON_DEVICES | KERNELS_ON_CPU)
 
 
 @pytest.fixture(params=["plain", "kernels"])
@@ -50,7 +55,9 @@ def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test twice: with the ops' plain path on CPU tensors, and with the kernels interpreted."""
     if request.param == "plain":
         monkeypatch.setattr(launch, "TRITON_DEVICES", launch.TRITON_DEVICES - {"cpu"})
-    elif "cpu" not in launch.TRITON_DEVICES:
+    elif KERNELS_ON_CPU:
+        monkeypatch.setattr(launch, "TRITON_DEVICES", launch.TRITON_DEVICES | KERNELS_ON_CPU)
+    else:
         pytest.skip("kernels run on CPU tensors in the interpreter only")
     return request.param
 
