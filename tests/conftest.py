@@ -6,9 +6,10 @@ all others take the ops' plain path, as a user without a GPU would, unless they 
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -45,9 +46,10 @@ launch.TRITON_DEVICES -= {"cpu"}
 
 
 @pytest.fixture(autouse=True)
-def _interpreted_ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "kernels" in request.path.parts:
-        monkeypatch.setattr(launch, "TRITON_DEVICES", launch.TRITON_DEVICES | KERNELS_ON_CPU)
+def _interpreted_ops(request: pytest.FixtureRequest) -> Iterator[None]:
+    added = KERNELS_ON_CPU if "kernels" in request.path.parts else set()
+    with mock.patch.object(launch, "TRITON_DEVICES", launch.TRITON_DEVICES | added):
+        yield
 
 
 @pytest.fixture(params=["plain", "kernels"])

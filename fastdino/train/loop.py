@@ -230,6 +230,7 @@ class _Run:
         )
         self.log = LogFile(self.folder / "log.txt")
         self.stop = _Stop()
+        self.stopped = False
         self.knn_before: float | None = None
         self.drawn_at = time.perf_counter()
 
@@ -278,6 +279,8 @@ class _Run:
                         break
                     self._save(epoch + 1)
                     knn = self._finish_epoch(epoch, meter, bad)
+                    if self.stopped:
+                        break
         finally:
             self.reporter.stop()
             self.loader.close()
@@ -315,7 +318,8 @@ class _Run:
                 loss = meter.sums[0] / meter.n_steps
                 self.reporter.update(self.iteration, epoch, config.epochs, loss, meter.images_per_s, meter.data_wait)
                 pending = []
-                if distributed.any_of(self.stop.requested, self.process.device):
+                self.stopped = distributed.any_of(self.stop.requested, self.process.device)
+                if self.stopped:
                     break
         return meter, list(bad)
 
