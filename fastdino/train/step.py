@@ -125,8 +125,8 @@ class TrainStep:
             )
         else:
             self.optimizer = OPTIMIZERS[optimizer](groups)
-        self._now = self._table()[0].clone()
         self._rows = self._table()
+        self._now = self._rows[0].clone()
         self._counter = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._next = 0  # where the device's counter stands
         self._last_layer = [p for name, p in student.named_parameters() if "last_layer" in name and p.requires_grad]
