@@ -1,78 +1,90 @@
-"""python -m bench step [--quick] [--out DIR] | compare A B | report DIR."""
+"""python -m bench PART [--quick] [--out DIR] | report DIR | compare A B.
+
+Parts: ceilings, ops, attention, step, pipeline, train, or all of them. Each record is on disk the moment it is known.
+"""
 
 import argparse
 import datetime
-import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
-from bench.compare import measured, missing, read, slower
-from bench.measure import copy_bandwidth_gbps, environment
+from bench.compare import compare
+from bench.records import read
+from bench.report import report
+
+HERE = Path(__file__).parent
+PARTS = ("ceilings", "ops", "attention", "step", "pipeline", "train")  # in the order of `all`
+PYTEST = [
+    "-o",
+    "addopts=",
+    "--import-mode=importlib",
+    "-q",
+    "-s",
+    "--no-header",
+    "--no-summary",
+    "--tb=short",
+    "--benchmark-quiet",
+]
 
 
-def _step(args: argparse.Namespace) -> int:
-    from bench import step
+def _measure(args: argparse.Namespace) -> int:
+    from bench.measure import device_name
 
-    planned = [step.label(name, *case[:3]) for case in step.cases(args.quick) for name in step.PROVIDERS]
-    device = environment()["device"].replace(" ", "-")
-    out = args.out or Path(__file__).parent / "results" / f"{datetime.date.today()}-{device}"
+    slug = re.sub(r"[^\w]+", "-", device_name()).strip("-")
+    out = (args.out or HERE / "results" / f"{datetime.date.today()}-{slug}").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    about = environment() | {"copy_gbps": copy_bandwidth_gbps()}
-    with (out / "results.jsonl").open("a") as file:
-        file.write(json.dumps({"planned": planned}) + "\n")
-        file.flush()
-        for record in step.run(args.quick):
-            file.write(json.dumps(record | about) + "\n")
-            file.flush()  # a run that is killed keeps what it has measured
-            if "failed" in record:
-                print(f"{record['name']:48} {record['failed']}", flush=True)
-            else:
-                print(
-                    f"{record['name']:48} {record['median_ms']:10.1f} ms {record['images_per_s']:8.2f} images/s",
-                    f" {record['times_plain']:5.2f} x plain fp32",
-                    flush=True,
-                )
-    print(f"wrote {out / 'results.jsonl'}")
+    parts = PARTS if args.command == "all" else (args.command,)
+    files = [str(HERE / f"test_{part}.py") for part in parts]
+    chosen = ["-k", args.only] if args.only else []
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"BENCH_OUT": str(out), "BENCH_QUICK": str(int(args.quick)), "PYTHONPATH": path}
+    command = [sys.executable, "-m", "pytest", *PYTEST, "--benchmark-quiet", *chosen, *files]
+    try:
+        code = subprocess.run(command, cwd=HERE.parent, env=environment).returncode
+    except KeyboardInterrupt:
+        print(f"\nstopped; what was measured: python -m bench report {out}")
+        return 130
+    if (out / "results.jsonl").is_file():
+        print(f"\n{report(read(out), out)}\nwrote {out}")
+    return min(code, 1)
+
+
+def _report(args: argparse.Namespace) -> int:
+    print(report(read(args.folder), args.folder, args.link_gbps, args.readme))
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    lines = slower(read(args.before), read(args.after))
-    print("\n".join(lines) or "nothing got slower by more than the spread")
-    return 1 if lines else 0
-
-
-def _report(args: argparse.Namespace) -> int:
-    from bench.pictures import draw_throughput
-
-    records = read(args.folder)
-    print("| what | ms | p20 | p80 | images/s | device |\n|---|---|---|---|---|---|")
-    for name, r in measured(records).items():
-        print(f"| {name} | {r['median_ms']:.1f} | {r['p20_ms']:.1f} | {r['p80_ms']:.1f} ", end="")
-        print(f"| {r.get('images_per_s', float('nan')):.2f} | {r['device']} |")
-    for name in missing(records):
-        print(f"\nMissing: {name} was planned and not measured.")
-    picture = args.folder / "throughput.png"
-    if draw_throughput(records, picture):
-        print(f"\n![images per second]({picture.name})")
-    return 0
+    slower, notes = compare(read(args.before), read(args.after))
+    print("\n".join([*notes, *slower] if slower else [*notes, "nothing of ours got slower by more than the spread"]))
+    return 1 if slower else 0
 
 
 def main() -> int:
-    """The exit code. 1: something got slower, 2: the command was wrong."""
+    """The exit code. 1: a check failed or something got slower, 2: the command was wrong, 130: interrupted."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    step = commands.add_parser("step", help="the step beside the baselines")
-    step.add_argument("--quick", action="store_true", help="small, few repeats")
-    step.add_argument("--out", type=Path, help="folder of the results")
-    compare = commands.add_parser("compare", help="fails where something got slower")
-    compare.add_argument("before", type=Path)
-    compare.add_argument("after", type=Path)
-    report = commands.add_parser("report", help="a table, and what is missing")
-    report.add_argument("folder", type=Path, help="a folder with results.jsonl")
+    for part in (*PARTS, "all"):
+        run = commands.add_parser(part, help="everything" if part == "all" else f"measure {part}")
+        run.add_argument("--quick", action="store_true", help="small cases, few repeats")
+        run.add_argument("--out", type=Path, metavar="DIR", help="folder of the results [bench/results/DATE-DEVICE]")
+        run.add_argument("-k", dest="only", metavar="WORDS", help="only what pytest's -k chooses")
+        run.set_defaults(run=_measure)
+    shown = commands.add_parser("report", help="tables and pictures of a folder, and what is missing there")
+    shown.add_argument("folder", type=Path, metavar="DIR")
+    shown.add_argument("--link_gbps", type=float, metavar="X", help="GB/s of a GPU's link: projects to 8 and 64 GPUs")
+    shown.add_argument("--readme", type=Path, metavar="FILE", help="put the summary into this file, too")
+    shown.set_defaults(run=_report)
+    both = commands.add_parser("compare", help="fails where something of ours got slower")
+    both.add_argument("before", type=Path)
+    both.add_argument("after", type=Path)
+    both.set_defaults(run=_compare)
     args = parser.parse_args()
     try:
-        return {"step": _step, "compare": _compare, "report": _report}[args.command](args)
+        return int(args.run(args))
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -111,11 +111,22 @@ class PlainStep:
         self.student, self.teacher, self.loss, self.schedules = student, teacher, copy.deepcopy(loss), schedules
         self.niter_per_ep, self.clip_grad, self.freeze_last_layer = niter_per_ep, clip_grad, freeze_last_layer
         self.amp_dtype = amp_dtype
-        self.networks = _Network(student, self.fused), _Network(teacher, self.fused)
         self.params = [p for p in student.parameters() if p.requires_grad]
         self.last_layer = [p for name, p in student.named_parameters() if "last_layer" in name]
         self.device = self.params[0].device
-        self.optimizer = self.make_optimizer(get_params_groups(student))
+        self.networks = self.make_networks()
+        self.prepare()
+        self.optimizer = self.make_optimizer(self.groups())
+
+    def make_networks(self) -> tuple[Any, Any]:
+        """Student and teacher, as they are run."""
+        return _Network(self.student, self.fused), _Network(self.teacher, self.fused)
+
+    def prepare(self) -> None:
+        """For those who replace more than the networks."""
+
+    def groups(self) -> list[dict[str, Any]]:
+        return get_params_groups(self.student)
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=0.0, foreach=False)
@@ -140,6 +151,15 @@ class PlainStep:
                 coefficient = self.clip_grad / (p.grad.norm(2) + 1e-6)
                 if coefficient < 1:
                     p.grad.mul_(coefficient)
+
+    def freeze(self, epoch: int) -> None:
+        if epoch < self.freeze_last_layer:
+            for p in self.last_layer:
+                p.grad = None
+
+    def move_center(self, teacher_output: Tensor) -> None:
+        mean = teacher_output.sum(dim=0, keepdim=True) / len(teacher_output)
+        self.loss.center.copy_(self.loss.center * 0.9 + mean * 0.1)
 
     def average(self, momentum: float) -> None:
         for target, source in zip(self.teacher.parameters(), self.student.parameters()):
@@ -171,13 +191,10 @@ class PlainStep:
         with torch.no_grad():
             if self.clip_grad:
                 self._clip()
-            if epoch < self.freeze_last_layer:
-                for p in self.last_layer:
-                    p.grad = None
+            self.freeze(epoch)
             self.optimizer.step()
             self.average(float(self.schedules.momentum_teacher[iteration]))
-            mean = teacher_output.sum(dim=0, keepdim=True) / len(teacher_output)
-            self.loss.center.copy_(self.loss.center * 0.9 + mean * 0.1)
+            self.move_center(teacher_output)
         return loss.detach()
 
 

@@ -1,51 +1,50 @@
-"""Did anything get slower? Two files of records, and the spread that each measured itself."""
+"""Did anything of ours get slower? Two runs, the spread that each measured, and what else changed between them.
 
-import json
-from pathlib import Path
-from typing import Any
+A machine may be slower today than yesterday. What is not ours (plain PyTorch, peers, ceilings) did not change, so the
+median of its ratios is how much slower the machine is; the old times are stretched by that before they are compared.
+"""
 
-Record = dict[str, Any]
+from statistics import median
 
+from bench.records import Record, latest, measured
 
-def read(path: Path) -> list[Record]:
-    """The records of a folder's results.jsonl, or of a file; a line cut off by a killed run is left out."""
-    file = path / "results.jsonl" if path.is_dir() else path
-    records = []
-    for text in file.read_text().splitlines():
-        try:
-            records.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return records
+TOLERANCE = 0.03  # below this nothing is called a change: clocks and neighbours do as much
+MIN_CONTROLS = 3  # records that are not ours, before their median says anything of the machine
 
 
-def measured(records: list[Record]) -> dict[str, Record]:
-    """By name, those that carry a time; a name measured twice counts as it was measured last."""
-    return {record["name"]: record for record in records if "median_ms" in record}
+def is_ours(record: Record) -> bool:
+    return str(record["provider"]).startswith("ours")
 
 
-def slower(before: list[Record], after: list[Record]) -> list[str]:
-    """One line per name whose median grew by more than both runs' p20 to p80 spread.
+def machine(old: dict[str, Record], new: dict[str, Record]) -> float:
+    """How many times as slow the machine itself was in the second run; 1 where too little tells."""
+    ratios = [new[n]["median_ms"] / old[n]["median_ms"] for n in old if n in new and not is_ours(new[n])]
+    return median(ratios) if len(ratios) >= MIN_CONTROLS else 1.0
 
-    Raises ValueError where the two share no name, or were measured on different devices.
+
+def compare(before: list[Record], after: list[Record]) -> tuple[list[str], list[str]]:
+    """(a line per record of ours that got slower, notes).
+
+    Slower: the new median above the old p80, the new p20 above the old median, and by more than TOLERANCE; or a
+    measurement that now fails its check. Raises ValueError where the two share no name, or not the device.
     """
     old, new = measured(before), measured(after)
     shared = [name for name in old if name in new]
     if not shared:
         raise ValueError(f"records: expected a name in both, got {sorted(old)} and {sorted(new)}")
+    devices = {str(side[name]["device"]) for side in (old, new) for name in shared}
+    if len(devices) > 1:
+        raise ValueError(f"expected the same device twice, got {' and '.join(sorted(devices))}")
+    factor = machine(old, new)
+    notes = [f"the machine: {factor:.2f} times the time of the first run, by what is not ours"]
+    notes += [f"only in the first: {name}" for name in old if name not in new]
+    notes += [f"only in the second: {name}" for name in new if name not in old]
     lines = []
     for name in shared:
         a, b = old[name], new[name]
-        if a["device"] != b["device"]:
-            raise ValueError(f"{name}: expected the same device twice, got {a['device']} and {b['device']}")
-        spread_ms = (a["p80_ms"] - a["p20_ms"]) + (b["p80_ms"] - b["p20_ms"])
-        if b["median_ms"] - a["median_ms"] > spread_ms:
-            lines.append(f"{name}: {a['median_ms']:.3f} -> {b['median_ms']:.3f} ms (spread {spread_ms:.3f})")
-    return lines
-
-
-def missing(records: list[Record]) -> list[str]:
-    """Names that the run planned, in its first line, and never measured."""
-    planned = [name for record in records for name in record.get("planned", [])]
-    done = measured(records)
-    return [name for name in planned if name not in done]
+        slower = b["median_ms"] > factor * a["p80_ms"] and b["p20_ms"] > factor * a["median_ms"]
+        if is_ours(b) and slower and b["median_ms"] > (1 + TOLERANCE) * factor * a["median_ms"]:
+            ratio = b["median_ms"] / a["median_ms"] / factor
+            lines.append(f"slower: {name}: {a['median_ms']:.3f} -> {b['median_ms']:.3f} ms ({ratio:.2f} times)")
+    failed = [r for r in latest(after).values() if "failed" in r and r["name"] in old]
+    return lines + [f"no longer right: {r['name']}: {r['failed']}" for r in failed], notes

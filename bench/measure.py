@@ -1,24 +1,31 @@
-"""Time, bytes and where they were measured.
+"""How long a run takes, and on what machine: medians between two quantiles, beside the ceilings of the same process.
 
-A figure here is a median between two quantiles, of runs that begin with a cold L2, beside the bytes that the operation
-cannot avoid and the bandwidth that a plain copy reaches on the same device in the same process. Without a GPU the same
-code runs, on the clock of the host, and says so: its figures prove that a benchmark runs, nothing else.
+Every run begins with cold caches. On a GPU, CUDA events lie around it, and the memory written in between keeps the
+device busy while the host launches. Without a GPU it is the clock of the host. There a copy is no strict ceiling: it
+also reads the lines that it overwrites, uncounted, which an update in place has read already.
 """
 
 import datetime
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-L2_BYTES = 256 * 2**20  # written between runs: more than the L2 of any GPU this is for
+QUICK = os.environ.get("BENCH_QUICK") == "1"  # small cases, few repeats: `python -m bench ... --quick`
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+FLUSH_BYTES = 2**28 if ON_GPU else 2**26  # written between runs: more than the caches of anything this is for
+COPY_BYTES = 10**9 if ON_GPU else 64 * 10**6
+MATMUL_SIDE = 8192 if ON_GPU else 1024
 
 
 @dataclass(frozen=True)
@@ -29,27 +36,22 @@ class Timing:
     p20_ms: float
     p80_ms: float
 
+    @classmethod
+    def of(cls, times_ms: list[float]) -> "Timing":
+        """From single runs."""
+        low, median, high = torch.tensor(times_ms, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
+        return cls(median.item(), low.item(), high.item())
 
-def measure(run: Callable[[], object], repeats: int = 50, warmup: int = 5) -> Timing:
-    """Time runs one by one: with CUDA events around each on a GPU, with the host's clock elsewhere."""
+
+def times_ms(run: Callable[[], object], repeats: int, warmup: int) -> list[float]:
+    """Milliseconds of each of `repeats` runs."""
     for _ in range(warmup):
         run()
-    return timing_of(_gpu_times(run, repeats) if ON_GPU else _host_times(run, repeats))
-
-
-def time_once(run: Callable[[], object]) -> float:
-    """Milliseconds of one run, from an idle device to an idle device."""
-    if ON_GPU:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if ON_GPU:
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return _gpu_times(run, repeats) if ON_GPU else _host_times(run, repeats)
 
 
 def _gpu_times(run: Callable[[], object], repeats: int) -> list[float]:
-    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=DEVICE)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
     pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
     for start, end in pairs:
         flush.zero_()
@@ -61,76 +63,97 @@ def _gpu_times(run: Callable[[], object], repeats: int) -> list[float]:
 
 
 def _host_times(run: Callable[[], object], repeats: int) -> list[float]:
-    times = []
+    flush, times = torch.empty(FLUSH_BYTES, dtype=torch.uint8), []
     for _ in range(repeats):
+        flush.zero_()
         start = time.perf_counter()
         run()
         times.append(1e3 * (time.perf_counter() - start))
     return times
 
 
-def timing_of(times_ms: list[float]) -> Timing:
-    """Median and quantiles of runs."""
-    p20, median, p80 = torch.tensor(times_ms, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    )
-    return Timing(median.item(), p20.item(), p80.item())
-
-
-@cache
-def copy_bandwidth_gbps() -> float:
-    """The ceiling: bytes read and written per second by a copy of 1 GB (64 MB without a GPU)."""
-    n_bytes = 10**9 if ON_GPU else 64 * 10**6
-    source = torch.randint(0, 256, (n_bytes,), dtype=torch.uint8, device=DEVICE)  # zeros would run faster
+def copying() -> Callable[[], object]:
+    """A copy of COPY_BYTES, which reads and writes that many."""
+    source = torch.randint(0, 256, (COPY_BYTES,), dtype=torch.uint8, device=DEVICE)  # zeros would run faster
     target = torch.empty_like(source)
-    timing = measure(lambda: target.copy_(source), repeats=20)
-    return 2 * n_bytes / timing.median_ms / 1e6
+    return lambda: target.copy_(source)
+
+
+def multiplying(dtype: torch.dtype) -> Callable[[], object]:
+    """A product of two square matrices of MATMUL_SIDE, of random numbers."""
+    a, b = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE, device=DEVICE, dtype=dtype).unbind()
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def launching() -> Callable[[], object]:
+    """A hundred launches that do next to nothing: what a launch costs the host."""
+    x = torch.zeros(1, device=DEVICE)
+
+    def run() -> None:
+        for _ in range(100):
+            x.add_(1)
+
+    return run
 
 
 @cache
-def environment() -> dict[str, str]:
-    """What every figure depends on."""
+def ceilings() -> dict[str, float]:
+    """What this device reaches in this process: a copy, matmuls in both precisions, and the price of a launch."""
 
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
+    def median(run: Callable[[], object]) -> float:
+        return Timing.of(times_ms(run, repeats=10, warmup=3)).median_ms
 
+    found = {"copy_gbps": 2 * COPY_BYTES / median(copying()) / 1e6}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        found[f"matmul_{name}_tflops"] = 2 * MATMUL_SIDE**3 / median(multiplying(dtype)) / 1e9
+    return found | {"launch_us": 10 * median(launching())}
+
+
+def _output(*command: str) -> str:
     try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = "none"
-    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if ON_GPU else "none"
-    return {
-        "device": torch.cuda.get_device_name() if ON_GPU else f"CPU {platform.processor() or platform.machine()}",
-        "driver": driver.splitlines()[0] if driver else "unknown",
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "commit": output("git", "describe", "--always", "--dirty"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
 
 
-def row(name: str, timing: Timing, n_bytes: int) -> dict[str, str | float]:
-    """One line of results. n_bytes: the floor, the same for all providers of an operation, so that shares compare."""
-    figures: dict[str, str | float] = {
-        "name": name,
-        "median_ms": timing.median_ms,
-        "p20_ms": timing.p20_ms,
-        "p80_ms": timing.p80_ms,
-    }
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def device_name() -> str:
+    """The GPU, or the CPU and how many of its cores this process may use."""
     if ON_GPU:
-        gbps = n_bytes / timing.median_ms / 1e6
-        figures |= {"floor_bytes": n_bytes, "gbps": gbps, "share_of_copy": gbps / copy_bandwidth_gbps()}
-    return figures | environment()
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.machine()} CPU, {CORES} core{'' if CORES == 1 else 's'}"
 
 
-def line(figures: dict[str, str | float]) -> str:
-    """The row for a reader."""
-    text = "{name:44} {median_ms:9.3f} ms  (p20 {p20_ms:.3f}, p80 {p80_ms:.3f})".format(**figures)
-    if "gbps" in figures:
-        return text + "  {gbps:7.0f} GB/s  {share_of_copy:4.0%} of a copy".format(**figures)
-    return text + "  without a GPU: proves that it runs, nothing more"
+@cache
+def environment() -> dict[str, Any]:
+    """What every figure depends on. power_limit: as the driver says it."""
+    driver, limit = "none", "none"
+    if ON_GPU:
+        of_gpu = ("--format=csv,noheader", f"--id={torch.cuda.current_device()}")
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", *of_gpu)
+        limit = _output("nvidia-smi", "--query-gpu=power.limit", *of_gpu)
+    return {
+        "device": device_name(),
+        "power_limit": limit,
+        "driver": driver,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "triton", "xformers")},
+        "commit": _output("git", "describe", "--always", "--dirty"),
+        **ceilings(),
+    }
+
+
+def now() -> str:
+    """Date and time, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

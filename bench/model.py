@@ -1,10 +1,14 @@
-"""What a step must cost: FLOPs, counted from shapes, and the least time they take below given ceilings.
+"""What a step must cost: FLOPs, bytes and launches per part, counted from shapes, and the least time they take.
 
-Axes: N tokens (1 + patches), D channels, K prototypes. A FLOP is one multiplication or one addition. A student's crop
-counts three forwards (forward, and the gradients by input and by weight), a teacher's one.
+A part takes as long as the slowest of three: its FLOPs at the matmul ceiling, its bytes at the copy ceiling, its
+launches at what one costs the host (nothing, where a graph replays them). Ceilings are handed in; none is known here.
+Axes: B images, N tokens (1 + patches) of a crop, D channels, K prototypes, V views. A FLOP is one multiplication or one
+addition. A student's crop counts three forwards (forward, gradients by input and by weight), a teacher's one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 HIDDEN_DIM, BOTTLENECK_DIM = 2048, 256  # of DINO's head
 
@@ -25,30 +29,67 @@ ARCHITECTURES = {
 }
 
 
-def forward_flops(arch: Architecture, side: int, patch_size: int = 16) -> dict[str, int]:
-    """FLOPs of one backbone pass over one crop of side x side pixels, per part."""
-    n_patches = (side // patch_size) ** 2
-    n = n_patches + 1
-    return {
-        "patch_embed": 2 * n_patches * 3 * patch_size**2 * arch.dim,
-        "linears": arch.depth * 24 * n * arch.dim**2,  # qkv 6, proj 2, MLP 16
-        "attention": arch.depth * 4 * n**2 * arch.dim,  # q k^T and probs v
-    }
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A step. sides in pixels; itemsize: bytes of a number in activations and weights, 2 for bf16."""
+
+    arch: str
+    batch: int
+    n_local: int = 8
+    out_dim: int = 65536
+    itemsize: int = 2
+    patch_size: int = 16
+    global_side: int = 224
+    local_side: int = 96
+
+    @property
+    def shape(self) -> Architecture:
+        return ARCHITECTURES[self.arch]
+
+    def tokens(self, side: int) -> int:
+        """N of a crop."""
+        return (side // self.patch_size) ** 2 + 1
+
+    @property
+    def passes(self) -> tuple[tuple[int, int, int], ...]:
+        """(crops, N, forwards that a crop counts for): globals and locals of the student, globals of the teacher."""
+        large, small = self.tokens(self.global_side), self.tokens(self.local_side)
+        return (2 * self.batch, large, 3), (self.n_local * self.batch, small, 3), (2 * self.batch, large, 1)
 
 
-def head_flops(arch: Architecture, out_dim: int) -> int:
-    """FLOPs of one head pass over one crop."""
-    mlp = arch.dim * HIDDEN_DIM + HIDDEN_DIM**2 + HIDDEN_DIM * BOTTLENECK_DIM
-    return 2 * (mlp + BOTTLENECK_DIM * out_dim)
+@dataclass(frozen=True)
+class Cost:
+    """What a part does, at the least."""
+
+    flops: float
+    n_bytes: float
+    launches: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.n_bytes + other.n_bytes, self.launches + other.launches)
 
 
-def step_flops_per_image(
-    arch: Architecture, n_local: int = 8, out_dim: int = 65536, global_side: int = 224, local_side: int = 96
-) -> dict[str, int]:
-    """FLOPs of a whole step, per image and part: 2 globals and n_local locals, x3 for the student, x1 the teacher."""
-    large, small = forward_flops(arch, global_side), forward_flops(arch, local_side)
-    parts = {part: (3 + 1) * 2 * large[part] + 3 * n_local * small[part] for part in large}
-    return parts | {"head": (3 * (2 + n_local) + 2) * head_flops(arch, out_dim)}
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What a device reaches: as measured there, or as assumed by whoever asks."""
+
+    copy_gbps: float
+    matmul_tflops: float
+    launch_us: float = 0.0
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], dtype: str, launches: bool) -> "Ceilings":
+        """As a record carries them. launches: whether the host pays for each."""
+        launch_us = record["launch_us"] if launches else 0.0
+        return cls(copy_gbps=record["copy_gbps"], matmul_tflops=record[f"matmul_{dtype}_tflops"], launch_us=launch_us)
+
+    def seconds(self, cost: Cost) -> float:
+        """The least time that a part takes."""
+        return max(
+            cost.flops / (self.matmul_tflops * 1e12),
+            cost.n_bytes / (self.copy_gbps * 1e9),
+            cost.launches * self.launch_us / 1e6,
+        )
 
 
 def parameters(arch: Architecture, out_dim: int = 65536, patch_size: int = 16, side: int = 224) -> int:
@@ -56,27 +97,108 @@ def parameters(arch: Architecture, out_dim: int = 65536, patch_size: int = 16, s
     block = 12 * arch.dim**2 + 13 * arch.dim  # qkv, proj, MLP; biases 9 D, norms 4 D
     tokens = (side // patch_size) ** 2 + 2  # position embedding of patches and CLS, and the CLS token
     backbone = arch.depth * block + tokens * arch.dim + (3 * patch_size**2 + 1) * arch.dim + 2 * arch.dim
-    mlp = (arch.dim + 1) * HIDDEN_DIM + (HIDDEN_DIM + 1) * HIDDEN_DIM + (HIDDEN_DIM + 1) * BOTTLENECK_DIM
-    return backbone + mlp + BOTTLENECK_DIM * out_dim
+    return backbone + _head_mlp(arch) + HIDDEN_DIM * 2 + BOTTLENECK_DIM + BOTTLENECK_DIM * out_dim
 
 
-def optimizer_bytes(n_parameters: int) -> int:
-    """fp32 traffic of clip, AdamW and EMA in two passes.
+def _head_mlp(arch: Architecture) -> int:
+    return arch.dim * HIDDEN_DIM + HIDDEN_DIM**2 + HIDDEN_DIM * BOTTLENECK_DIM
 
-    The norms read the gradients (4 bytes); then gradient, weight, two moments and teacher are read (20) and all but
-    the gradient written (16).
+
+def linears(work: Workload) -> Cost:
+    """Patch embedding, qkv, proj and the MLP of every block."""
+    arch = work.shape
+    patch = 3 * work.patch_size**2
+    flops = words = 0
+    for n_crops, n, count in work.passes:
+        per_crop = arch.depth * 24 * n * arch.dim**2 + 2 * (n - 1) * patch * arch.dim  # qkv 6, proj 2, MLP 16
+        flops += count * n_crops * per_crop
+        words += count * (n_crops * n * arch.depth * 16 * arch.dim + arch.depth * 12 * arch.dim**2)
+    return Cost(flops, words * work.itemsize, arch.depth * (2 * 4 + 4 * 3))
+
+
+def pointwise(work: Workload) -> Cost:
+    """Norms, GELU and residual sums, one op after another: no FLOPs worth counting."""
+    arch = work.shape
+    words = 0
+    for n_crops, n, count in work.passes:
+        # Forward: two norms 4, GELU 8, two sums 6 D. Backward: 6, 12, 6.
+        words += n_crops * n * arch.depth * arch.dim * (42 if count == 3 else 18)
+    return Cost(0, words * work.itemsize, arch.depth * (2 * 5 + 7))
+
+
+def attention(work: Workload) -> Cost:
+    """q k^T, softmax, times v, never written down: reads q, k, v, writes out; backward twice that."""
+    arch = work.shape
+    flops = sum(count * n_crops * arch.depth * 4 * n**2 * arch.dim for n_crops, n, count in work.passes)
+    words = sum(count * n_crops * n * arch.depth * 4 * arch.dim for n_crops, n, count in work.passes)
+    return Cost(flops, words * work.itemsize, arch.depth * (2 + 3))
+
+
+def head(work: Workload) -> Cost:
+    """Three linears, and the prototypes, whose logits are most of the bytes."""
+    weights = _head_mlp(work.shape) + BOTTLENECK_DIM * work.out_dim
+    rows = 3 * (2 + work.n_local) * work.batch + 2 * work.batch
+    words = rows * (work.out_dim + 2 * HIDDEN_DIM) + 4 * weights
+    return Cost(2 * rows * weights, words * work.itemsize, 2 * 8 + 20)
+
+
+def loss(work: Workload) -> Cost:
+    """Logits read forward and backward, gradients written; the teacher's once more for the center."""
+    views = 2 + work.n_local
+    return Cost(0, (3 * views + 2 * 2 + 2) * work.batch * work.out_dim * work.itemsize, 4)
+
+
+def optimizer(work: Workload) -> Cost:
+    """Clip, AdamW and EMA in two passes: gradients once for their norms (4 bytes), then gradient, weight, two moments
+    and teacher (20), all but the gradient written (16), and two copies where it is bf16 that computes (4).
     """
-    return 40 * n_parameters
+    return Cost(0, (44 if work.itemsize == 2 else 40) * parameters(work.shape, work.out_dim), 2)
 
 
-def step_seconds(
-    arch: Architecture, batch: int, matmul_tflops: float, copy_gbps: float, n_local: int = 8, out_dim: int = 65536
-) -> float:
-    """A lower bound: matmuls at the matmul ceiling, then the optimizer at the copy ceiling. Norms and loss are free."""
-    compute = batch * sum(step_flops_per_image(arch, n_local, out_dim).values()) / (matmul_tflops * 1e12)
-    return compute + optimizer_bytes(parameters(arch, out_dim)) / (copy_gbps * 1e9)
+PARTS = {f.__name__: f for f in (linears, pointwise, attention, head, loss, optimizer)}
 
 
-def projected_allreduce_seconds(n_gpus: int, n_parameters: int, link_gbps: float, bytes_per_gradient: int = 4) -> float:
-    """A PROJECTION, never a measurement: a ring moves 2 (n - 1) / n of the gradients through each GPU's link."""
-    return 2 * (n_gpus - 1) / n_gpus * n_parameters * bytes_per_gradient / (link_gbps * 1e9)
+def parts(work: Workload) -> dict[str, Cost]:
+    """Every part of a step."""
+    return {name: count(work) for name, count in PARTS.items()}
+
+
+def total(work: Workload) -> Cost:
+    """The whole step."""
+    return sum(parts(work).values(), Cost(0, 0, 0))
+
+
+def step_seconds(work: Workload, ceilings: Ceilings) -> float:
+    """The least time of a step: part after part."""
+    return sum(ceilings.seconds(cost) for cost in parts(work).values())
+
+
+@dataclass(frozen=True)
+class Projection:
+    """PROJECTED, never measured.
+
+    efficiency: of n GPUs against one, if the all-reduce comes after backward (exposed) or beside it (hidden).
+    """
+
+    n_gpus: int
+    step_seconds: float
+    allreduce_bytes: float
+    allreduce_seconds: float
+    efficiency_exposed: float
+    efficiency_hidden: float
+
+
+def project(
+    n_gpus: int, seconds: float, n_parameters: int, link_gbps: float, bytes_per_gradient: int = 4
+) -> Projection:
+    """A PROJECTION of one GPU's step to n of them, each with the same batch.
+
+    seconds: of one step on one GPU, measured or modelled. link_gbps: GB/s that each GPU sends, assumed by the caller.
+    A ring moves 2 (n - 1) / n of the gradients through each link; two thirds of a step are backward, and can hide it.
+    """
+    n_bytes = 2 * (n_gpus - 1) / n_gpus * n_parameters * bytes_per_gradient
+    reduce_seconds = n_bytes / (link_gbps * 1e9)
+    uncovered = max(0.0, reduce_seconds - 2 / 3 * seconds)
+    return Projection(
+        n_gpus, seconds, n_bytes, reduce_seconds, seconds / (seconds + reduce_seconds), seconds / (seconds + uncovered)
+    )

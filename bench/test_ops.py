@@ -1,11 +1,10 @@
-"""The ops beside plain PyTorch, torch.compile and the best library calls: `pytest bench/test_ops.py`.
+"""The ops beside plain PyTorch, torch.compile, the best library calls and whoever else is installed.
 
 Every provider is compared with fp64 before it is timed. Bytes are those that the operation cannot avoid, whoever does
-it, so a share of the copy bandwidth says how far each provider is from the floor.
+it, so a share of the copy bandwidth says how far each provider is from the floor. FLOPs are counted by hand, and rough:
+they only say that these ops are bound by memory.
 """
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import DEVICE, ON_GPU, line, measure, row
+from bench import peers
+from bench.measure import DEVICE, ON_GPU, QUICK
 from fastdino_kernels import (
     ClipAdamWEMA,
     center_update_,
@@ -29,15 +29,20 @@ from fastdino_kernels.launch import INTERPRETED
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter's time says nothing: unset TRITON_INTERPRET")
 
 N_STUDENT, N_TEACHER = 10, 2
-BATCHES = (64, 256) if ON_GPU else (2,)
-K = 65536 if ON_GPU else 1024
+BATCHES = (64, 256) if ON_GPU else (4,) if QUICK else (16,)
+K = 65536 if ON_GPU or not QUICK else 8192
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 STUDENT_TEMP, TEACHER_TEMP, MOMENTUM = 0.1, 0.04, 0.996
 CLIP, LR, WEIGHT_DECAY = 3.0, 5e-4, 0.04
-REPEATS = 50 if ON_GPU else 3
 
-# Inductor's C++ takes a minute per case and measures nothing here; without a GPU the graph alone is proved.
-compiled = torch.compile(fullgraph=True, dynamic=False, backend="inductor" if ON_GPU else "aot_eager")
+Timed = Callable[..., Any]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By Inductor, whose C++ takes a minute per function without a GPU: not in a quick run there."""
+    if QUICK and not ON_GPU:
+        pytest.skip("Inductor compiles for minutes on a CPU: left out of --quick")
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -57,32 +62,6 @@ def check(provider: Provider, truth: list[Tensor], plain: list[Tensor]) -> None:
         assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}: not timed"
 
 
-@pytest.fixture
-def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Provider, int], None]:
-    """Times a provider, prints its line, and adds the row to pytest-benchmark's and to $BENCH_ROWS (JSON lines)."""
-
-    def time_it(provider: Provider, n_bytes: int) -> None:
-        figures = row(request.node.name.removeprefix("test_"), measure(provider.run, REPEATS), n_bytes)
-        benchmark.extra_info.update(figures)
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print("\n" + line(figures), end=" ", flush=True)
-        if path := os.environ.get("BENCH_ROWS"):
-            with open(path, "a") as file:
-                file.write(json.dumps(figures) + "\n")
-
-        def run_to_the_end() -> None:
-            provider.run()
-            if ON_GPU:
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(run_to_the_end, rounds=REPEATS, warmup_rounds=1)
-
-    return time_it
-
-
-# --- the loss
-
-
 def logits(n_images: int) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     student = torch.randn(N_STUDENT, n_images, K, device=DEVICE).to(DTYPE)
@@ -90,8 +69,8 @@ def logits(n_images: int) -> tuple[Tensor, Tensor, Tensor]:
     return student, teacher, 0.1 * torch.randn(K, device=DEVICE)
 
 
-def original_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> Tensor:
-    """DINOLoss.forward of facebookresearch/dino: a loop over pairs of views."""
+def plain_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> Tensor:
+    """The original's structure: a loop over pairs of views."""
     total, n_pairs = student.new_zeros((), dtype=torch.float32), 0
     students = [x.float() / student_temp for x in student]
     for t, x in enumerate(teacher):
@@ -102,33 +81,53 @@ def original_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp
     return total / n_pairs
 
 
-def loss_provider(kind: str, n_images: int) -> Provider:
+def their_loss(provider: str, center: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """(student (V, B, K), teacher (T, B, K)) -> loss, by others. Skips the test where they are absent."""
+    try:
+        if provider == "lightly":
+            return peers.lightly_loss(K, STUDENT_TEMP, TEACHER_TEMP, center)
+        if provider == "Liger":
+            return peers.liger_loss(STUDENT_TEMP, TEACHER_TEMP, center)
+        theirs = peers.original().main_dino.DINOLoss(K, N_STUDENT, TEACHER_TEMP, TEACHER_TEMP, 0, 1).to(DEVICE)
+    except peers.Absent as reason:
+        pytest.skip(str(reason))
+
+    def original(student: Tensor, teacher: Tensor) -> Tensor:
+        theirs.center.copy_(center[None])  # which it moves at every call
+        return theirs(student.flatten(0, 1), teacher.flatten(0, 1), 0)
+
+    return original
+
+
+def loss_provider(provider: str, n_images: int) -> Provider:
     student, teacher, center = logits(n_images)
     arguments = (teacher, center, STUDENT_TEMP, TEACHER_TEMP)
     results: list[Tensor] = []
-    if kind == "ours, in place":
+    if provider == "ours, in place":
         fresh = student.clone()
 
         def run() -> None:
             results[:] = [dino_loss_and_grad_(fresh, *arguments), fresh]
 
         return Provider(run, lambda: [x.detach() for x in results])
-    function = {"ours": dino_loss, "original": original_loss, "compiled": compiled(reference.dino_loss)}[kind]
     student.requires_grad_()
+    theirs = their_loss(provider, center) if provider in ("original", "lightly", "Liger") else None
+    ways = {"ours": dino_loss, "plain": plain_loss}
+    function = None if theirs else ways.get(provider) or compiled(reference.dino_loss)
 
     def run() -> None:
         student.grad = None
-        loss = function(student, *arguments)
+        loss = theirs(student, teacher) if theirs else function(student, *arguments)
         loss.backward()
         results[:] = [loss.detach(), student.grad]
 
     return Provider(run, lambda: results)
 
 
-@pytest.mark.parametrize("n_images", BATCHES, ids=lambda n: f"B{n}-K{K}")
-@pytest.mark.parametrize("kind", ["ours", "ours, in place", "original", "compiled"])
-def test_dino_loss(kind: str, n_images: int, timed: Callable[[Provider, int], None]) -> None:
-    small = loss_provider(kind, 2)
+@pytest.mark.parametrize("n_images", BATCHES, ids=lambda n: f"B{n} K{K}")
+@pytest.mark.parametrize("provider", ["ours", "ours, in place", "plain", "compiled", "original", "lightly", "Liger"])
+def test_dino_loss(provider: str, n_images: int, timed: Timed) -> None:
+    small = loss_provider(provider, 2)
     small.run()
     outputs = []
     for dtype in (torch.float64, DTYPE):
@@ -140,38 +139,35 @@ def test_dino_loss(kind: str, n_images: int, timed: Callable[[Provider, int], No
         loss.backward()
         outputs.append([loss.detach(), student.grad])
     check(small, *outputs)
+    n_logits = n_images * K
     # Forward: T + V rows per image read. Backward: as many, and V written.
-    n_bytes = (3 * N_STUDENT + 2 * N_TEACHER) * n_images * K * DTYPE.itemsize
-    timed(loss_provider(kind, n_images), n_bytes)
+    n_bytes = (3 * N_STUDENT + 2 * N_TEACHER) * n_logits * DTYPE.itemsize
+    # A softmax is about 5 per logit, a pair's product 2; backward is another softmax and 3 per student logit.
+    n_flops = (2 * 5 * (N_STUDENT + N_TEACHER) + 2 * N_STUDENT * N_TEACHER + 3 * N_STUDENT) * n_logits
+    timed(loss_provider(provider, n_images).run, n_bytes=n_bytes, n_flops=n_flops)
 
 
-# --- the center
-
-
-@pytest.mark.parametrize("n_images", BATCHES, ids=lambda n: f"B{n}-K{K}")
-@pytest.mark.parametrize("kind", ["ours", "eager", "compiled"])
-def test_center_update(kind: str, n_images: int, timed: Callable[[Provider, int], None]) -> None:
-    def eager(center: Tensor, teacher: Tensor, momentum: Tensor) -> None:
+@pytest.mark.parametrize("n_images", BATCHES, ids=lambda n: f"B{n} K{K}")
+@pytest.mark.parametrize("provider", ["ours", "plain", "compiled"])
+def test_center_update(provider: str, n_images: int, timed: Timed) -> None:
+    def plainly(center: Tensor, teacher: Tensor, momentum: Tensor) -> None:
         reference.center_ema_(center, reference.batch_center(teacher), momentum)
 
     _, teacher, center = logits(n_images)
     momentum = torch.tensor(0.9, device=DEVICE)
-    update = {"ours": center_update_, "eager": eager, "compiled": compiled(eager)}[kind]
+    update = {"ours": center_update_, "plain": plainly}.get(provider) or compiled(plainly)
     truth, plain = center.double(), center.clone()
-    eager(truth, teacher.double(), momentum.double())
-    eager(plain, teacher, momentum)
-    provider = Provider(lambda: update(center, teacher, momentum), lambda: [center])
-    provider.run()
-    check(provider, [truth], [plain])
-    timed(provider, teacher.numel() * DTYPE.itemsize + 2 * K * 4)
-
-
-# --- the optimizer and the teacher
+    plainly(truth, teacher.double(), momentum.double())
+    plainly(plain, teacher, momentum)
+    way = Provider(lambda: update(center, teacher, momentum), lambda: [center])
+    way.run()
+    check(way, [truth], [plain])
+    timed(way.run, n_bytes=teacher.numel() * DTYPE.itemsize + 2 * K * 4, n_flops=teacher.numel() + 3 * K)
 
 
 def shapes() -> list[tuple[int, ...]]:
-    """ViT-S/16 with its head, 65536 prototypes; a small one without a GPU."""
-    dim, depth, hidden, n_patches = (384, 12, 2048, 196) if ON_GPU else (64, 2, 128, 16)
+    """ViT-S/16 with its head; a small one in a quick run without a GPU."""
+    dim, depth, hidden, n_patches = (384, 12, 2048, 196) if ON_GPU or not QUICK else (192, 12, 512, 196)
     block = [(dim,), (dim,), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,)]
     block += [(dim,), (dim,), (4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,)]
     embed = [(1, 1, dim), (1, n_patches + 1, dim), (dim, 3, 16, 16), (dim,), (dim,), (dim,)]
@@ -187,7 +183,7 @@ def n_params() -> int:
     return sum(torch.Size(shape).numel() for shape in shapes())
 
 
-def original_ema(teacher: list[Tensor], student: list[Tensor]) -> None:
+def plain_ema(teacher: list[Tensor], student: list[Tensor]) -> None:
     for x, y in zip(teacher, student):
         x.mul_(MOMENTUM).add_((1 - MOMENTUM) * y)
 
@@ -201,29 +197,29 @@ def foreach_lerp(teacher: list[Tensor], student: list[Tensor]) -> None:
     torch._foreach_lerp_(teacher, student, 1 - MOMENTUM)
 
 
-@pytest.mark.parametrize("kind", ["ours", "original", "foreach mul, add", "foreach lerp", "compiled"])
-def test_ema_update(kind: str, timed: Callable[[Provider, int], None]) -> None:
+@pytest.mark.parametrize("provider", ["ours", "plain", "foreach mul, add", "foreach lerp", "compiled"])
+def test_ema_update(provider: str, timed: Timed) -> None:
     torch.manual_seed(0)
     teacher, student = model(), model()
     momentum = torch.tensor(MOMENTUM, device=DEVICE)
-    update: Callable[[list[Tensor], list[Tensor]], None] = {
+    ways: dict[str, Callable[[list[Tensor], list[Tensor]], None]] = {
         "ours": lambda x, y: ema_update_(x, y, momentum),
-        "original": original_ema,
+        "plain": plain_ema,
         "foreach mul, add": foreach_mul_add,
         "foreach lerp": foreach_lerp,
-        "compiled": compiled(original_ema),
-    }[kind]
+    }
+    update = ways.get(provider) or compiled(plain_ema)
     truth, plain = [x.double() for x in teacher], [x.clone() for x in teacher]
-    original_ema(truth, [x.double() for x in student])
-    original_ema(plain, student)
-    provider = Provider(lambda: update(teacher, student), lambda: teacher)
-    provider.run()
-    check(provider, truth, plain)
-    timed(provider, 12 * n_params())
+    plain_ema(truth, [x.double() for x in student])
+    plain_ema(plain, student)
+    way = Provider(lambda: update(teacher, student), lambda: teacher)
+    way.run()
+    check(way, truth, plain)
+    timed(way.run, n_bytes=12 * n_params(), n_flops=3 * n_params())
 
 
-def original_clip(params: list[Tensor]) -> None:
-    """utils.clip_gradients of facebookresearch/dino: two synchronisations per tensor."""
+def plain_clip(params: list[Tensor]) -> None:
+    """The original's structure: two synchronisations per tensor."""
     for x in params:
         coefficient = CLIP / (x.grad.norm(2) + 1e-6)
         if coefficient < 1:
@@ -240,7 +236,7 @@ def foreach_clip(params: list[Tensor]) -> None:
     torch._foreach_mul_(grads, norms)
 
 
-def update_provider(kind: str, dtype: torch.dtype = torch.float32) -> Provider:
+def update_provider(provider: str, dtype: torch.dtype = torch.float32) -> Provider:
     """Clip, AdamW, EMA and bf16 copies of student and teacher."""
     torch.manual_seed(0)
     params, teacher, grads = ([x.to(dtype) for x in model()] for _ in range(3))
@@ -252,22 +248,22 @@ def update_provider(kind: str, dtype: torch.dtype = torch.float32) -> Provider:
     def outputs() -> list[Tensor]:
         return [x.detach() for x in (*params, *teacher)]
 
-    if kind == "ours":
+    if provider == "ours":
         optimizer = ClipAdamWEMA(
             params, lr=LR, weight_decay=WEIGHT_DECAY, clip_grad=CLIP, teacher=zip(params, teacher), momentum=MOMENTUM,
             copies=zip((*params, *teacher), low),
         )  # fmt: skip
         return Provider(optimizer.step, outputs)
-    choice = {"foreach": False} if kind == "original" else {"fused": True} if kind == "library" and ON_GPU else {}
+    choice = {"foreach": False} if provider == "plain" else {"fused": True} if provider == "library" and ON_GPU else {}
     theirs = torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, **choice)
-    clip, average = (original_clip, original_ema) if kind == "original" else (foreach_clip, foreach_lerp)
+    clip, average = (plain_clip, plain_ema) if provider == "plain" else (foreach_clip, foreach_lerp)
 
     def tail() -> None:
         average(teacher, [x.detach() for x in params])
         torch._foreach_copy_(low, [x.detach() for x in (*params, *teacher)])
 
-    tail_function = compiled(tail) if kind == "compiled" else tail
-    step = torch.compile(theirs.step, dynamic=False) if kind == "compiled" and ON_GPU else theirs.step
+    tail_function = compiled(tail) if provider == "compiled" else tail
+    step = torch.compile(theirs.step, dynamic=False) if provider == "compiled" and ON_GPU else theirs.step
 
     @torch.no_grad()
     def run() -> None:
@@ -278,15 +274,15 @@ def update_provider(kind: str, dtype: torch.dtype = torch.float32) -> Provider:
     return Provider(run, outputs)
 
 
-@pytest.mark.parametrize("kind", ["ours", "original", "library", "compiled"])
-def test_clip_adamw_ema(kind: str, timed: Callable[[Provider, int], None]) -> None:
-    provider, truth, plain = (
-        update_provider(kind),
-        update_provider("original", torch.float64),
-        update_provider("original"),
+@pytest.mark.parametrize("provider", ["ours", "plain", "library", "compiled"])
+def test_clip_adamw_ema(provider: str, timed: Timed) -> None:
+    way, truth, plain = (
+        update_provider(provider),
+        update_provider("plain", torch.float64),
+        update_provider("plain"),
     )
-    for each in (provider, truth, plain):
+    for each in (way, truth, plain):
         each.run()
-    check(provider, truth.outputs(), plain.outputs())
+    check(way, truth.outputs(), plain.outputs())
     del truth, plain
-    timed(provider, 44 * n_params())
+    timed(way.run, n_bytes=44 * n_params(), n_flops=20 * n_params())

@@ -1,0 +1,68 @@
+"""One format for every figure: a JSON object a line, appended the moment it is known.
+
+A record has name (part/group/provider), part, group and provider, and either a time (median_ms, p20_ms, p80_ms, and the
+rates that follow from it), or `failed` with what its check found, or `absent` with why there is nothing to measure. A
+line `{"planned": [names]}` opens each run, so that one that was killed can say what it lacks.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def append(folder: Path, record: Record) -> None:
+    """Add a line to the folder's results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read(path: Path) -> list[Record]:
+    """The lines of a folder's results.jsonl, or of a file; one cut off by a killed run is left out."""
+    file = path / "results.jsonl" if path.is_dir() else path
+    records = []
+    for text in file.read_text().splitlines():
+        try:
+            records.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def latest(records: list[Record]) -> dict[str, Record]:
+    """By name; one measured twice counts as it was the last time."""
+    return {record["name"]: record for record in records if "name" in record}
+
+
+def measured(records: list[Record]) -> dict[str, Record]:
+    """By name, those that carry a time."""
+    return {name: record for name, record in latest(records).items() if "median_ms" in record}
+
+
+def missing(records: list[Record]) -> list[str]:
+    """Names that were planned and never came to anything."""
+    done = latest(records)
+    planned = dict.fromkeys(name for record in records for name in record.get("planned", []))
+    return [name for name in planned if name not in done]
+
+
+def groups(records: list[Record], part: str) -> dict[str, list[Record]]:
+    """A part's records side by side: {group: one per provider}, those without a time included."""
+    found: dict[str, list[Record]] = {}
+    for record in latest(records).values():
+        if record["part"] == part:
+            found.setdefault(record["group"], []).append(record)
+    return found
+
+
+BASELINES = ("plain", "Pillow")  # providers that the others of a group are compared with
+
+
+def times_baseline(record: Record, group: list[Record]) -> float | None:
+    """How many times as fast as the group's baseline; None where there is none."""
+    baseline = next((r for r in group if r["provider"] in BASELINES and "median_ms" in r), None)
+    if baseline is None or "median_ms" not in record:
+        return None
+    return float(baseline["median_ms"] / record["median_ms"])
