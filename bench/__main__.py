@@ -5,6 +5,7 @@ Parts: ceilings, ops, attention, step, pipeline, train, or all of them. Each rec
 
 import argparse
 import datetime
+import importlib.util
 import os
 import re
 import subprocess
@@ -31,6 +32,8 @@ PYTEST = [
 
 
 def _measure(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise ValueError("measuring needs pytest-benchmark: pip install -e '.[bench]'")
     from bench.measure import device_name
 
     slug = re.sub(r"[^\w]+", "-", device_name()).strip("-")
@@ -47,8 +50,10 @@ def _measure(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; what was measured: python -m bench report {out}")
         return 130
-    if (out / "results.jsonl").is_file():
+    try:
         print(f"\n{report(read(out), out)}\nwrote {out}")
+    except (OSError, ValueError) as error:
+        print(f"\nno report: {error}")
     return min(code, 1)
 
 

@@ -1,27 +1,38 @@
 #!/usr/bin/env bash
-# What a GPU host has to settle, most important first: bench/gpu.sh [--quick] OUTDIR
-# Each part writes its own file and its own exit code as soon as it ends. WHEELS=dir installs from a folder, offline.
+# What a GPU host has to settle, most important first, in less than nine minutes: bench/gpu.sh [--quick] OUTDIR
+# Each part leaves OUTDIR/NAME.txt and a line in parts.txt when it ends, its figures in results.jsonl as it goes, and is
+# stopped where its time is over. WHEELS=folder installs from a folder first, offline. --quick: small, for any machine.
 set -u
-quick=""
-[ "${1:-}" = "--quick" ] && { quick="--quick"; shift; }
+quick=()
+[ "${1:-}" = "--quick" ] && { quick=(--quick); shift; }
 out=${1:?usage: bench/gpu.sh [--quick] OUTDIR}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
-if [ -n "${WHEELS:-}" ]; then python -m pip install --no-index --no-deps --find-links "$WHEELS" "$WHEELS"/*.whl; fi
+if [ -n "${WHEELS:-}" ]; then python -m pip install -q --no-index --no-deps "$WHEELS"/*.whl; fi
 failed=0
 
 part() { # part NAME SECONDS COMMAND...
-    local name=$1 limit=$2 code=0
+    local name=$1 limit=$2 code=0 started=$SECONDS
     shift 2
     timeout "$limit" "$@" >"$out/$name.txt" 2>&1 || code=$?
-    echo "$name $code ${SECONDS}s" | tee -a "$out/parts.txt"
+    echo "$name: exit code $code after $((SECONDS - started)) of $limit s" | tee -a "$out/parts.txt"
     [ "$code" -eq 0 ] || failed=1
 }
 
-part doctor 60 python -m fastdino.cli doctor
-if [ -z "$quick" ]; then part tests 150 python -m pytest -m gpu; fi
-if [ -z "$quick" ]; then part ops 120 python -m pytest bench/test_ops.py -s; fi
-part step 200 python -m bench step $quick --out "$out"
+measure() { # measure NAME SECONDS PART [WORDS...]
+    local name=$1 limit=$2 what=$3
+    shift 3
+    part "$name" "$limit" python -m bench "$what" ${quick[@]+"${quick[@]}"} --out "$out" "$@"
+}
+
+measure ceilings 30 ceilings
+part doctor 20 python -m fastdino.cli doctor
+part tests 120 python -m pytest -m gpu tests
+measure ops 75 ops
+measure attention 45 attention
+measure step 150 step -k "not profile"
+measure jpeg 40 pipeline -k "training or kernels"
+measure profile 45 step -k profile
 part report 10 python -m bench report "$out"
 exit $failed

@@ -92,7 +92,7 @@ class OriginalStep(PlainStep):
             hidden_dim=first.out_features,
             bottleneck_dim=narrow.out_features,
         )
-        network = self.code.utils.MultiCropWrapper(theirs, their_head).to(self.device)
+        network = self.code.utils.MultiCropWrapper(theirs, their_head).to(self.params[0])
         network.load_state_dict(ours.state_dict())
         for theirs_, ours_ in zip(network.parameters(), ours.parameters()):
             theirs_.requires_grad_(ours_.requires_grad)
@@ -100,10 +100,10 @@ class OriginalStep(PlainStep):
 
     def prepare(self) -> None:
         """Everything from here on is theirs."""
-        schedule = self.loss.teacher_temp_schedule
-        self.criterion = self.code.main_dino.DINOLoss(
-            self.loss.center.shape[1], self.loss.ncrops, float(schedule[0]), float(schedule[-1]), 0, len(schedule)
-        ).to(self.device)
+        temps = self.loss.teacher_temp_schedule
+        n_prototypes, n_crops = self.loss.center.shape[1], self.loss.ncrops
+        self.criterion = self.code.main_dino.DINOLoss(n_prototypes, n_crops, temps[0], temps[-1], 0, len(temps))
+        self.criterion.to(self.params[0]).teacher_temp_schedule = temps
         self.student, self.teacher = self.networks
         self.params = [p for p in self.student.parameters() if p.requires_grad]
 

@@ -118,6 +118,42 @@ def projection(records: list[Record], link_gbps: float) -> str:
     return "\n".join(lines)
 
 
+def train_table(records: list[Record]) -> str:
+    """What both ended at, seed by seed, and how far their curves are apart."""
+    lines = ["| digits | k-NN before | ours | plain | s ours | s plain |", "|---|--:|--:|--:|--:|--:|"]
+    for group, rows in groups(records, "train").items():
+        by = {r["provider"]: r for r in rows if "knn" in r}
+        if {"ours", "plain"} <= by.keys():
+            ours, plain = by["ours"], by["plain"]
+            knn = f"{ours['knn_before']:.4f} | {ours['knn']:.4f} | {plain['knn']:.4f}"
+            lines.append(f"| {group} | {knn} | {ours['seconds']:.0f} | {plain['seconds']:.0f} |")
+    text = "\n".join(lines) if len(lines) > 2 else ""
+    for r in measured(records).values():
+        if "curves_apart" in r:
+            text += f"\n\nLoss curves of ours and plain: {r['curves_apart']:.2g} nats apart on average"
+            text += f", those of two seeds {r['seeds_apart']:.2g}." if "seeds_apart" in r else "."
+    return text
+
+
+def hottest_table(records: list[Record]) -> str:
+    """The ten most expensive kernels of our step, what it launches, and how much of the time the device idles."""
+    r = next((r for r in measured(records).values() if "hottest" in r), None)
+    if r is None:
+        return ""
+    lines = [f"| {r['group'].removeprefix('profile ')}, {r['provider']} | ms a step | calls |", "|---|--:|--:|"]
+    lines += [f"| `{k['kernel']}` | {number(k['ms'])} | {number(k['calls'])} |" for k in r["hottest"]]
+    what = "kernel launches" if r["driver"] != "none" else "ops"
+    text = f"{r['launches_per_step']:,.0f} {what} a step, {number(r['device_ms_per_step'])} ms of work"
+    text += f"; the device idles {r['idle_share']:.0%} of the time." if "idle_share" in r else "."
+    return "\n".join(lines) + f"\n\n{text}"
+
+
+def waiting(records: list[Record]) -> str:
+    """How long training from files waits for them."""
+    rows = [r for r in measured(records).values() if "data_wait" in r]
+    return "\n".join(f"{r['name']}: {r['data_wait']:.1%} of the time waiting for data." for r in rows)
+
+
 SUMMARY = (  # part, start of the group, ours, theirs, what it is
     ("step", "step ", ("ours graph", "ours eager"), "plain", "the step"),
     ("pipeline", "augment", ("ours fast",), "Pillow", "crops of decoded photographs, one core"),
@@ -144,10 +180,8 @@ def summary(records: list[Record]) -> str:
             lines.append(f"| {what} | {case} | {speed} | {by[theirs]['median_ms'] / mine['median_ms']:.2f} |")
             break
     for r in measured(records).values():
-        if r["part"] == "train" and r["provider"] == "ours":
-            plain = measured(records).get(r["name"].removesuffix("ours") + "plain")
-            if plain:
-                lines.append(f"| k-NN after training | {r['group']} | {plain['knn']:.4f} | {r['knn']:.4f} | |")
+        if "knn_ours" in r:
+            lines.append(f"| k-NN of equal training | digits | {r['knn_plain']:.4f} | {r['knn_ours']:.4f} | |")
     return "\n".join(lines)
 
 
@@ -165,7 +199,7 @@ def report(records: list[Record], folder: Path, link_gbps: float | None = None, 
     if not measured(records):
         raise ValueError(f"{folder}: expected a record with a time, got none of {len(latest(records))}")
     sections = [header(records), *(table(records, part) for part in PARTS if groups(records, part))]
-    sections += [model_table(records)]
+    sections += [train_table(records), model_table(records), hottest_table(records), waiting(records)]
     if link_gbps:
         sections.append(projection(records, link_gbps))
     drawn, lacking = draw_all(records, breakdown(records), folder)

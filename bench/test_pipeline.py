@@ -5,7 +5,6 @@ is on the machine. Photographs of 500 x 375 pixels; 2 crops of 224 pixels and 8 
 probabilities. The kernels that make crops on a GPU are timed there, by their bytes.
 """
 
-import importlib.util
 import io
 import tarfile
 import time
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.measure import CORES, DEVICE, ON_GPU, QUICK
+from bench.peers import Absent, need
 from bench.test_step import MAIN, NITER_PER_EP, Case, make
 from fastdino.data.augment import MEAN, STD, apply_crop, apply_crop_fast
 from fastdino.data.decode import decode_array, open_image
@@ -194,8 +194,11 @@ AUGMENTERS = {
 
 @pytest.mark.parametrize("provider", AUGMENTERS)
 def test_augment(provider: str, paced: Any, pixels: list[Any]) -> None:
-    if provider in ("albumentations", "torchvision") and not importlib.util.find_spec(provider):
-        pytest.skip(f"{provider} is not installed")
+    if provider in ("albumentations", "torchvision"):
+        try:
+            need(provider)
+        except Absent as reason:
+            pytest.skip(str(reason))
     augment = AUGMENTERS[provider]
     got, exact = augment(pixels[:2]), AUGMENTERS["Pillow"](pixels[:2])
     assert [x.shape for x in got] == [x.shape for x in exact]

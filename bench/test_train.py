@@ -6,6 +6,7 @@ does meets both alike. `fastdino.train.config.DIGITS` is the recipe; EPOCHS of i
 
 import time
 from functools import cache
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,6 +25,7 @@ from fastdino.train.step import TrainStep
 
 SEEDS = (0,) if QUICK else (0, 1, 2)
 EPOCHS = 1 if QUICK else min(DIGITS["epochs"], 24)
+KNN_BOUND = 0.02
 MAX_STEPS = 22 if QUICK else None
 
 
@@ -106,3 +108,24 @@ def test_digits(provider: str, seed: int, timed: Any) -> None:
     }
     n_images = DIGITS["batch_size_per_gpu"]
     timed(lambda: None, times=run.step_ms[1:], n_images=n_images, extra=lambda _: facts)
+
+
+@pytest.mark.parametrize("provider", ["both"])
+def test_agreement(provider: str, timed: Any) -> None:
+    """Over the seeds: k-NN the same within KNN_BOUND, and curves nearer to each other than those of two seeds are."""
+    runs = [both(seed) for seed in SEEDS]
+    knn = {who: sum(run[who].knn for run in runs) / len(runs) for who in ("ours", "plain")}
+    assert abs(knn["ours"] - knn["plain"]) <= KNN_BOUND, f"k-NN {knn['ours']:.4f} ours, {knn['plain']:.4f} plain"
+    apart = max(_apart(run["ours"].losses, run["plain"].losses) for run in runs)
+    facts = {"knn_ours": knn["ours"], "knn_plain": knn["plain"], "curves_apart": apart}
+    if len(runs) > 1:
+        facts["seeds_apart"] = min(_apart(a["plain"].losses, b["plain"].losses) for a, b in combinations(runs, 2))
+        assert apart <= facts["seeds_apart"], f"curves {apart:.4f} apart, seeds {facts['seeds_apart']:.4f}"
+    timed(
+        lambda: None, times=[sum(sum(run.step_ms) for run in both_.values()) for both_ in runs], extra=lambda _: facts
+    )
+
+
+def _apart(a: list[float], b: list[float]) -> float:
+    """Mean distance of two curves, nats."""
+    return sum(abs(x - y) for x, y in zip(a, b)) / len(a)

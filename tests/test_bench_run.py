@@ -11,6 +11,8 @@ import pytest
 from bench.records import latest, measured, missing, read
 from bench.report import put_into, report, summary
 
+pytest.importorskip("pytest_benchmark", reason="the benchmarks run under pytest-benchmark: the extra `bench`")
+
 ROOT = Path(__file__).parent.parent
 FIELDS = ("device", "power_limit", "driver", "torch", "triton", "xformers", "commit", "date", "group")
 FIELDS += ("copy_gbps", "matmul_bf16_tflops", "matmul_fp32_tflops", "p20_ms", "p80_ms")
