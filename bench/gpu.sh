@@ -28,11 +28,11 @@ measure() { # measure NAME SECONDS PART [WORDS...]
 
 measure ceilings 30 ceilings
 part doctor 20 python -m fastdino.cli doctor
-part tests 120 python -m pytest -m gpu tests
-measure ops 75 ops
-measure attention 45 attention
-measure step 150 step -k "not profile"
+part tests 100 python -m pytest -m gpu tests
+measure ops 70 ops
+measure attention 40 attention
+measure step 190 step -k "not profile"
 measure jpeg 40 pipeline -k "training or kernels"
-measure profile 45 step -k profile
+measure profile 35 step -k profile
 part report 10 python -m bench report "$out"
 exit $failed

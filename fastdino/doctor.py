@@ -1,14 +1,16 @@
 """fastdino doctor: what this machine can do, on one screen. Nothing here fails where there is no GPU."""
 
 import importlib.util
-import os
 import platform
+import sys
 import time
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from fastdino.data.decode import BadImage, decode
+from fastdino.data.loader import useful_workers
 from fastdino.data.sources import FolderSource
 from fastdino.model.attention import BACKENDS, why_not
 
@@ -74,16 +76,80 @@ def _loading(folder: str) -> str:
     return f"{speed:.0f} images/s on one core ({n_read} read, {n_bad} unreadable, of {len(source)})"
 
 
-def _device() -> tuple[str, str]:
-    """The device in words, and flags for it."""
+@dataclass(frozen=True)
+class Need:
+    """GPU memory of a step of 2 x 224 and 8 x 96 pixels with 65536 prototypes in bf16, as counted from shapes.
+
+    Nothing was measured: kernels may need more. N tokens of an image's crops, D channels, P parameters.
+    """
+
+    dim: int
+    depth: int
+    tokens: int = 2 * 197 + 8 * 37
+    prototypes: int = 65536
+
+    @property
+    def fixed_bytes(self) -> int:
+        """22 per parameter: masters, two moments and teacher in fp32 (16), gradients and two copies in bf16 (6)."""
+        head = self.dim * 2048 + 2048**2 + 2048 * 256 + 256 * self.prototypes
+        return 22 * (12 * self.depth * self.dim**2 + head)
+
+    @property
+    def bytes_per_image(self) -> int:
+        """What autograd keeps, and the logits with their gradients.
+
+        A block keeps 16 D per token in bf16: its input, two norms, q k v, what attention returns, the sum, and 4 D
+        before and behind GELU. Of each student crop there are logits and their gradient, of each teacher crop logits.
+        """
+        return 2 * (16 * self.dim * self.depth * self.tokens + (2 * 10 + 2) * self.prototypes)
+
+    def images(self, n_bytes: float) -> int:
+        """The largest batch of 1, 2, 4 ... 512 images that leaves a fifth of the memory; 0 where none does."""
+        room = 0.8 * n_bytes - self.fixed_bytes
+        fitting = [2**i for i in range(10) if 2**i * self.bytes_per_image <= room]
+        return max(fitting, default=0)
+
+
+NEEDS = {"vit_base": Need(768, 12), "vit_small": Need(384, 12), "vit_tiny": Need(192, 12)}
+WANTED = 64  # images on a GPU that the original's settings were found with
+
+
+def advice_for_gpu(free_bytes: float) -> str:
+    """Flags for a GPU: the largest of these models that fits WANTED images, else the smallest with what fits."""
+    name, need = next(
+        (pair for pair in NEEDS.items() if pair[1].images(free_bytes) >= WANTED), ("vit_tiny", NEEDS["vit_tiny"])
+    )
+    n, gib = need.images(free_bytes), free_bytes / 2**30
+    if not n:
+        return (
+            f"--checkpointing true and smaller crops  ({gib:.1f} GiB free hold no image of 2 x 224 and 8 x 96 pixels)"
+        )
+    least = (need.fixed_bytes + n * need.bytes_per_image) / 2**30
+    flags = f"--arch {name} --batch_size_per_gpu {n}"
+    return f"{flags}  (computed, not measured: at least {least:.1f} of {gib:.1f} GiB free)"
+
+
+def advice_for_cpu(cores: int) -> str:
+    """Flags for images of one's own without a GPU: small crops, few prototypes."""
+    flags = "--arch vit_nano --patch_size 8 --global_crops_size 64 --local_crops_size 32 --local_crops_number 4"
+    return f"{flags} --out_dim 4096 --batch_size_per_gpu 32 --num_workers {max(1, cores - 1)}"
+
+
+def _device() -> tuple[str, list[tuple[str, str]]]:
+    """The device in words, and what to try on it."""
+    cores = useful_workers(sys.maxsize, 1)
     if not torch.cuda.is_available():
-        return f"none; {os.cpu_count()} CPU cores", "fastdino train  (the digits, made for a CPU)"
+        own = f"fastdino train --data_path FOLDER {advice_for_cpu(cores)}"
+        return f"none; {cores} CPU cores", [
+            ("try", "fastdino train  (the digits, made for a CPU)"),
+            ("your images", own),
+        ]
     properties = torch.cuda.get_device_properties(0)
     half = "bf16" if torch.cuda.is_bf16_supported() else "fp16 only"
     text = (
         f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}, {half}"
     )
-    return text, "--use_fp16 true --batch_size_per_gpu 64  (the original's; raise it while memory lasts)"
+    return text, [("try", f"fastdino train --data_path FOLDER {advice_for_gpu(torch.cuda.mem_get_info()[0])}")]
 
 
 def examine(folder: str | None) -> list[tuple[str, str]]:
@@ -95,4 +161,4 @@ def examine(folder: str | None) -> list[tuple[str, str]]:
     lines += [("Triton compiles", _triton()), ("CUDA graphs", _graphs())]
     if folder is not None:
         lines.append(("loading", _loading(folder)))
-    return [*lines, ("try", advice)]
+    return [*lines, *advice]
