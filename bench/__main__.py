@@ -51,7 +51,7 @@ def _measure(args: argparse.Namespace) -> int:
         print(f"\nstopped; what was measured: python -m bench report {out}")
         return 130
     try:
-        print(f"\n{report(read(out), out)}\nwrote {out}")
+        print(f"\n{report(read(out), out, readme=args.readme)}\nwrote {out}")
     except (OSError, ValueError) as error:
         print(f"\nno report: {error}")
     return min(code, 1)
@@ -77,6 +77,7 @@ def main() -> int:
         run.add_argument("--quick", action="store_true", help="small cases, few repeats")
         run.add_argument("--out", type=Path, metavar="DIR", help="folder of the results [bench/results/DATE-DEVICE]")
         run.add_argument("-k", dest="only", metavar="WORDS", help="only what pytest's -k chooses")
+        run.add_argument("--readme", type=Path, metavar="FILE", help="put the summary into this file, too")
         run.set_defaults(run=_measure)
     shown = commands.add_parser("report", help="tables and pictures of a folder, and what is missing there")
     shown.add_argument("folder", type=Path, metavar="DIR")

@@ -1,0 +1,154 @@
+"""Every command and every block of Python in the README runs, on a few small images and with a small model."""
+
+import copy
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.records import read
+from bench.report import BEGIN, END, summary
+from fastdino.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "bench" / "results" / "cpu"
+PROGRAMS = r"(?:fastdino|torchrun|python|bench/gpu\.sh) "
+SMALL = shlex.split(
+    "--arch vit_nano --patch_size 8 --global_crops_size 32 --local_crops_size 16 --out_dim 64 --hidden_dim 32 "
+    "--bottleneck_dim 16 --epochs 1 --batch_size_per_gpu 8 --attention_images 1 --resume false"
+)
+
+
+def commands():
+    """Of blocks, and of the text."""
+    blocks = re.findall(rf"^(?:    )?({PROGRAMS}.*)$", README, re.MULTILINE)
+    inline = re.findall(rf"`({PROGRAMS}[^`|]*)`", README)
+    return [command for command in dict.fromkeys([*blocks, *inline]) if " | " not in command]
+
+
+def python_blocks():
+    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, photo_folder):
+    """photos/ with two classes, and the results of two runs of the benchmark."""
+    folder = tmp_path_factory.mktemp("readme")
+    for number, name in enumerate(("cats", "dogs")):
+        target = folder / "photos" / name
+        target.mkdir(parents=True)
+        for i, path in enumerate(sorted(photo_folder.glob(f"class_{number}/*.jpg"))):
+            shutil.copy(path, target / f"{i:02}.jpg")
+    if RESULTS.is_dir():
+        for name in ("before", "after"):
+            shutil.copytree(RESULTS, folder / name)
+    return folder
+
+
+def run(words, folder, expect=(0,)):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode in expect, done.stdout + done.stderr
+
+
+def run_command(command, folder, monkeypatch, capsys):
+    """The command as it stands, but for what would take long."""
+    words = shlex.split(command)
+    if words[0] == "fastdino":
+        monkeypatch.chdir(folder)
+        small = SMALL if words[1] == "train" and "--help" not in words else []
+        if "--help" in words:
+            with pytest.raises(SystemExit) as end:
+                main(words[1:])
+            assert end.value.code == 0
+        else:
+            assert main([*words[1:], *small]) == 0, capsys.readouterr().err
+    elif words[0] == "torchrun":
+        words[words.index("--nproc_per_node=8")] = "--nproc_per_node=1"  # more of them: tests/train
+        run([sys.executable, "-m", "torch.distributed.run", *words[1:], *SMALL], folder)
+    elif words[:3] == ["python", "-m", "bench"]:
+        pytest.importorskip("pytest_benchmark", reason="the benchmarks run under pytest-benchmark: the extra `bench`")
+        few = [] if words[3] in ("report", "compare") else ["--out", "out", "--quick", "-k", "center_update and ours"]
+        run([sys.executable, *words[1:], *few], folder)
+    elif words[0] == "bench/gpu.sh":  # what each of its parts does, other tests show
+        stand_in = folder / "bin" / "python"
+        stand_in.parent.mkdir(exist_ok=True)
+        stand_in.write_text('#!/bin/sh\necho "$@"\n')
+        stand_in.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+        run([ROOT / words[0], folder / words[1]], folder)
+        parts = (folder / words[1] / "parts.txt").read_text().splitlines()
+        assert parts[0].startswith("ceilings: exit code 0")
+        assert len(parts) == len(list((folder / words[1]).glob("*.txt"))) - 1
+    else:
+        raise AssertionError(f"no test knows how to run: {command}")
+
+
+def is_install(command):
+    return command.startswith("python -m pip install")
+
+
+def test_the_commands_that_install_are_those_that_ci_runs():
+    """CI reads the indented ones from here; the other one adds an extra that CI installs, too."""
+    pattern = re.search(r"s/\^ {4}\\\((.*)\\\)/", (ROOT / ".ci" / "run").read_text())[1]
+    indented = re.findall(rf"^ {{4}}({pattern})$", README, re.MULTILINE)
+    assert len(indented) == 2
+    assert {c for c in commands() if is_install(c)} == {
+        *indented,
+        'python -m pip install -c constraints.txt -e ".[bench]"',
+    }
+
+
+def test_commands_run(folder, monkeypatch, capsys):
+    """In the README's order: later ones need what earlier ones leave behind."""
+    found = [command for command in commands() if not is_install(command)]
+    assert len(found) >= 8
+    for command in found:
+        run_command(command, folder, monkeypatch, capsys)
+    for name in ("checkpoint.pth", "log.txt", "args.json", "curves.png", "attention.png"):
+        assert (folder / "runs" / "photos" / name).is_file()
+
+
+def surroundings(block):
+    """What a reader has at hand: images and networks of their own."""
+    torch.manual_seed(0)
+    if "load_backbone" in block:
+        return {"images": torch.randn(2, 3, 32, 32)}
+    if "DINOLoss" in block:
+        crops = [torch.randn(1, 3, side, side) for side in (224, 224, *[96] * 8)]
+        return {"crops": crops, "epoch": 0, "teacher": lambda views: torch.randn(len(views), 65536)}
+    net = torch.nn.Linear(4, 3)
+    return {
+        "student": torch.randn(10, 2, 512),
+        "teacher": torch.randn(2, 2, 512),
+        "center": torch.zeros(512),
+        "student_net": net,
+        "teacher_net": copy.deepcopy(net),
+    }
+
+
+@pytest.mark.parametrize("block", python_blocks(), ids=lambda text: text.split("\n")[0])
+def test_python_runs(block, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names = surroundings(block)
+    exec(compile(block, "README.md", "exec"), names)
+    for name in ("value", "features"):
+        if name in names:
+            assert torch.isfinite(names[name]).all()
+
+
+def test_the_table_is_that_of_the_committed_results():
+    table = README[README.index(BEGIN) + len(BEGIN) : README.index(END)].strip()
+    assert table == summary(read(RESULTS))
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
