@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.records import Record, groups, measured, times_baseline
+from bench.records import Record, groups, measured, number, times_baseline
 
 OURS, OTHERS, INK, FAINT = "#1f5fa8", "#b3bac4", "#2b2f36", "#8a919c"
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind words that a line may cross
@@ -18,10 +18,6 @@ Lacking = str  # why there is no picture
 
 def _is_ours(provider: str) -> bool:
     return provider.startswith("ours")
-
-
-def _number(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def _clean(ax: Axes, title: str, bars: bool = False) -> None:
@@ -52,7 +48,7 @@ def _bars(ax: Axes, rows: Sequence[Record], key: str, title: str, ceiling: tuple
     ax.barh(range(len(rows)), values, xerr=(low, high), color=colors, height=0.66, error_kw=spread)
     for i, (r, v, above) in enumerate(zip(rows, values, high)):
         times = times_baseline(r, list(rows))
-        text = _number(v) + (f"   {times:.2f}x" if times and times != 1 else "")
+        text = number(v) + (f"   {times:.2f}x" if times and times != 1 else "")
         ax.annotate(
             text, (v + above, i), (5, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK, bbox=PAPER
         )
@@ -61,7 +57,7 @@ def _bars(ax: Axes, rows: Sequence[Record], key: str, title: str, ceiling: tuple
     if ceiling and ceiling[0] < 4 * top:
         ax.axvline(ceiling[0], color=INK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=0.5)
         ax.annotate(
-            f"{ceiling[1]}, {_number(ceiling[0])}", (ceiling[0], 0), (0, -3), xycoords=("data", "axes fraction"),
+            f"{ceiling[1]}, {number(ceiling[0])}", (ceiling[0], 0), (0, -3), xycoords=("data", "axes fraction"),
             textcoords="offset points", ha="center", va="top", fontsize=7.5, color=INK,
         )  # fmt: skip
         top = max(top, ceiling[0])
@@ -151,11 +147,11 @@ def roofline(records: list[Record], path: Path) -> Lacking | None:
         peak = 1e3 * last[f"matmul_{dtype}_tflops"]
         knee = peak / last["copy_gbps"]
         ax.plot([left, knee, right], [left * last["copy_gbps"], peak, peak], color=INK, linewidth=1, zorder=0.5)
-        words = f"matmul {dtype}, {_number(peak)} GFLOP/s"
+        words = f"matmul {dtype}, {number(peak)} GFLOP/s"
         ax.annotate(words, (right, peak), (-2, 3), textcoords="offset points", ha="right", fontsize=8, color=INK)
     low = knee / 4
     ax.annotate(
-        f"copy, {_number(last['copy_gbps'])} GB/s", (low, low * last["copy_gbps"]), (0, 5), textcoords="offset points",
+        f"copy, {number(last['copy_gbps'])} GB/s", (low, low * last["copy_gbps"]), (0, 5), textcoords="offset points",
         fontsize=8, color=INK, rotation=45, rotation_mode="anchor", transform_rotates_text=True,
     )  # fmt: skip
     named: dict[str, tuple[float, float]] = {}
@@ -253,7 +249,7 @@ def breakdown_picture(records: list[Record], parts: dict[str, tuple[float, float
         ax.barh(i + 0.18, ms, height=0.34, color=OURS)
         ax.barh(i - 0.18, least, height=0.34, color=OTHERS)
         ax.annotate(
-            f"{_number(ms)} ms",
+            f"{number(ms)} ms",
             (ms, i + 0.18),
             (5, 0),
             textcoords="offset points",
@@ -261,7 +257,7 @@ def breakdown_picture(records: list[Record], parts: dict[str, tuple[float, float
             fontsize=8.5,
             color=OURS,
         )
-        words = f"model: at least {_number(least)} ms"
+        words = f"model: at least {number(least)} ms"
         ax.annotate(
             words, (least, i - 0.18), (5, 0), textcoords="offset points", va="center", fontsize=8.5, color=FAINT
         )
@@ -285,8 +281,8 @@ def training(records: list[Record], path: Path) -> Lacking | None:
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     axes = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
     for ax, (ours, plain) in zip(axes, pairs):
-        ax.plot(ours["losses"], color=OURS, linewidth=2.2, label="ours")
-        ax.plot(plain["losses"], color=INK, linewidth=0.8, linestyle=(0, (3, 2)), label="plain")
+        ax.plot(ours["losses"], color=OURS, linewidth=4, alpha=0.4, label="ours", solid_capstyle="round")
+        ax.plot(plain["losses"], color=INK, linewidth=1, linestyle=(0, (3, 2)), label="plain")
         knn = f"k-NN {ours['knn']:.3f} ours, {plain['knn']:.3f} plain"
         seconds = f"{ours['seconds']:.0f} s ours, {plain['seconds']:.0f} s plain"
         _clean(ax, f"Digits, loss, seed {ours['seed']}\n{knn}\n{seconds}")

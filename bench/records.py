@@ -6,6 +6,7 @@ line `{"planned": [names]}` opens each run, so that one that was killed can say 
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,8 @@ def times_baseline(record: Record, group: list[Record]) -> float | None:
     if baseline is None or "median_ms" not in record:
         return None
     return float(baseline["median_ms"] / record["median_ms"])
+
+
+def number(x: float) -> str:
+    """Three digits, whatever the size."""
+    return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x)))) if x else 0}f}"

@@ -3,20 +3,14 @@
 Nothing is computed here that the records do not hold, but for the model's figures, which are called so.
 """
 
-import math
 from pathlib import Path
 
 from bench import model
 from bench.pictures import draw_all
-from bench.records import Record, groups, latest, measured, missing, times_baseline
+from bench.records import Record, groups, latest, measured, missing, number, times_baseline
 
 PARTS = ("ceilings", "ops", "attention", "step", "pipeline", "train")
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
-
-
-def number(x: float) -> str:
-    """Three digits, whatever the size."""
-    return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x)))) if x else 0}f}"
 
 
 def header(records: list[Record]) -> str:

@@ -328,5 +328,5 @@ def test_training(provider: str, case: Case, paced: Any, folder: Path, encoded: 
     waited = total = 0.0
     run()
     shares["data_wait"] = waited / total
-    paced(run, n_steps * case.batch, extra=shares, rounds=1 if QUICK else 2)
+    paced(run, n_steps * case.batch, extra=shares, rounds=2)
     loader.close()

@@ -12,7 +12,8 @@ from bench.records import missing, read
 
 def record(median_ms, half_spread=0.02, provider="ours", device="GPU"):
     spread = {"p20_ms": median_ms * (1 - half_spread), "p80_ms": median_ms * (1 + half_spread)}
-    return {"name": f"ops/op/{provider}", "provider": provider, "device": device, "median_ms": median_ms, **spread}
+    where = {"part": "ops", "group": "op", "provider": provider}
+    return {"name": f"ops/op/{provider}", **where, "device": device, "median_ms": median_ms, **spread}
 
 
 def run(ours_ms, others=1.0, **options):
@@ -43,6 +44,26 @@ def test_what_is_not_ours_may_get_slower():
     before, after = run(100.0), run(100.0)
     after[1] = record(30.0, provider="plain")
     assert not compare(before, after)[0]
+
+
+def elsewhere(records):
+    return [r | {"group": "other", "name": f"ops/other/{r['provider']}"} for r in records]
+
+
+def test_a_neighbour_while_one_group_was_measured_is_no_slower_op():
+    quiet = elsewhere(run(50.0)[1:] + run(50.0)[1:])
+    before = [record(100.0), record(100.0, provider="plain"), *quiet]
+    after = [record(120.0), record(120.0, provider="plain"), *quiet]
+    assert not compare(before, after)[0]
+    after[1] = before[1]
+    assert compare(before, after)[0]
+
+
+def test_what_scatters_without_a_reason_sets_the_bound():
+    noisy = [record(10.0 * x, provider=f"p{i}") for i, x in enumerate((0.8, 0.9, 1.0, 1.0, 1.1, 1.2))]
+    calm = [record(10.0, provider=f"p{i}") for i in range(6)]
+    assert not compare([record(100.0), *calm], [record(108.0), *noisy])[0]
+    assert compare([record(100.0), *calm], [record(108.0), *calm])[0]
 
 
 def test_a_check_that_fails_now_is_worse_than_slow():
