@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import DEVICE, ON_GPU, QUICK, Timing, environment, now, times_ms
+from bench.measure import DEVICE, FLUSH_BYTES, ON_GPU, QUICK, Timing, environment, now, times_ms
 from bench.records import Record, append
 
 OUT = os.environ.get("BENCH_OUT")
@@ -64,6 +64,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    try:
+        return (yield)
+    except torch.OutOfMemoryError:
+        pytest.skip("does not fit into the device's memory")
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     if report.skipped and call.excinfo:
@@ -103,6 +111,7 @@ Timed = Callable[..., Record]
 def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timed:
     """Times a run, after the test has checked what it computes, and keeps the record."""
     who = identity(request.node)
+    environment()  # its ceilings are measured while the memory is free
 
     def time_it(
         run: Callable[[], object],
@@ -123,10 +132,11 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timed:
             torch.cuda.synchronize()
         repeats = repeats or (50 if ON_GPU else 10) // (2 if QUICK else 1)
         found = times or times_ms(run, repeats, (5 if ON_GPU else 2) if warmup is None else warmup)
+        peak = (torch.cuda.max_memory_allocated(DEVICE) - FLUSH_BYTES) / 2**30 if ON_GPU else None
         timing = Timing.of(found)
         record = who | vars(timing) | {"repeats": len(found)} | rates(timing, n_bytes, n_flops, dtype, n_images)
-        if ON_GPU:
-            record["peak_gib"] = torch.cuda.max_memory_allocated(DEVICE) / 2**30
+        if peak is not None:
+            record["peak_gib"] = peak
         record |= (extra(timing) if extra else {}) | environment() | {"date": now()}
         _playing = iter([x for ms in found for x in (0.0, ms / 1e3)])
         benchmark.group = f"{who['part']} {who['group']}"

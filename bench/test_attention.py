@@ -40,7 +40,10 @@ def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, images: Packing) -> Ten
 def forced(kernel: SDPBackend) -> attention.AttentionOp:
     def run(*arguments: Any) -> Tensor:
         with sdpa_kernel(kernel):
-            return attention.sdpa(*arguments)
+            try:
+                return attention.sdpa(*arguments)
+            except RuntimeError as error:
+                pytest.skip(f"refused by PyTorch: {str(error).splitlines()[0]}")
 
     return run
 

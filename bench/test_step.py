@@ -179,9 +179,9 @@ def test_step(provider: str, case: Case, timed: Any) -> None:
     else:
         kept = kept_for_backward_gib(lambda: losses.append(float(step(crops, 0))), [])
         facts["activations_gib"] = kept
-    # fp32: what two correct implementations may differ by in a step (the golden tests' bound). bf16: two roundings of
-    # the logits. timm interpolates the position embedding in another way.
-    budget = 2 * torch.finfo(torch.bfloat16).eps if case.dtype == "bf16" or provider == "timm" else 1e-5
+    # fp32: what two correct implementations may differ by in a step (the golden tests' bound). bf16: a quarter of its
+    # rounding. timm interpolates the position embedding in another way, and starts at another loss.
+    budget = {"fp32": 1e-5, "bf16": 2e-3}[case.dtype] if provider != "timm" else 1e-2
     expected = expected_loss(case)
     assert abs(losses[0] - expected) <= budget * expected, f"loss {losses[0]}, expected {expected}: not timed"
     done = iter(range(1, NITER_PER_EP))
@@ -221,12 +221,15 @@ def part_runs(case: Case) -> dict[str, Callable[[], object]]:
     copies = [(p, p.detach().to(half)) for p in (*masters, *averages)] if case.dtype == "bf16" else []
     optimizer = ClipAdamWEMA(masters, lr=5e-4, clip_grad=3.0, teacher=zip(masters, averages), copies=copies)
 
-    def both(network: Callable[[Any], Tensor], frozen: Callable[[Any], Tensor], x: Any, of_teacher: Any) -> None:
+    def both(network: torch.nn.Module, frozen: torch.nn.Module, x: Any, of_teacher: Any) -> None:
+        network.zero_grad()
         with torch.no_grad():
             frozen(of_teacher)
         network(x).sum().backward()
 
     def attend() -> None:
+        for x in qkv:
+            x.grad = None
         op, scale = attention.BACKENDS[backend], (dim // n_heads) ** -0.5
         of_teacher = [x[: sum(teacher_packing.sizes)] for x in qkv]
         leaves = [x.requires_grad_() for x in qkv]
@@ -236,6 +239,7 @@ def part_runs(case: Case) -> dict[str, Callable[[], object]]:
             op(*leaves, scale, student_packing).sum().backward()
 
     def compare() -> None:
+        logits.grad = None
         dino_loss(logits.requires_grad_(), logits[:2].detach(), center, 0.1, 0.04).backward()
         center_update_(center, logits[:2].detach(), momentum)
 
