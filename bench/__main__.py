@@ -14,10 +14,9 @@ from pathlib import Path
 
 from bench.compare import compare
 from bench.records import read
-from bench.report import report
+from bench.report import PARTS, report
 
 HERE = Path(__file__).parent
-PARTS = ("ceilings", "ops", "attention", "step", "pipeline", "train")  # in the order of `all`
 PYTEST = [
     "-o",
     "addopts=",

@@ -145,6 +145,7 @@ def environment() -> dict[str, Any]:
         limit = _output("nvidia-smi", "--query-gpu=power.limit", *of_gpu)
     return {
         "device": device_name(),
+        "quick": QUICK,
         "power_limit": limit,
         "driver": driver,
         "python": platform.python_version(),

@@ -117,7 +117,7 @@ def linears(work: Workload) -> Cost:
 
 
 def pointwise(work: Workload) -> Cost:
-    """Norms, GELU and residual sums, one op after another: no FLOPs worth counting."""
+    """Norms, GELU and residual sums, one op after another (a compiler fuses some): no FLOPs worth counting."""
     arch = work.shape
     words = 0
     for n_crops, n, count in work.passes:
@@ -194,7 +194,7 @@ def project(
     """A PROJECTION of one GPU's step to n of them, each with the same batch.
 
     seconds: of one step on one GPU, measured or modelled. link_gbps: GB/s that each GPU sends, assumed by the caller.
-    A ring moves 2 (n - 1) / n of the gradients through each link; two thirds of a step are backward, and can hide it.
+    bytes_per_gradient: 2 where bf16 computes. A ring moves 2 (n - 1) / n of the gradients through each link; two thirds of a step are backward, and can hide it.
     """
     n_bytes = 2 * (n_gpus - 1) / n_gpus * n_parameters * bytes_per_gradient
     reduce_seconds = n_bytes / (link_gbps * 1e9)

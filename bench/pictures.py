@@ -238,7 +238,7 @@ def memory(records: list[Record], path: Path) -> Lacking | None:
 
 
 def breakdown_picture(records: list[Record], parts: dict[str, tuple[float, float]], path: Path) -> Lacking | None:
-    """Each part of the step: measured, and the least that the model gives it below the measured ceilings."""
+    """Each part of the step: measured, and as the model has it below the measured ceilings."""
     if not parts:
         return "breakdown (the step's parts were not measured)"
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
@@ -257,7 +257,7 @@ def breakdown_picture(records: list[Record], parts: dict[str, tuple[float, float
             fontsize=8.5,
             color=OURS,
         )
-        words = f"model: at least {number(least)} ms"
+        words = f"model {number(least)} ms"
         ax.annotate(
             words, (least, i - 0.18), (5, 0), textcoords="offset points", va="center", fontsize=8.5, color=FAINT
         )

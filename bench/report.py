@@ -9,7 +9,7 @@ from bench import model
 from bench.pictures import draw_all
 from bench.records import Record, groups, latest, measured, missing, number, times_baseline
 
-PARTS = ("ceilings", "ops", "attention", "step", "pipeline", "train")
+PARTS = ("ceilings", "ops", "attention", "step", "pipeline", "train")  # in the order of `all`
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
@@ -20,6 +20,7 @@ def header(records: list[Record]) -> str:
     text += f"triton {r['triton']}, xformers {r['xformers']}, commit {r['commit']}, {r['date'][:10]}. Ceilings: "
     text += f"copy {number(r['copy_gbps'])} GB/s, matmul {number(r['matmul_bf16_tflops'])} TFLOP/s in bf16 and "
     text += f"{number(r['matmul_fp32_tflops'])} in fp32."
+    text += " A quick run: small cases, few repeats." if r["quick"] else ""
     return text if r["driver"] != "none" else f"{text} CPU figures: nothing here was measured on a GPU."
 
 
@@ -61,7 +62,7 @@ def work_of(record: Record) -> model.Workload:
 
 
 def breakdown(records: list[Record]) -> dict[str, tuple[float, float]]:
-    """{part of the step: (measured ms, the model's least ms)}; attention taken out of the backbone."""
+    """{part of the step: (measured ms, the model's ms)}; attention taken out of the backbone."""
     parts = {
         r["provider"]: r
         for rows in groups(records, "step").values()
@@ -82,7 +83,7 @@ def model_table(records: list[Record]) -> str:
     rows = breakdown(records)
     if not rows:
         return ""
-    lines = ["| part of the step | measured ms | model: at least ms | measured / model |", "|---|--:|--:|--:|"]
+    lines = ["| part of the step | measured ms | model ms | measured / model |", "|---|--:|--:|--:|"]
     total = sum(a for a, _ in rows.values()), sum(b for _, b in rows.values())
     for name, (ms, least) in [*rows.items(), ("sum of the parts", total)]:
         lines.append(f"| {name} | {number(ms)} | {number(least)} | {number(ms / least)} |")
@@ -92,7 +93,7 @@ def model_table(records: list[Record]) -> str:
 def projection(records: list[Record], link_gbps: float) -> str:
     """Our fastest step of each case on 8 and 64 GPUs."""
     lines = [
-        f"PROJECTION, not a measurement: each GPU sends {link_gbps:g} GB/s, as was given; a ring over fp32 gradients.",
+        f"PROJECTION, not a measurement: each GPU sends {link_gbps:g} GB/s, as was given; a ring over the gradients.",
         "",
         "| step | GPUs | all-reduce | exposed: efficiency | hidden behind backward |",
         "|---|--:|--:|--:|--:|",
@@ -102,9 +103,10 @@ def projection(records: list[Record], link_gbps: float) -> str:
         if not group.startswith("step ") or not ours:
             continue
         best = min(ours, key=lambda r: float(r["median_ms"]))
-        n_parameters = model.parameters(work_of(best).shape, best["out_dim"])
+        work = work_of(best)
+        n_parameters = model.parameters(work.shape, work.out_dim)
         for n in (8, 64):
-            p = model.project(n, best["median_ms"] / 1e3, n_parameters, link_gbps)
+            p = model.project(n, best["median_ms"] / 1e3, n_parameters, link_gbps, work.itemsize)
             reduce = f"{number(p.allreduce_bytes / 1e9)} GB, {number(1e3 * p.allreduce_seconds)} ms"
             lines.append(
                 f"| {best['name']} | {n} | {reduce} | {p.efficiency_exposed:.0%} | {p.efficiency_hidden:.0%} |"
@@ -175,7 +177,8 @@ def summary(records: list[Record]) -> str:
             break
     for r in measured(records).values():
         if "knn_ours" in r:
-            lines.append(f"| k-NN of equal training | digits | {r['knn_plain']:.4f} | {r['knn_ours']:.4f} | |")
+            what = f"digits, {r['n_steps']} steps, {r['n_seeds']} seed{'' if r['n_seeds'] == 1 else 's'}"
+            lines.append(f"| k-NN of equal training | {what} | {r['knn_plain']:.4f} | {r['knn_ours']:.4f} | |")
     return "\n".join(lines)
 
 

@@ -117,7 +117,8 @@ def test_agreement(provider: str, timed: Any) -> None:
     knn = {who: sum(run[who].knn for run in runs) / len(runs) for who in ("ours", "plain")}
     assert abs(knn["ours"] - knn["plain"]) <= KNN_BOUND, f"k-NN {knn['ours']:.4f} ours, {knn['plain']:.4f} plain"
     apart = max(_apart(run["ours"].losses, run["plain"].losses) for run in runs)
-    facts = {"knn_ours": knn["ours"], "knn_plain": knn["plain"], "curves_apart": apart}
+    facts: dict[str, float] = {"n_seeds": len(runs), "n_steps": len(runs[0]["ours"].losses)}
+    facts |= {"knn_ours": knn["ours"], "knn_plain": knn["plain"], "curves_apart": apart}
     if len(runs) > 1:
         facts["seeds_apart"] = min(_apart(a["plain"].losses, b["plain"].losses) for a, b in combinations(runs, 2))
         assert apart <= facts["seeds_apart"], f"curves {apart:.4f} apart, seeds {facts['seeds_apart']:.4f}"

@@ -48,6 +48,7 @@ def folder(tmp_path_factory, photo_folder):
             shutil.copy(path, target / f"{i:02}.jpg")
     for name in ("before", "after"):
         shutil.copytree(RESULTS, folder / name)
+    shutil.copy(ROOT / "README.md", folder)
     words = ["--data_path", str(folder / "photos"), "--output_dir", str(folder / "runs" / "photos")]
     assert main(["train", *words, *SMALL]) == 0
     return folder
