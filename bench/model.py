@@ -194,7 +194,8 @@ def project(
     """A PROJECTION of one GPU's step to n of them, each with the same batch.
 
     seconds: of one step on one GPU, measured or modelled. link_gbps: GB/s that each GPU sends, assumed by the caller.
-    bytes_per_gradient: 2 where bf16 computes. A ring moves 2 (n - 1) / n of the gradients through each link; two thirds of a step are backward, and can hide it.
+    bytes_per_gradient: 2 where bf16 computes. A ring moves 2 (n - 1) / n of the gradients through each link; two thirds
+    of a step are backward, and can hide it.
     """
     n_bytes = 2 * (n_gpus - 1) / n_gpus * n_parameters * bytes_per_gradient
     reduce_seconds = n_bytes / (link_gbps * 1e9)
