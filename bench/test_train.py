@@ -24,7 +24,7 @@ from fastdino.train.schedules import Schedules
 from fastdino.train.step import TrainStep
 
 SEEDS = (0,) if QUICK else (0, 1, 2)
-EPOCHS = 1 if QUICK else min(DIGITS["epochs"], 24)
+EPOCHS = min(DIGITS["epochs"], 24)
 KNN_BOUND = 0.02
 MAX_STEPS = 22 if QUICK else None
 
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 @cache
 def both(seed: int) -> dict[str, Run]:
     """Our run and the plain one of a seed."""
-    config = TrainConfig.from_flags({"epochs": EPOCHS, "seed": seed, "warmup_epochs": min(1, EPOCHS - 1)})
+    config = TrainConfig.from_flags({"epochs": EPOCHS, "seed": seed})
     source, held_out = load_digits()
     sampler = EpochSampler(len(source), config.batch_size_per_gpu, seed)
     n_steps = min(EPOCHS * len(sampler), MAX_STEPS or 10**9)
@@ -72,7 +72,7 @@ def both(seed: int) -> dict[str, Run]:
     step_ms: dict[str, list[float]] = {provider: [] for provider in steps}
     loader = CropLoader(source, config.recipe(), sampler, num_workers=config.num_workers, device=DEVICE)
     done = 0
-    for epoch in range(EPOCHS):
+    for epoch in range(-(-n_steps // len(sampler))):
         sampler.seek(epoch)
         for batch in loader:
             if done == n_steps:
