@@ -73,7 +73,7 @@ def run_command(command, folder, monkeypatch, capsys):
         else:
             assert main([*words[1:], *small]) == 0, capsys.readouterr().err
     elif words[0] == "torchrun":
-        words[words.index("--nproc_per_node=8")] = "--nproc_per_node=1"  # more of them: tests/train
+        words[words.index("--nproc_per_node=8")] = "--nproc_per_node=2"
         run([sys.executable, "-m", "torch.distributed.run", *words[1:], *SMALL], folder)
     elif words[:3] == ["python", "-m", "bench"]:
         pytest.importorskip("pytest_benchmark", reason="the benchmarks run under pytest-benchmark: the extra `bench`")

@@ -287,7 +287,7 @@ class _Run:
         interrupted = self.iteration < config.epochs * self.niter
         if interrupted:
             self._save(self.iteration // self.niter, self.iteration)
-        elif knn is None:  # resumed when nothing was left to do
+        elif first_epoch == config.epochs:  # resumed when nothing was left to do
             knn = self._evaluate("of the finished run")
         seconds = time.perf_counter() - started
         if self.process.is_main:

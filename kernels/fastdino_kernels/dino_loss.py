@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastdino_kernels import reference
 from fastdino_kernels.checks import check_floating, check_same_device, check_shape, check_temperature
-from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_own_device, tl, triton, use_triton
+from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_host, on_own_device, tl, triton, use_triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -400,6 +400,63 @@ def _backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | No
 _dino_loss.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+class _LibraryLoss(torch.autograd.Function):
+    """The kernels' formulas in library calls, for a CPU: (loss, teacher entropy, losses (B,)).
+
+    Autograd on the reference keeps a tensor of all views for each of its steps. This goes view by view, which stays in
+    the cache, and keeps the logits, which are there anyway, and the targets.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        center: Tensor,
+        student_temp: float | Tensor,
+        teacher_temp: float | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n_pairs = _n_pairs(len(student), len(teacher))
+        logits = reference.promote(teacher) - reference.promote(center)
+        logits = (logits - logits.amax(-1, keepdim=True)) / teacher_temp
+        probs = logits.softmax(-1)  # (T, B, K)
+        weights = reference.different_views(len(teacher), len(student), student.device).sum(1)
+        entropy = logits.logsumexp(-1) - (probs * logits).sum(-1)  # (T, B)
+        everyone = probs.sum(0)
+        targets = [everyone - q for q in probs[: len(student)]] + [everyone]  # of views 0 to T - 1, and of the rest
+        tops, shifts, losses = [], [], []
+        for v, view in enumerate(student):
+            target, n_targets = targets[min(v, len(targets) - 1)], len(teacher) - (v < len(teacher))
+            top = reference.promote(view.amax(-1, keepdim=True))
+            row = (view - top).div_(student_temp)
+            shift = row.exp().sum(-1, keepdim=True).log_()
+            tops.append(top)
+            shifts.append(shift)
+            losses.append(n_targets * shift[:, 0] - row.mul_(target).sum(-1))
+        entropies = (weights[:, None] * entropy).sum(0) / n_pairs  # (B,)
+        # An infinite logit has made an infinity or a NaN of its row: NaN, as in the kernels.
+        per_image = torch.stack(losses).sum(0) / n_pairs + entropies * 0
+        ctx.one_if_finite = per_image[:, None] * 0 + 1
+        per_image *= ctx.one_if_finite[:, 0]
+        loss, mean_entropy = per_image.mean(), entropies.mean()
+        ctx.temp, ctx.n_teacher = student_temp, len(teacher)
+        ctx.save_for_backward(student, torch.stack(tops), torch.stack(shifts), *targets)
+        ctx.mark_non_differentiable(mean_entropy, per_image)
+        return loss, mean_entropy, per_image
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        student, tops, shifts, *targets = ctx.saved_tensors
+        scale = grad_loss / (ctx.temp * student.shape[1] * _n_pairs(len(student), ctx.n_teacher)) * ctx.one_if_finite
+        grad = torch.empty_like(student)
+        for v, (view, top, shift) in enumerate(zip(student, tops, shifts)):
+            target, n_targets = targets[min(v, len(targets) - 1)], ctx.n_teacher - (v < ctx.n_teacher)
+            row = (view - top).div_(ctx.temp).sub_(shift).exp_().mul_(n_targets)
+            grad[v] = row.sub_(target).mul_(scale)
+        return grad, None, None, None, None
+
+
 class DINOLossStats(NamedTuple):
     """The loss and what a training log wants beside it; everything stays on the device.
 
@@ -439,9 +496,14 @@ def _check(
 def _with_statistics(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float | Tensor, teacher_temp: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (), teacher entropy () and losses (B,), from the kernels or from the reference."""
+    """Loss (), teacher entropy () and losses (B,), from the kernels, library calls or the reference."""
     _check(student, teacher, center, student_temp, teacher_temp)
     if not use_triton(student, teacher, center):
+        if on_host(student):
+            outputs: tuple[Tensor, Tensor, Tensor] = _LibraryLoss.apply(
+                student, teacher.detach(), center.detach(), student_temp, teacher_temp
+            )
+            return outputs
         return reference.dino_loss_with_stats(student, teacher, center, student_temp, teacher_temp)
     temps = device_scalar(student_temp, student), device_scalar(teacher_temp, student)
     # Made to unit stride here and not only in the launchers, so that the backward pass finds it done.
