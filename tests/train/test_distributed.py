@@ -9,11 +9,11 @@ import torch
 
 from fastdino import load_checkpoint
 
-FP64 = str(Path(__file__).with_name("run_in_fp64.py"))
+COMPILED_FP64 = str(Path(__file__).with_name("run_compiled_in_fp64.py"))
 # Three steps of 478 digits: one epoch, so also the last layer's freeze, lifted for it to move.
 FLAGS = "--epochs 1 --warmup_epochs 0 --freeze_last_layer 0 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16"
 FLAGS += " --use_bn_in_head false --drop_path_rate 0 --local_crops_number 2 --num_workers 0 --knn_freq 0"
-FLAGS += " --clip_grad 0.3 --lr 0.0005"
+FLAGS += " --clip_grad 0.3 --lr 0.0005 --patch_size 12"
 
 
 def run(program, processes, folder, *flags):
@@ -22,26 +22,33 @@ def run(program, processes, folder, *flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize(("precision", "budget"), [("fp32", 1e-5), ("fp64", 1e-10)])
-def test_two_processes_equal_one(tmp_path, precision, budget):
-    # torchrun takes `-m module` for fp32, the door people use; fp64 has no flag and needs a script.
-    program = ["-m", "fastdino.train"] if precision == "fp32" else [FP64]
+@pytest.mark.parametrize(
+    ("program", "mode", "dtype", "budget"),
+    [
+        # The door people use; fp64 has no flag and needs a script.
+        (["-m", "fastdino.train"], "eager", torch.float32, 1e-5),
+        ([COMPILED_FP64], "compiled", torch.float64, 1e-10),
+    ],
+    ids=["eager-fp32", "compiled-fp64"],
+)
+def test_two_processes_equal_one(tmp_path, program, mode, dtype, budget):
     weights = []
-    for processes in (1, 2):
+    for processes, step in ((1, "eager"), (2, mode)):  # the one is eager: compiling is not to change anything either
         folder = tmp_path / str(processes)
-        done = run(program, processes, folder, "--batch_size_per_gpu", str(478 // processes))
+        done = run(program, processes, folder, "--batch_size_per_gpu", str(478 // processes), "--step", step)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch 1/1") == 1  # rank 0 alone speaks
+        assert "using eager" not in done.stdout  # nothing fell back
         checkpoint = load_checkpoint(folder / "checkpoint.pth")
         assert {float(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {3.0}
         weights.append(
             {f"{part}.{k}": v for part in ("student", "teacher", "dino_loss") for k, v in checkpoint[part].items()}
         )
     one, two = weights
-    assert next(iter(one.values())).dtype == getattr(torch, {"fp32": "float32", "fp64": "float64"}[precision])
+    assert next(iter(one.values())).dtype == dtype
     for key, value in one.items():
         other = two[key]
-        if key.endswith("attn.qkv.bias") and precision == "fp32":  # the keys' third walks on rounding noise
+        if key.endswith("attn.qkv.bias") and dtype == torch.float32:  # the keys' third walks on rounding noise
             value, other = (torch.cat([x[: len(x) // 3], x[2 * len(x) // 3 :]]) for x in (value, other))
         assert float((other - value).abs().max()) < budget, key
 

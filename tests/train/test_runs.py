@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_first_key(finished, tin
 
 def test_a_backbone_comes_out_of_our_checkpoints_and_the_originals(finished, golden_folder, golden):
     backbone = load_backbone(finished[0] / "checkpoint.pth")
-    assert (backbone.embed_dim, len(backbone.blocks), backbone.patch_embed.patch_size) == (96, 4, 6)
+    assert (backbone.embed_dim, len(backbone.blocks), backbone.patch_embed.patch_size) == (96, 4, 12)
     assert not backbone.training
     theirs = load_backbone(golden_folder / "checkpoint_micro.pth", "student", num_heads=3)
     expected = golden("trajectory_fp32").state("student")
