@@ -84,12 +84,24 @@ class _Backbone(nn.Module):
         return self.norm(tokens)[:, 0]
 
 
+class _Head(nn.Module):
+    """Our head's parameters under PyTorch's weight_norm, which writes all normalised prototypes in every forward."""
+
+    def __init__(self, ours: Any) -> None:
+        super().__init__()
+        self.mlp, self.last_layer = ours.mlp, ours.last_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch._weight_norm(self.last_layer.weight_v, self.last_layer.weight_g, 0)
+        return F.linear(F.normalize(self.mlp(x), dim=-1, p=2), weight)
+
+
 class _Network(nn.Module):
     """A backbone pass per resolution, a head pass over all."""
 
     def __init__(self, ours: MultiCropWrapper, fused: bool) -> None:
         super().__init__()
-        self.backbone, self.head = _Backbone(ours.backbone, fused), ours.head
+        self.backbone, self.head = _Backbone(ours.backbone, fused), _Head(ours.head)
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         runs = [torch.cat(list(run)) for _, run in groupby(crops, key=lambda x: x.shape[-1])]
