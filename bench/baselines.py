@@ -59,7 +59,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._drop(self.attn(self.norm1(x)))
-        return x + self._drop(self.mlp(self.norm2(x)))
+        return x + self._drop(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
 
 
 class _Backbone(nn.Module):
