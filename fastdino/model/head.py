@@ -5,6 +5,7 @@ DINO (arXiv:2104.14294), section 3.1 and appendix C. Axes: B rows, K prototypes.
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,31 @@ from fastdino.model.vit import init_linear
 def promote(x: Tensor) -> Tensor:
     """bf16 and fp16 become fp32; fp32 and fp64 stay."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+class _LinearOfDirections(torch.autograd.Function):
+    """x (B, D), g (K, 1), v (K, D) -> x v^T * (g / |v|)^T (B, K).
+
+    The few rows of the product are scaled, not the K rows of v: of `g * v / |v|`, which depends on no image, autograd
+    would make six tensors of K * D and keep two. Nothing of that size is made here but the gradient.
+    Lengths are in fp32 also where v is a bf16 copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(v, dim=1, dtype=promote(v[:0]).dtype)
+        y = (F.linear(x, v) * (g[:, 0] / length)).to(v.dtype)
+        ctx.save_for_backward(x, g, v, length, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, g, v, length, y = ctx.saved_tensors
+        # y is of degree 1 in g and of degree 0 in |v|, so that g * dg is along_y, and v's gradient has none along v.
+        along_y = (promote(grad) * y).sum(0)
+        scaled = (grad * (g[:, 0] / length)).to(v.dtype)
+        grad_v = (scaled.T @ x).addcmul_(v, (-along_y / length.square())[:, None].to(v.dtype))
+        return scaled @ v, (along_y[:, None] / g).to(g.dtype), grad_v
 
 
 class WeightNormLinear(nn.Module):
@@ -31,10 +57,14 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Lengths in fp32 also where the weights are bf16 copies; then one rounding.
-        v = promote(self.weight_v)
-        weight = v * (promote(self.weight_g) / v.norm(dim=1, keepdim=True))
-        return F.linear(x, weight.to(self.weight_v.dtype))
+        device_type = x.device.type
+        v: Tensor = self.weight_v
+        if torch.is_autocast_enabled(device_type):
+            x, v = (t.to(torch.get_autocast_dtype(device_type)) for t in (x, v))
+        with torch.autocast(device_type, enabled=False):
+            y = _LinearOfDirections.apply(x, self.weight_g, v)
+        assert isinstance(y, Tensor)
+        return y
 
 
 class DINOHead(nn.Module):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdino.model.attention import Packing, attention
+from fastdino.model.attention import Packing, attention, recomputed
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -45,7 +45,7 @@ def chosen(packing: Packing, drop_prob: float, like: Tensor) -> tuple[Tensor, Pa
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (exact), linear."""
+    """Linear, GELU (exact), linear. Kept for the backward pass: what came in, and what came out of the first linear."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -54,8 +54,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+    def forward(self, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """(..., D) -> (..., D), of norm(x)."""
+        random = self.training and self.drop.p > 0
+        hidden = recomputed(lambda x: self.fc1(norm(x)), x)
+        return self.drop(recomputed(lambda x: self.fc2(self.drop(self.act(x))), hidden, random=random))
 
 
 class Attention(nn.Module):
@@ -79,18 +82,21 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., D) -> q, k, v, each (..., H, D / H)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., 3 D) -> q, k, v, each (..., H, D / H)."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         return q, k, v
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """(M, D) -> (M, D)."""
-        return self.proj_drop(self.proj(attention(*self._qkv(x), self.scale, packing).flatten(1)))
+    def forward(self, x: Tensor, packing: Packing, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """(M, D) -> (M, D), of norm(x)."""
+        qkv = recomputed(lambda x: self.qkv(norm(x)), x)
+        q, k, v = self._heads(qkv)
+        parts = [self.proj(part.flatten(1)) for part in attention(q, k, v, self.scale, packing)]
+        return self.proj_drop(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def attention_map(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, N): the probabilities that the fused kernels never write down."""
-        q, k, _ = self._qkv(x)
+        q, k, _ = self._heads(self.qkv(x))
         return torch.einsum("bqhd,bkhd->bhqk", q * self.scale, k).softmax(-1)
 
 
@@ -117,10 +123,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def _attend(self, x: Tensor, packing: Packing) -> Tensor:
-        return self.attn(self.norm1(x), packing)
+        return self.attn(x, packing, self.norm1)
 
     def _think(self, x: Tensor, packing: Packing) -> Tensor:
-        return self.mlp(self.norm2(x))
+        return self.mlp(x, self.norm2)
 
     def _scaled(self, x: Tensor, packing: Packing, factors: Sequence[Tensor]) -> Tensor:
         attend, think = (packing.per_token(f) for f in factors) if factors else (1, 1)
