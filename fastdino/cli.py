@@ -204,10 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end(command: str, message: str, code: int) -> int:
     """One line on standard error, from one process; the exit code."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"fastdino {command}: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1)  # the first process to end makes torchrun kill the others: let rank 0 speak before
+    if os.environ.get("RANK", "0") != "0":
+        # The first process to end makes torchrun end the others: rank 0 speaks before, unless it is not what failed.
+        time.sleep(5)
+    print(f"fastdino {command}: {message}", file=sys.stderr, flush=True)
     return code
 
 

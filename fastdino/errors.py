@@ -6,4 +6,4 @@ class UserError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on (a non-finite loss, too many unreadable images): exit code 1."""
+    """A run that cannot go on (a non-finite loss, too many unreadable images, too little memory): exit code 1."""

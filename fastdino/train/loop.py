@@ -24,7 +24,7 @@ from fastdino.eval.attention_maps import draw_attention
 from fastdino.eval.knn import extract_features, knn_accuracy
 from fastdino.loss import DINOLoss
 from fastdino.model import ARCHITECTURES, DINOHead, MultiCropWrapper, VisionTransformer
-from fastdino.train import distributed
+from fastdino.train import distributed, memory
 from fastdino.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from fastdino.train.config import TrainConfig, check_writable, command_line
 from fastdino.train.distributed import Process
@@ -54,11 +54,18 @@ def train(config: TrainConfig) -> TrainResult:
     """Train as `config` says, in this process or, under a launcher, together with its siblings.
 
     Raises UserError before anything is written where the run cannot be (no images, another model's checkpoint ...),
-    TrainingError where it cannot go on (non-finite loss, too many unreadable images).
+    TrainingError where it cannot go on (non-finite loss, too many unreadable images, memory that does not suffice).
     """
     process = distributed.start(config.device, config.dist_url)
+    run: _Run | None = None
     try:
-        return _Run(config, process).train()
+        run = _Run(config, process)
+        return run.train()
+    except (RuntimeError, MemoryError) as error:
+        if (shortage := memory.shortage(error)) is None:
+            raise
+        where = run.place(run.iteration) if run else "before the first step"
+        raise TrainingError(f"out of memory {where}: {shortage}. {memory.advice(config)}") from error
     finally:
         distributed.stop()
 
@@ -332,15 +339,18 @@ class _Run:
         values = distributed.average(torch.stack([torch.stack(metrics) for metrics in pending])).cpu().double().numpy()
         for offset, loss in enumerate(values[:, 0]):
             if not math.isfinite(loss):
-                iteration = self.iteration - len(pending) + offset
-                epoch, step = divmod(iteration, self.niter)
-                kept = f"{self.checkpoint_path} holds epoch {epoch}" if epoch else "no epoch was finished"
                 raise TrainingError(
-                    f"the loss became {loss} at epoch {epoch + 1}, step {step + 1} (iteration {iteration}); {kept}. "
+                    f"the loss became {loss} {self.place(self.iteration - len(pending) + offset)}. "
                     "Try a smaller --lr, a longer --warmup_epochs, --clip_grad 0.3, or --use_fp16 false"
                 )
         meter.sums += values.sum(0)
         meter.n_steps += len(values)
+
+    def place(self, iteration: int) -> str:
+        """Where a run ended, and what is left of it."""
+        epoch, step = divmod(iteration, self.niter)
+        kept = f"{self.checkpoint_path} holds epoch {epoch}" if epoch else "no epoch was finished"
+        return f"at epoch {epoch + 1}, step {step + 1} (iteration {iteration}; {kept})"
 
     def _check_bad(self, bad: list[str]) -> None:
         if len(bad) > MAX_BAD * len(self.source):

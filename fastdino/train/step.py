@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastdino.loss import N_TEACHER_VIEWS, DINOLoss
 from fastdino.model import MultiCropWrapper, attention
 from fastdino.model.vit import Block, VisionTransformer
-from fastdino.train import distributed
+from fastdino.train import distributed, memory
 from fastdino.train.optim import OPTIMIZERS, cancel_last_layer_gradients, clip_gradients, get_params_groups
 from fastdino.train.schedules import Schedules
 from fastdino_kernels import ClipAdamWEMA, ema_update_
@@ -303,11 +303,9 @@ class TrainStep:
             return self._replay(crops, iteration)
         try:
             self._iterate(crops, iteration)
-        except (torch.OutOfMemoryError, KeyboardInterrupt):
-            raise
         except Exception as error:
             # Compilation happens before the first update: nothing has changed yet but the counter.
-            if self.mode != "compiled" or self._warm:
+            if self.mode != "compiled" or self._warm or memory.shortage(error):
                 raise
             self._fall_back(error)
             self._counter.fill_(iteration)
@@ -342,10 +340,8 @@ class TrainStep:
                     self._iterate(self._static, iteration)
                 self._graph = graph
             self._graph.replay()
-        except (torch.OutOfMemoryError, KeyboardInterrupt):
-            raise
         except Exception as error:
-            if self._graph is not None:
+            if self._graph is not None or memory.shortage(error):
                 raise
             torch.cuda.synchronize(self.device)
             self._fall_back(error)

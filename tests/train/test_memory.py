@@ -1,5 +1,6 @@
-"""What a step keeps for its backward pass, beside the original's structure: counted, on any machine."""
+"""What a step keeps for its backward pass, beside the original's structure; and what is said where memory ends."""
 
+import re
 from functools import cache
 
 import pytest
@@ -8,7 +9,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bench.baselines import PlainStep
 from fastdino import DINOHead, DINOLoss, MultiCropWrapper, vit_tiny
+from fastdino.cli import main
 from fastdino.train.config import TrainConfig
+from fastdino.train.memory import advice
 from fastdino.train.schedules import Schedules
 from fastdino.train.step import TrainStep
 
@@ -58,3 +61,76 @@ def test_at_most_sixty_percent_of_the_plain_steps_memory(ours, theirs, capsys):
     with capsys.disabled():
         print(f"\n[kept per image: {mine:.1f} MiB in {ours}, the plain step {plain:.1f} MiB in {theirs}]", end=" ")
     assert 0 < mine <= 0.6 * plain
+
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.25 GiB is "
+    "free. Process 1 has 77.85 GiB memory in use. Of the allocated memory 70.00 GiB is allocated by PyTorch"
+)
+CPU_SAYS = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "sizes"),
+    [
+        (
+            "eager",
+            torch.OutOfMemoryError(CUDA_SAYS),
+            r"2\.50 GiB more were asked for, 1\.25 GiB of 79\.10 GiB are free",
+        ),
+        (
+            "compiled",
+            RuntimeError(CPU_SAYS + f"{3 * 2**30} bytes."),
+            r"3\.00 GiB more were asked for, \d+\.\d\d GiB are free",
+        ),
+        ("eager", torch.OutOfMemoryError("in other words"), "in other words"),
+        ("eager", MemoryError(), "how much was asked for is not known"),
+    ],
+    ids=["cuda", "cpu-compiled", "unknown", "python"],
+)
+def test_out_of_memory_is_one_line_with_sizes_and_flags(step, error, sizes, tiny_flags, tmp_path, monkeypatch, capsys):
+    """After one epoch, whose checkpoint stays as it is; and nothing falls back to what needs more."""
+    command = ["train", *tiny_flags, "--warmup_epochs", "0", "--output_dir", str(tmp_path)]
+    assert main([*command, "--epochs", "1"]) == 0
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+
+    def fail(self, crops, teacher_temp):
+        raise error
+
+    monkeypatch.setattr(TrainStep, "_networks_and_loss", fail)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert main([*command, "--epochs", "2", "--step", step]) == 1
+    output = capsys.readouterr()
+    assert "using eager" not in output.out
+    assert re.fullmatch(
+        rf"fastdino train: out of memory at epoch 2, step 1 \(iteration 5; .*checkpoint.pth holds epoch 1\): {sizes}\. "
+        r"Try --accumulate 2, --checkpointing true or a smaller --batch_size_per_gpu \(now 256\)\n",
+        output.err,
+    )
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_a_model_that_does_not_fit_writes_nothing(tiny_flags, tmp_path, capsys):
+    """2e13 words of prototypes: the allocator says so itself."""
+    folder = tmp_path / "run"
+    assert main(["train", *tiny_flags, "--out_dim", str(10**12), "--output_dir", str(folder)]) == 1
+    assert re.search(
+        "out of memory before the first step: [0-9]+.[0-9]+ GiB more were asked for", capsys.readouterr().err
+    )
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, "Try --accumulate 2, --checkpointing true or a smaller --batch_size_per_gpu (now 64)"),
+        ({"accumulate": 4}, "Try --accumulate 8, --checkpointing true or a smaller --batch_size_per_gpu (now 64)"),
+        ({"checkpointing": True}, "Try --accumulate 2 or a smaller --batch_size_per_gpu (now 64)"),
+        ({"checkpointing": True, "accumulate": 64}, "Try a smaller --batch_size_per_gpu (now 64)"),
+    ],
+    ids=str,
+)
+def test_advice_is_what_is_left_to_try(flags, expected):
+    assert advice(TrainConfig(data_path="x", **flags)) == expected

@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path):
     train(tiny(epochs=1, warmup_epochs=0))
     before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
     words = (
-        r"the loss became nan at epoch 2, step \d \(iteration \d\); .*checkpoint.pth holds epoch 1. Try a smaller --lr"
+        r"the loss became nan at epoch 2, step \d \(iteration \d; .*checkpoint.pth holds epoch 1\). Try a smaller --lr"
     )
     with pytest.raises(TrainingError, match=words):
         train(tiny(lr=1e30, clip_grad=0, warmup_epochs=0))
