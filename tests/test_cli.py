@@ -99,6 +99,10 @@ MISTAKES = {
     "optimizer": ("--optimizer adam", "--optimizer: expected one of adamw, sgd, lars, got 'adam'"),
     "boolean": ("--use_fp16 maybe", "expected true/false, on/off or 1/0, got 'maybe'"),
     "device": ("--device tpu", "--device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
+    "attention": (
+        "--attention varlen --device cpu",
+        "--attention: varlen has kernels for CUDA only, and the model is on",
+    ),
     "output is a file": ("--output_dir file", "--output_dir: expected a folder, got the file file"),
     "output below a file": ("--output_dir file/run", "--output_dir: expected a folder, got the file file"),
     "pickled code": ("--output_dir evil --resume true", "holds pickled code, which is refused"),

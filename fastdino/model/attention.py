@@ -180,19 +180,26 @@ def _time_ms(backend: str, packing: Packing, n_heads: int, head_dim: int, dtype:
     return sorted(times[2:])[2]
 
 
+def check(asked: str, device_type: str, dtype: torch.dtype) -> None:
+    """Raises ValueError for a name that is none, and where the backend asked for cannot run here: what is missing."""
+    if asked == "auto":
+        return
+    if asked not in BACKENDS:
+        raise ValueError(f"attention: expected auto, {', '.join(BACKENDS)}, got {asked!r}")
+    if reason := why_not(asked, device_type, dtype):
+        raise ValueError(f"attention: {reason}")
+
+
 @cache
 def choose(
     packing: Packing, n_heads: int, head_dim: int, device_type: str, dtype: torch.dtype, asked: str = "auto"
 ) -> tuple[str, str]:
     """(backend, why): the one asked for, or under `auto` the fastest that runs on these shapes, timed once.
 
-    Raises ValueError for a name that is none, and where the backend asked for cannot run here (saying what is missing).
+    Raises ValueError as `check` does.
     """
+    check(asked, device_type, dtype)
     if asked != "auto":
-        if asked not in BACKENDS:
-            raise ValueError(f"attention: expected auto, {', '.join(BACKENDS)}, got {asked!r}")
-        if reason := why_not(asked, device_type, dtype):
-            raise ValueError(f"attention: {reason}")
         return asked, "as asked"
     reasons = {name: why_not(name, device_type, dtype) for name in BACKENDS}
     usable = [name for name, reason in reasons.items() if reason is None]

@@ -44,7 +44,9 @@ class TrainConfig:
 
     # Optimisation
     epochs: int = flag(100, "Optimisation", "epochs to train")
-    batch_size_per_gpu: int = flag(64, "Optimisation", "images per process and step")
+    batch_size_per_gpu: int = flag(
+        64, "Optimisation", "images per process and step; what is left over waits for the next epoch"
+    )
     optimizer: str = flag("adamw", "Optimisation", "adamw, sgd or lars", ("adamw", "sgd", "lars"))
     lr: float = flag(0.0005, "Optimisation", "peak learning rate for 256 images a step; scales with the batch")
     warmup_epochs: int = flag(10, "Optimisation", "epochs of linear learning-rate warm-up")

@@ -110,6 +110,7 @@ class TrainStep:
             self._teacher, teacher_copies = low_precision_twin(teacher, amp_dtype)
             copies = copies + teacher_copies
         self._dtype = amp_dtype or param.dtype
+        attention.check(attention_backend, self.device.type, self._dtype)
         self._copies = copies
         self._masters = [(p, low) for p, low in copies if low.requires_grad]
 

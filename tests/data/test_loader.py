@@ -103,6 +103,19 @@ def test_an_epoch_sees_every_image_once():
     assert sorted(index for batch in sampler for _, index in batch) == list(range(20))
 
 
+def test_a_smaller_last_batch_is_dropped_other_images_in_each_epoch():
+    """So that a step never sees another shape, and would never be compiled or captured a second time."""
+    left_out = []
+    for epoch in range(20):
+        sampler = EpochSampler(23, 5, 0)
+        sampler.seek(epoch)
+        batches = list(sampler)
+        assert [len(batch) for batch in batches] == [5] * 4
+        left_out.append(set(range(23)) - {index for batch in batches for _, index in batch})
+    assert all(len(images) == 3 for images in left_out)
+    assert len(set.union(*left_out)) > 15  # nobody is always left out
+
+
 def test_the_order_is_distributed_samplers():
     from torch.utils.data import DistributedSampler
 
