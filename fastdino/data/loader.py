@@ -98,6 +98,15 @@ def useful_workers(asked: int, n_sharing: int) -> int:
     return min(asked, max(1, cores // n_sharing))
 
 
+def _in_words(n_bytes: int) -> str:
+    """Two digits or more, in the unit that has them."""
+    value, unit = float(n_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if value >= 1024:
+            value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+
+
 @dataclass
 class _Item:
     """A place in a batch: which image was asked for, how many candidates were tried, and what was wrong with them."""
@@ -161,7 +170,7 @@ class CropLoader:
         how = "Pillow's pixels" if self.exact else "close to Pillow's pixels"
         where = "on the GPU" if self.on_gpu else "on the CPU"
         batches = f"{len(self.buffers)} batch{'es' if len(self.buffers) > 1 else ''} of decoded images"
-        return f"crops {where}, {how}; {batches} in memory, about {self.memory() / 2**20:,.0f} MiB"
+        return f"crops {where}, {how}; {batches} in memory, about {_in_words(self.memory())}"
 
     def cure(self) -> str:
         """What to try where training waits for this loader."""

@@ -60,6 +60,19 @@ def test_fast_resize_is_within_two_levels_of_pillows(photos, size):
         assert difference(pixels, params, size).max() <= 2
 
 
+@pytest.mark.parametrize("radius", [0.1, 0.5, 1.0, 1.41, 1.42, 1.7, 2.0])
+def test_fast_blur_is_within_three_levels_of_pillows_up_to_the_borders(photos, radius):
+    """Radii to either side of sqrt(2), where the box grows; resized to their own size, images stay as they are."""
+    rng = np.random.default_rng(0)
+    images = [
+        rng.integers(0, 2, (96, 96, 3)).astype(np.uint8) * 255,
+        np.repeat(np.arange(96)[:, None] // 3 % 2, 96 * 3, 1).reshape(96, 96, 3).astype(np.uint8) * 255,
+        photos[0][100:196, 200:296].copy(),
+    ]
+    for pixels in images:
+        assert difference(pixels, replace(PLAIN, box=(0, 0, 96, 96), blur=radius), 96).max() <= 3
+
+
 def test_fast_crops_are_within_a_level_and_a_half_on_average(photos):
     for size, view in ((224, DINO), (96, replace(DINO, size=96, scale=(0.05, 0.4)))):
         means = [difference(pixels, params, size).mean() for pixels, params in drawn(photos, view, 12)]

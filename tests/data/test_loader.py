@@ -1,6 +1,8 @@
 """Batches that depend on nothing but seed, epoch and position."""
 
+import io
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -156,6 +158,43 @@ def test_a_bad_image_is_replaced_and_named(photo_folder, tmp_path, workers):
     assert sorted(set(range(32)) - set(kept.tolist())) == [3, 9, 20]
 
 
+@pytest.mark.parametrize("augment", ["fast", "exact"])
+def test_odd_images_pass_and_broken_ones_are_named(photos, tmp_path, augment):
+    """One of a kind in one folder, a whole epoch: crops of one colour come from the image that has it."""
+    red, blue = (200, 0, 0), (0, 0, 200)
+    Image.new("RGB", (1, 1), red).save(tmp_path / "0.png")
+    Image.new("RGB", (30_000, 10), red).save(tmp_path / "1.jpg", quality=100, subsampling=0)
+    Image.new("RGB", (10, 30_000), red).save(tmp_path / "2.png")
+    # Two under wrong names, which play no part: an animation, of which the first frame counts, and a PNG.
+    later = Image.new("RGB", (9, 9), blue)
+    Image.new("RGB", (9, 9), red).save(tmp_path / "3.bmp", "GIF", save_all=True, append_images=[later])
+    Image.new("RGB", (9, 9), red).save(tmp_path / "4.webp", "PNG")
+    whole = io.BytesIO()
+    Image.fromarray(photos[0]).save(whole, "JPEG")
+    (tmp_path / "5.jpg").write_bytes(whole.getvalue()[:2000])
+    (tmp_path / "6.png").write_bytes(b"text")
+    (tmp_path / "7.bmp").write_bytes(b"")
+    bomb = struct.pack("<2s8x4I2H24x", b"BM", 54, 40, 20_000, 20_000, 1, 24)  # a header of 1.2 GB, and nothing behind
+    (tmp_path / "8.bmp").write_bytes(bomb)
+    for i in range(9, 100):  # so that a tenth and more are readable
+        Image.new("RGB", (12, 12), blue).save(tmp_path / f"9{i:03}.png")
+    view = ViewRecipe(size=8, scale=(0.4, 1.0), jitter=0, gray=0, solarize=0, blur=0.5)
+    source, sampler = FolderSource(tmp_path), EpochSampler(100, 10, 5)
+    recipe = MultiCropRecipe(globals=(view,), locals=(view,))
+    loader = CropLoader(source, recipe, sampler, num_workers=2, augment=augment)
+    seen, bad = {}, []
+    for keys, batch in zip(list(sampler), loader, strict=True):
+        bad += batch.bad
+        for b, (_, index) in enumerate(keys):
+            seen[index] = batch.global_crops[0, b]
+    loader.close()
+    assert sorted({line.split(":")[0] for line in bad}) == [source.name(i) for i in (5, 6, 7, 8)]
+    assert any("400000000 pixels" in line for line in bad)
+    for index, crop in seen.items():
+        expected = torch.tensor(red if index < 5 else blue)[:, None, None]
+        assert (crop - expected).abs().max() <= 2, source.name(index)  # JPEG's red is 199
+
+
 def test_a_source_without_a_readable_image_ends_in_black(tmp_path):
     broken = SequenceSource([b"no image"] * 30)
     for batch in batches(broken, workers=2):
@@ -242,8 +281,12 @@ def test_a_loader_says_what_it_holds_and_what_would_make_it_faster(photo_folder)
     exact.close()
     assert fast.memory() == int(120 * 100 * 3 * 1.25 * 4)
     assert exact.memory() == 3 * fast.memory()
-    assert "on the CPU, close to Pillow's pixels; 1 batch of" in fast.describe()
-    assert "Pillow's pixels; 3 batches of" in exact.describe()
+    assert "close to Pillow's pixels; 1 batch of decoded images in memory, about 176 KiB" in fast.describe()
+    assert "Pillow's pixels; 3 batches of decoded images in memory, about 527 KiB" in exact.describe()
+    digits = CropLoader(SequenceSource([np.zeros((8, 8, 3), np.uint8)] * 9), RECIPE, EpochSampler(9, 4, 5))
+    assert digits.describe().endswith("about 960 B")
+    photographs = CropLoader(SequenceSource([np.zeros((375, 500, 3), np.uint8)] * 9), RECIPE, EpochSampler(9, 4, 5))
+    assert photographs.describe().endswith("about 2.7 MiB")
     assert "--num_workers, now 0" in fast.cure()
     assert "--dct_scale true" in fast.cure()
     assert "--augment fast" not in fast.cure()
