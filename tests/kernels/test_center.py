@@ -61,6 +61,21 @@ def test_center_matches_fp64(n_teacher, n_images, n_prototypes, dtype, device):
     assert_within_budget("center_ema_", updated(center, mean, 0.9, op=center_ema_), plain, truth, fp32)
 
 
+@pytest.mark.parametrize("dtype", [fp32, bf16, fp16], ids=["fp32", "bf16", "fp16"])
+def test_huge_logits_match_fp64(dtype, device):
+    """+-1e4, and a row of 1e3 in one place: what cancels leaves no more than the rounding of the sum."""
+    teacher, center = rows(2, 40, 257, fp32, device)
+    teacher = 1e4 * (teacher - 3).clamp(-1, 1)
+    teacher[0, 0] = 0
+    teacher[0, 0, 256] = 1e3
+    teacher = teacher.to(dtype)
+    mean, true_mean = batch_center(teacher), reference.batch_center(teacher.double())
+    assert_within_budget("batch_center", mean, reference.batch_center(teacher), true_mean, fp32)
+    truth = updated(center.double(), true_mean, 0.9, op=reference.center_ema_)
+    plain = updated(center, reference.batch_center(teacher), 0.9, op=reference.center_ema_)
+    assert_within_budget("center_update_", updated(center, teacher, 0.9), plain, truth, fp32)
+
+
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=["bf16", "fp16"])
 def test_low_precision_center_is_rounded_once(dtype, device):
     teacher, center = rows(2, 3, 257, fp32, device)
