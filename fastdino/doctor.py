@@ -98,10 +98,11 @@ class Need:
     def bytes_per_image(self) -> int:
         """What autograd keeps, and the logits with their gradients.
 
-        A block keeps 16 D per token in bf16: its input, two norms, q k v, what attention returns, the sum, and 4 D
-        before and behind GELU. Of each student crop there are logits and their gradient, of each teacher crop logits.
+        A block keeps 10 D per token in bf16: its input, q k v, what attention returns, the sum, and 4 D before GELU;
+        norms and what comes behind GELU are computed again. Of each student crop there are logits and their gradient,
+        of each teacher crop logits.
         """
-        return 2 * (16 * self.dim * self.depth * self.tokens + (2 * 10 + 2) * self.prototypes)
+        return 2 * (10 * self.dim * self.depth * self.tokens + (2 * 10 + 2) * self.prototypes)
 
     def images(self, n_bytes: float) -> int:
         """The largest batch of 1, 2, 4 ... 512 images that leaves a fifth of the memory; 0 where none does."""

@@ -64,7 +64,7 @@ def test_what_a_batch_needs_is_what_autograd_keeps():
 
 
 @pytest.mark.parametrize(
-    ("gib", "flags"), [(140, "vit_base"), (16, "vit_small"), (2, "vit_tiny"), (0.1, "hold no image")]
+    ("gib", "flags"), [(140, "vit_base"), (8, "vit_small"), (2, "vit_tiny"), (0.1, "hold no image")]
 )
 def test_flags_for_a_gpu_follow_its_memory_and_say_that_they_are_computed(gib, flags):
     advice = advice_for_gpu(gib * 2**30)

@@ -11,6 +11,7 @@ TINY = {
     "epochs": 3,
     "batch_size_per_gpu": 256,  # 5 steps an epoch
     "patch_size": 12,  # 5 tokens of a global crop, 2 of a local one
+    "local_crops_size": 12,
     "out_dim": 64,
     "hidden_dim": 32,
     "bottleneck_dim": 16,
