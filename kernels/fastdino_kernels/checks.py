@@ -51,6 +51,8 @@ def check_pairs(left_name: str, left: Sequence[Tensor], right_name: str, right: 
     if len(left) != len(right):
         raise ValueError(f"{right_name}: expected {len(left)} tensors like {left_name}, got {len(right)}")
     for i, (a, b) in enumerate(zip(left, right)):
+        if a.shape == b.shape and a.device == b.device and a.dtype in FLOATS and b.dtype in FLOATS:
+            continue  # hundreds of pairs a step: names are for what is wrong
         check_floating(f"{left_name}[{i}]", a)
         check_floating(f"{right_name}[{i}]", b)
         check_shape(f"{right_name}[{i}]", b, a.shape)
