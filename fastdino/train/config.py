@@ -247,7 +247,7 @@ DIGITS: dict[str, Any] = {
     "use_bn_in_head": True,  # without it this small model collapses to ln K
     "drop_path_rate": 0.0,
     "momentum_teacher": 0.97,
-    "epochs": 40,
+    "epochs": 48,
     "batch_size_per_gpu": 64,
     "lr": 0.004,
     "warmup_epochs": 2,
