@@ -45,18 +45,6 @@ class Packing(NamedTuple):
 AttentionOp = Callable[[Tensor, Tensor, Tensor, float, Packing], Tensor]
 
 
-def recomputed(function: Callable[..., Tensor], *args: Any, random: bool = False) -> Tensor:
-    """function(*args), whose insides are computed again in the backward pass: for what is cheaper than to be kept.
-
-    random: whether it draws numbers, which then have to be the same.
-    """
-    if not torch.is_grad_enabled():
-        return function(*args)
-    result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
-    assert isinstance(result, Tensor)
-    return result
-
-
 def _by_hand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return ((q * scale) @ k.transpose(-2, -1)).softmax(-1) @ v
 
@@ -71,10 +59,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Ten
     outputs = []
     for group in zip(packing.split(q), packing.split(k), packing.split(v)):
         query, key, value = (x.transpose(1, 2) for x in group)
-        if q.device.type == "cpu" and q.dtype in HALF:
-            out = recomputed(_by_hand, query, key, value, scale)
-        else:
+        if q.device.type != "cpu" or q.dtype not in HALF:
             out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+        elif torch.is_grad_enabled():
+            out = checkpoint(_by_hand, query, key, value, scale, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = _by_hand(query, key, value, scale)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdino.model.attention import Packing, attention, recomputed
+from fastdino.model.attention import Packing, attention
+from fastdino.model.recompute import linear_of_gelu, linear_of_norm, linear_of_parts
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -54,11 +55,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
         """(..., D) -> (..., D), of norm(x)."""
-        random = self.training and self.drop.p > 0
-        hidden = recomputed(lambda x: self.fc1(norm(x)), x)
-        return self.drop(recomputed(lambda x: self.fc2(self.drop(self.act(x))), hidden, random=random))
+        hidden = linear_of_norm(self.fc1, norm, x)
+        if self.drop.p:
+            return self.drop(self.fc2(self.drop(self.act(hidden))))
+        return linear_of_gelu(self.fc2, self.act, hidden)
 
 
 class Attention(nn.Module):
@@ -87,12 +89,11 @@ class Attention(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         return q, k, v
 
-    def forward(self, x: Tensor, packing: Packing, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, norm: nn.Module) -> Tensor:
         """(M, D) -> (M, D), of norm(x)."""
-        qkv = recomputed(lambda x: self.qkv(norm(x)), x)
-        q, k, v = self._heads(qkv)
-        parts = [self.proj(part.flatten(1)) for part in attention(q, k, v, self.scale, packing)]
-        return self.proj_drop(parts[0] if len(parts) == 1 else torch.cat(parts))
+        q, k, v = self._heads(linear_of_norm(self.qkv, norm, x))
+        parts = [part.flatten(1) for part in attention(q, k, v, self.scale, packing)]
+        return self.proj_drop(linear_of_parts(self.proj, parts))
 
     def attention_map(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, N): the probabilities that the fused kernels never write down."""
@@ -129,7 +130,10 @@ class Block(nn.Module):
         return self.mlp(x, self.norm2)
 
     def _scaled(self, x: Tensor, packing: Packing, factors: Sequence[Tensor]) -> Tensor:
-        attend, think = (packing.per_token(f) for f in factors) if factors else (1, 1)
+        if not factors:
+            x = x + self._attend(x, packing)
+            return x + self._think(x, packing)
+        attend, think = (packing.per_token(f) for f in factors)
         x = x + self._attend(x, packing) * attend
         return x + self._think(x, packing) * think
 
