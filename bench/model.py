@@ -2,6 +2,8 @@
 
 A part takes as long as the slowest of three: its FLOPs at the matmul ceiling, its bytes at the copy ceiling, its
 launches at what one costs the host (nothing, where a graph replays them). Ceilings are handed in; none is known here.
+Counted is what the original computes, also where somebody finds that it is not needed: the patches' share of the last
+block after its attention, a 16th of a 12-block backbone, which `fastdino.model` leaves out.
 Axes: B images, N tokens (1 + patches) of a crop, D channels, K prototypes, V views. A FLOP is one multiplication or one
 addition. A student's crop counts three forwards (forward, gradients by input and by weight), a teacher's one.
 """

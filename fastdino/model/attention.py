@@ -35,6 +35,10 @@ class Packing(NamedTuple):
         """(M, ...) -> (n, N, ...) per group, without a copy."""
         return [part.unflatten(0, group) for part, group in zip(tokens.split(self.sizes), self.groups)]
 
+    def cls(self, tokens: Tensor) -> Tensor:
+        """(M, ...) -> (images, ...): the first token of every image."""
+        return torch.cat([group[:, 0] for group in self.split(tokens)])
+
     def per_token(self, values: Tensor) -> Tensor:
         """(images,) -> (M, 1): each image's value, for every token of it."""
         parts = values.split([n for n, _ in self.groups])

@@ -89,10 +89,12 @@ class Attention(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         return q, k, v
 
-    def forward(self, x: Tensor, packing: Packing, norm: nn.Module) -> Tensor:
-        """(M, D) -> (M, D), of norm(x)."""
+    def forward(self, x: Tensor, packing: Packing, norm: nn.Module, cls_only: bool = False) -> Tensor:
+        """(M, D) -> (M, D), of norm(x); cls_only: (images, D), what CLS attends to."""
         q, k, v = self._heads(linear_of_norm(self.qkv, norm, x))
         parts = [part.flatten(1) for part in attention(q, k, v, self.scale, packing)]
+        if cls_only:
+            parts = [packing.cls(torch.cat(parts))]
         return self.proj_drop(linear_of_parts(self.proj, parts))
 
     def attention_map(self, x: Tensor) -> Tensor:
@@ -123,18 +125,21 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
-    def _attend(self, x: Tensor, packing: Packing) -> Tensor:
-        return self.attn(x, packing, self.norm1)
+    def _attend(self, x: Tensor, packing: Packing, cls_only: bool = False) -> Tensor:
+        return self.attn(x, packing, self.norm1, cls_only)
 
     def _think(self, x: Tensor, packing: Packing) -> Tensor:
         return self.mlp(x, self.norm2)
 
-    def _scaled(self, x: Tensor, packing: Packing, factors: Sequence[Tensor]) -> Tensor:
+    def _scaled(self, x: Tensor, packing: Packing, factors: Sequence[Tensor], cls_only: bool) -> Tensor:
+        attended = self._attend(x, packing, cls_only)
+        if cls_only:
+            x, packing = packing.cls(x), Packing(tuple((n_images, 1) for n_images, _ in packing.groups))
         if not factors:
-            x = x + self._attend(x, packing)
+            x = x + attended
             return x + self._think(x, packing)
         attend, think = (packing.per_token(f) for f in factors)
-        x = x + self._attend(x, packing) * attend
+        x = x + attended * attend
         return x + self._think(x, packing) * think
 
     def _on_subsets(self, x: Tensor, choices: Sequence[tuple[Tensor, Packing]]) -> Tensor:
@@ -142,17 +147,24 @@ class Block(nn.Module):
             x = x.index_add(0, rows, branch(x[rows], packing) * (len(x) / len(rows)))
         return x
 
-    def forward(self, x: Tensor, packing: Packing, mode: str = "sample", checkpointing: bool = False) -> Tensor:
-        """(M, D) -> (M, D). mode: drop-path by sample, or by batch (on a subset of the images, scaled up)."""
+    def forward(
+        self, x: Tensor, packing: Packing, mode: str = "sample", checkpointing: bool = False, cls_only: bool = False
+    ) -> Tensor:
+        """(M, D) -> (M, D). mode: drop-path by sample, or by batch (on a subset of the images, scaled up).
+
+        cls_only: (images, D), the CLS tokens alone: of a last block nobody reads the others, and three quarters of its
+        work are done token by token after the attention.
+        """
         # What is random is drawn out here: a checkpoint then has no random state to put back, which a CUDA graph
         # could not.
         drops = self.drop_path > 0 and self.training
         if drops and mode == "batch":
             choices = [chosen(packing, self.drop_path, x) for _ in range(2)]
-            return self._maybe_recomputed(checkpointing, self._on_subsets, x, choices)
+            x = self._maybe_recomputed(checkpointing, self._on_subsets, x, choices)
+            return packing.cls(x) if cls_only else x
         n_images = sum(n for n, _ in packing.groups)
         factors = [kept(n_images, self.drop_path, x) for _ in range(2)] if drops else []
-        return self._maybe_recomputed(checkpointing, self._scaled, x, packing, factors)
+        return self._maybe_recomputed(checkpointing, self._scaled, x, packing, factors, cls_only)
 
     def _maybe_recomputed(self, checkpointing: bool, branch: Callable[..., Tensor], *args: Any) -> Tensor:
         if not (checkpointing and torch.is_grad_enabled()):
@@ -282,9 +294,10 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) -> (B, D) CLS features; a list of such, of several resolutions, to all their features."""
         groups = [self.prepare_tokens(images) for images in ([x] if isinstance(x, Tensor) else x)]
         packing = Packing(tuple((len(tokens), tokens.shape[1]) for tokens in groups))
-        *_, tokens = self._blocks(torch.cat([group.flatten(0, 1) for group in groups]), packing)
-        # The norm looks at tokens one by one: those that nobody reads can go before it.
-        return self.head(self.norm(torch.cat([group[:, 0] for group in packing.split(tokens)])))
+        tokens = torch.cat([group.flatten(0, 1) for group in groups])
+        for i, block in enumerate(self.blocks, 1):
+            tokens = block(tokens, packing, self.drop_path_mode, self.checkpointing, cls_only=i == len(self.blocks))
+        return self.head(self.norm(tokens))
 
     def _tokens_after_blocks(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> (B, N, D) before the first block, and after each."""

@@ -7,6 +7,7 @@ import torch
 
 from fastdino import DINOHead, MultiCropWrapper, VisionTransformer, get_params_groups
 from fastdino.model import ARCHITECTURES
+from fastdino.model.vit import Block
 
 BUDGET = {"fp64": 1e-10, "fp32": 1e-5}
 
@@ -73,3 +74,21 @@ def test_free_prototype_lengths_decay():
     decayed, not_decayed = get_params_groups(model)
     assert any(p is model["head"].last_layer.weight_g for p in decayed["params"])
     assert not_decayed["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("sides", [[32], [32, 16]], ids=["one resolution", "two"])
+def test_the_last_block_does_for_cls_what_it_did_for_all(sides):
+    """And its gradients: those of tokens that nobody reads are zero."""
+    torch.manual_seed(0)
+    vit = VisionTransformer([32], 8, embed_dim=24, depth=2, num_heads=3, drop_path_rate=0.5).double().train()
+    images = [torch.randn(3, 3, side, side, dtype=torch.float64) for side in sides]
+    results = []
+    for cls_only in (True, False):
+        forward, last = Block.forward, vit.blocks[-1]
+        if not cls_only:
+            last.forward = lambda x, packing, *rest, **_: packing.cls(forward(last, x, packing))
+        torch.manual_seed(1)  # drop-path
+        features = vit(images)
+        results.append([features, *torch.autograd.grad(features.square().sum(), list(vit.parameters()))])
+    for some, every in zip(*results, strict=True):
+        torch.testing.assert_close(some, every, rtol=1e-11, atol=1e-13)

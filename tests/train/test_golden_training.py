@@ -151,9 +151,12 @@ def test_nine_steps_through_the_interpreted_kernels(golden, rel, ops):
 def test_accumulation_and_checkpointing_change_nothing(golden, rel, options, monkeypatch):
     data = golden("trajectory_fp64")
     if "checkpointing" in options:
-        recomputing = lambda self, x, packing, mode, _: forward(self, x, packing, mode, True)  # noqa: E731
         forward = Block.forward
-        monkeypatch.setattr(Block, "forward", recomputing)
+        monkeypatch.setattr(
+            Block,
+            "forward",
+            lambda self, x, packing, mode, _, cls_only: forward(self, x, packing, mode, True, cls_only),
+        )
         options = {}
     assert_the_originals(data, *run_trajectory(data, torch.float64, **options), rel)
 
