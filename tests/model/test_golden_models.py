@@ -82,13 +82,14 @@ def test_the_last_block_does_for_cls_what_it_did_for_all(sides):
     torch.manual_seed(0)
     vit = VisionTransformer([32], 8, embed_dim=24, depth=2, num_heads=3, drop_path_rate=0.5).double().train()
     images = [torch.randn(3, 3, side, side, dtype=torch.float64) for side in sides]
-    results = []
-    for cls_only in (True, False):
-        forward, last = Block.forward, vit.blocks[-1]
-        if not cls_only:
-            last.forward = lambda x, packing, *rest, **_: packing.cls(forward(last, x, packing))
+    last = vit.blocks[-1]
+
+    def features_and_gradients():
         torch.manual_seed(1)  # drop-path
         features = vit(images)
-        results.append([features, *torch.autograd.grad(features.square().sum(), list(vit.parameters()))])
-    for some, every in zip(*results, strict=True):
-        torch.testing.assert_close(some, every, rtol=1e-11, atol=1e-13)
+        return features, *torch.autograd.grad(features.square().sum(), list(vit.parameters()))
+
+    some = features_and_gradients()
+    last.forward = lambda x, packing, *_, **__: packing.cls(Block.forward(last, x, packing))
+    for for_cls, for_all in zip(some, features_and_gradients(), strict=True):
+        torch.testing.assert_close(for_cls, for_all, rtol=1e-11, atol=1e-13)
