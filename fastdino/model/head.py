@@ -19,6 +19,15 @@ def promote(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def _lengths(v: Tensor) -> Tensor:
+    """(K,) lengths of the rows of v (K, D), in full precision."""
+    full = promote(v[:0]).dtype
+    if v.device.type != "cpu" or v.dtype == full or torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(v, dim=1, dtype=full)
+    # On a CPU that would write all of v anew in fp32; of some rows at a time, the copy stays in the cache.
+    return torch.cat([rows.to(full).norm(dim=1) for rows in v.split(1024)])
+
+
 class _LinearOfDirections(torch.autograd.Function):
     """x (B, D), g (K, 1), v (K, D) -> x v^T * (g / |v|)^T (B, K).
 
@@ -29,7 +38,7 @@ class _LinearOfDirections(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor, v: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(v, dim=1, dtype=promote(v[:0]).dtype)
+        length = _lengths(v)
         y = (F.linear(x, v) * (g[:, 0] / length)).to(v.dtype)
         ctx.save_for_backward(x, g, v, length, y)
         return y

@@ -367,26 +367,21 @@ def _library_update_(
     skipped = [False] * len(tensors.params) if frozen is None else frozen.tolist()
     if grad_norms is not None:
         grad_norms.zero_()
+    in_full = [None if grad is None else grad.to(param.dtype) for param, grad in zip(tensors.params, tensors.grads)]
+    grads, updated = _present(in_full)
+    wanted = grads and (clip or grad_norms is not None)
+    norm_of = dict(zip(updated, torch._foreach_norm(grads))) if wanted else {}
+    scaled = dict(zip(updated, grads))
     groups: dict[tuple[float, float, torch.dtype], list[int]] = {}
-    norms = torch._foreach_norm([grad for grad in tensors.grads if grad is not None]) if clip else []
-    norm_of = iter(norms)
-    scaled: dict[int, Tensor] = {}
-    for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads)):
-        if grad is None:
-            continue
-        if clip:
-            norm = next(norm_of) if grad.dtype == param.dtype else torch.linalg.vector_norm(grad.to(param.dtype))
-            coefficient = float(reference.clip_coefficient(norm, clip))
-        elif grad_norms is not None:
-            norm = torch.linalg.vector_norm(grad.to(param.dtype))
+    for i in updated:
         if grad_norms is not None:
-            grad_norms[i] = norm
+            grad_norms[i] = norm_of[i]
         if skipped[i]:
             continue
-        scaled[i] = grad.to(param.dtype)
-        if clip and coefficient < 1:
-            scaled[i] = scaled[i] * coefficient
-        groups.setdefault((float(lrs[i]), float(weight_decays[i]), param.dtype), []).append(i)
+        if clip and (coefficient := float(reference.clip_coefficient(norm_of[i], clip))) < 1:
+            is_callers = scaled[i] is tensors.grads[i]
+            scaled[i] = scaled[i] * coefficient if is_callers else scaled[i].mul_(coefficient)
+        groups.setdefault((float(lrs[i]), float(weight_decays[i]), tensors.params[i].dtype), []).append(i)
     for (lr, weight_decay, _), members in groups.items():
         params, exp_avgs, exp_avg_sqs, steps = (
             _present([entries[i] for i in members])[0]
