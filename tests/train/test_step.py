@@ -166,6 +166,16 @@ def test_a_twin_shares_batchnorm_and_buffers():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_autocast_is_near_full_precision(optimizer):
+    """What is computed again in the backward pass is computed in the precision of the forward pass."""
+    low, full = make_step(optimizer=optimizer, amp_dtype=torch.bfloat16), make_step(optimizer=optimizer)
+    for i in range(6):
+        a, b = low(make_crops(i), i), full(make_crops(i), i)
+    assert 0 < abs(a.loss - b.loss) < 1e-2 * b.loss
+    assert all(p.grad.dtype == torch.float32 for p in low.student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_other_optimizers_take_the_same_step(optimizer):
     step = make_step(optimizer=optimizer)
     before = copy.deepcopy(step.student.state_dict())
