@@ -5,31 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from micro import micro_loss, micro_networks
 
 from bench.baselines import CarefulStep, PlainStep
-from fastdino import DINOHead, DINOLoss, MultiCropWrapper, VisionTransformer
 from fastdino.train.config import TrainConfig
 from fastdino.train.schedules import Schedules
 
 
-def network(cfg, norm_last_layer):
-    backbone = VisionTransformer(
-        img_size=[cfg["img_size"]],
-        patch_size=cfg["patch_size"],
-        embed_dim=cfg["embed_dim"],
-        depth=cfg["depth"],
-        num_heads=cfg["num_heads"],
-    )
-    dims = {"hidden_dim": cfg["hidden_dim"], "bottleneck_dim": cfg["bottleneck_dim"]}
-    return MultiCropWrapper(
-        backbone, DINOHead(cfg["embed_dim"], cfg["out_dim"], norm_last_layer=norm_last_layer, **dims)
-    )
-
-
 def nine_steps(kind, data):
     cfg = data["cfg"]
-    student = network(cfg, cfg["norm_last_layer"])
-    teacher = network(cfg, True).requires_grad_(False)
+    student, teacher = micro_networks(cfg)
     for model in (student, teacher):
         model.load_state_dict(data.state("init"))
     config = TrainConfig(
@@ -39,11 +24,10 @@ def nine_steps(kind, data):
         global_crops_size=cfg["img_size"],
         local_crops_size=cfg["img_size"] // 2,
     )
-    temps = cfg["warmup_teacher_temp"], cfg["teacher_temp"], cfg["warmup_teacher_temp_epochs"], cfg["epochs"]
     step = kind(
         student=student.double(),
         teacher=teacher.double(),
-        loss=DINOLoss(cfg["out_dim"], 2 + cfg["local_crops_number"], *temps).double(),
+        loss=micro_loss(cfg).double(),
         schedules=Schedules.of(config, cfg["steps_per_epoch"], world_size=1),
         niter_per_ep=cfg["steps_per_epoch"],
         clip_grad=cfg["clip_grad"],

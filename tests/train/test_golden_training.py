@@ -6,8 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from micro import micro_loss, micro_networks
 
-from fastdino import DINOHead, DINOLoss, MultiCropWrapper, VisionTransformer, cosine_schedule, get_params_groups
+from fastdino import cosine_schedule, get_params_groups
 from fastdino.model.vit import Block
 from fastdino.train.checkpoint import load_checkpoint, restore
 from fastdino.train.config import TrainConfig
@@ -20,36 +21,6 @@ def test_schedules_are_the_originals_to_the_bit(golden):
     data = golden("schedules")
     for i, case in enumerate(data["cases"]):
         assert np.array_equal(cosine_schedule(**case), data[f"out{i}"].numpy()), case
-
-
-def micro_networks(cfg):
-    """The small student and teacher of the golden trajectories."""
-
-    def network(norm_last_layer):
-        backbone = VisionTransformer(
-            img_size=[cfg["img_size"]],
-            patch_size=cfg["patch_size"],
-            embed_dim=cfg["embed_dim"],
-            depth=cfg["depth"],
-            num_heads=cfg["num_heads"],
-        )
-        dims = {"hidden_dim": cfg["hidden_dim"], "bottleneck_dim": cfg["bottleneck_dim"]}
-        return MultiCropWrapper(
-            backbone, DINOHead(cfg["embed_dim"], cfg["out_dim"], norm_last_layer=norm_last_layer, **dims)
-        )
-
-    return network(cfg["norm_last_layer"]), network(True).requires_grad_(False)
-
-
-def micro_loss(cfg):
-    return DINOLoss(
-        cfg["out_dim"],
-        2 + cfg["local_crops_number"],
-        cfg["warmup_teacher_temp"],
-        cfg["teacher_temp"],
-        cfg["warmup_teacher_temp_epochs"],
-        cfg["epochs"],
-    )
 
 
 def run_trajectory(data, dtype, packed=True, **options):
