@@ -20,7 +20,9 @@ def header(records: list[Record]) -> str:
     text += f"triton {r['triton']}, xformers {r['xformers']}, commit {r['commit']}, {r['date'][:10]}. Ceilings: "
     text += f"copy {number(r['copy_gbps'])} GB/s, matmul {number(r['matmul_bf16_tflops'])} TFLOP/s in bf16 and "
     text += f"{number(r['matmul_fp32_tflops'])} in fp32."
-    text += " A quick run: small cases, few repeats." if r["quick"] else ""
+    if any(r["quick"] for r in measured(records).values()):
+        whole = dict.fromkeys(r["part"] for r in measured(records).values() if not r["quick"])
+        text += f" A quick run, small cases and few repeats{', but for ' if whole else ''}{', '.join(whole)}."
     return text if r["driver"] != "none" else f"{text} CPU figures: nothing here was measured on a GPU."
 
 
