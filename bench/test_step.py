@@ -154,17 +154,17 @@ def expected_loss(case: Case) -> float:
 
 def kept_for_backward_gib(run: Callable[[], object], weights: list[Tensor]) -> float:
     """What autograd keeps between forward and backward, weights left out."""
-    sizes: dict[int, int] = {}
+    kept: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
-        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept[x.untyped_storage().data_ptr()] = x  # held, so that no two have one address
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         run()
     for weight in weights:
-        sizes.pop(weight.untyped_storage().data_ptr(), None)
-    return sum(sizes.values()) / 2**30
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    return sum(x.untyped_storage().nbytes() for x in kept.values()) / 2**30
 
 
 @pytest.mark.parametrize(
