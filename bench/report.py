@@ -154,6 +154,7 @@ def waiting(records: list[Record]) -> str:
 
 SUMMARY = (  # part, start of the group, ours, theirs, what it is
     ("step", "step ", ("ours graph", "ours eager"), "plain", "the step"),
+    ("pipeline", "loader 0 workers", ("ours fast",), "Pillow", "JPEG to crops, one core"),
     ("pipeline", "augment", ("ours fast",), "Pillow", "crops of decoded photographs, one core"),
     ("pipeline", "decode", ("ours",), "Pillow", "JPEG to pixels, one core"),
     ("ops", "clip_adamw_ema", ("ours",), "plain", "clip, AdamW, EMA"),
