@@ -79,6 +79,14 @@ def test_what_only_one_run_has_is_named():
     assert "only in the second: ops/op/peer" in notes
 
 
+def test_a_record_of_another_device_is_left_out():
+    lines, notes = compare(
+        [*run(100.0), record(1.0, provider="ours too", device="other")], [*run(100.0), record(9.0, provider="ours too")]
+    )
+    assert not lines
+    assert "on another device: ops/op/ours too" in notes
+
+
 def test_other_devices_and_no_common_name_are_refused():
     with pytest.raises(ValueError, match="same device"):
         compare([record(100.0)], [record(100.0, device="other")])
