@@ -152,8 +152,8 @@ def expected_loss(case: Case) -> float:
     return sum(sums) / case.batch
 
 
-def kept_for_backward_gib(run: Callable[[], object], weights: list[Tensor]) -> float:
-    """What autograd keeps between forward and backward, weights left out."""
+def kept_for_backward_gib(run: Callable[[], object]) -> float:
+    """What autograd keeps between forward and backward, the weights among it included."""
     kept: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -162,8 +162,6 @@ def kept_for_backward_gib(run: Callable[[], object], weights: list[Tensor]) -> f
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         run()
-    for weight in weights:
-        kept.pop(weight.untyped_storage().data_ptr(), None)
     return sum(x.untyped_storage().nbytes() for x in kept.values()) / 2**30
 
 
@@ -177,7 +175,7 @@ def test_step(provider: str, case: Case, timed: Any) -> None:
     if ON_GPU or "compiled" in provider:
         losses.append(float(step(crops, 0)))
     else:
-        kept = kept_for_backward_gib(lambda: losses.append(float(step(crops, 0))), [])
+        kept = kept_for_backward_gib(lambda: losses.append(float(step(crops, 0))))
         facts["activations_gib"] = kept
     # fp32: what two correct implementations may differ by in a step (the golden tests' bound). bf16: a quarter of its
     # rounding. timm interpolates the position embedding in another way, and starts at another loss.
