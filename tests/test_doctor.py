@@ -11,7 +11,7 @@ from PIL import Image
 from fastdino import DINOHead, MultiCropWrapper, vit_tiny
 from fastdino.cli import main
 from fastdino.doctor import NEEDS, advice_for_gpu
-from fastdino.train.step import low_precision_twin
+from fastdino.train.precision import low_precision_twin
 
 
 def test_doctor_reads_a_folder_and_counts_what_it_cannot(tmp_path, capsys):

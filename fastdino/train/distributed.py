@@ -1,7 +1,10 @@
 """Several processes: who am I, and the few collectives that training needs. Everything works with one process too."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,13 +12,16 @@ from torch import Tensor, nn
 
 from fastdino.errors import UserError
 
+T = TypeVar("T")
+
+LONG_WAIT = timedelta(days=7)  # an evaluation on one process may take hours
+
 
 @dataclass(frozen=True)
 class Process:
     """This process among those of the run."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
@@ -23,6 +29,12 @@ class Process:
     def is_main(self) -> bool:
         """Rank 0 alone prints and writes."""
         return self.rank == 0
+
+
+class _HostGroup:
+    """The processes once more, over gloo: for words and for long waits. None where there is one process."""
+
+    group: dist.ProcessGroup | None = None
 
 
 def _pick_device(name: str, local_rank: int) -> torch.device:
@@ -37,37 +49,66 @@ def _pick_device(name: str, local_rank: int) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device: cuda was asked for, and this PyTorch sees no GPU")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device: {device} was asked for, and there are {torch.cuda.device_count()} GPUs")
+        n_gpus = torch.cuda.device_count()
+        if device.index is None:  # a launcher may show each process its own GPU alone: then that is number 0
+            device = torch.device("cuda", 0 if n_gpus == 1 else local_rank)
+        if device.index >= n_gpus:
+            raise UserError(f"--device: {device} was asked for, and there are {n_gpus} GPUs")
     return device
+
+
+def _from_environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size) as torchrun or Slurm say them; (0, 0, 1) where nobody launched us."""
+    env = os.environ
+    try:
+        if "RANK" in env:
+            return int(env["RANK"]), int(env.get("LOCAL_RANK", "0")), int(env["WORLD_SIZE"])
+        # Set by srun alone. Inside of sbatch or salloc SLURM_NTASKS says how many could be started, not that they were.
+        if (n_tasks := int(env.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
+            rank = int(env["SLURM_PROCID"])
+            on_node = max(1, torch.cuda.device_count())
+            return rank, int(env.get("SLURM_LOCALID", rank % on_node)), n_tasks
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the launcher's environment is incomplete: {error}") from error
+    return 0, 0, 1
 
 
 def start(device: str, dist_url: str) -> Process:
     """Read the launcher's environment (torchrun, or Slurm) and open the process group where there is more than one.
 
-    NCCL on GPUs, gloo on CPU. Raises UserError for a device that is not there.
+    NCCL on GPUs, gloo on CPU. Raises UserError for a device that is not there, and where the processes cannot meet.
     """
-    env = os.environ
-    if "RANK" in env:
-        rank, local_rank, world_size = int(env["RANK"]), int(env.get("LOCAL_RANK", "0")), int(env["WORLD_SIZE"])
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        rank, local_rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"])
-    else:
-        rank, local_rank, world_size = 0, 0, 1
-    process = Process(rank, local_rank, world_size, _pick_device(device, local_rank))
-    if process.device.type == "cuda":
+    rank, local_rank, world_size = _from_environment()
+    process = Process(rank, world_size, _pick_device(device, local_rank))
+    on_gpu = process.device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(process.device)
     if world_size > 1 and not dist.is_initialized():
-        backend = "nccl" if process.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                init_method=dist_url,
+                rank=rank,
+                world_size=world_size,
+                device_id=process.device if on_gpu else None,  # else NCCL guesses it at the first barrier
+            )
+        except ValueError as error:
+            raise UserError(f"--dist_url: the {world_size} processes cannot meet: {error}") from error
+        _HostGroup.group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
     return process
 
 
 def stop() -> None:
-    """Close the process group, where there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Close the process group, where there is one. Graphs that hold its collectives must have been dropped before."""
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() == "nccl":
+        # A communicator that is destroyed while work is queued waits for ever. Where the device itself has failed, the
+        # error that ends the run is on its way already, and says so.
+        with suppress(RuntimeError):
+            torch.cuda.synchronize()
+    _HostGroup.group = None
+    dist.destroy_process_group()
 
 
 def local_world_size() -> int:
@@ -96,18 +137,6 @@ def average(values: Tensor) -> Tensor:
     return values
 
 
-def average_all(tensors: list[Tensor]) -> None:
-    """Mean over processes of many tensors, in place: one collective per dtype, and none that waits for the host."""
-    if not dist.is_initialized():
-        return
-    for dtype in dict.fromkeys(x.dtype for x in tensors):
-        part = [x for x in tensors if x.dtype == dtype]
-        flat = torch.cat([x.reshape(-1) for x in part])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        torch._foreach_copy_(part, [x.view_as(y) for x, y in zip(flat.split([y.numel() for y in part]), part)])
-
-
 def any_of(flag: bool, device: torch.device) -> bool:
     """True on every process if it is on one."""
     if not dist.is_initialized():
@@ -117,16 +146,21 @@ def any_of(flag: bool, device: torch.device) -> bool:
     return bool(value.item())
 
 
-def gather_lists(items: list[str]) -> list[str]:
-    """All processes' lists, joined."""
+def is_alone() -> bool:
+    """Whether there are no other processes."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def gather(value: T) -> list[T]:
+    """Every process's value, by rank. Waits for all of them."""
     if not dist.is_initialized():
-        return items
-    lists: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_HostGroup.group)
+    return values
 
 
 def barrier() -> None:
-    """Wait for the others."""
+    """Wait for the others, as long as it takes: rank 0 may be evaluating."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_HostGroup.group)

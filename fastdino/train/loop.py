@@ -29,6 +29,9 @@ from fastdino.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from fastdino.train.config import TrainConfig, check_writable, command_line
 from fastdino.train.distributed import Process
 from fastdino.train.log import Entry, LogFile, Reporter, draw_curves
+from fastdino.train.modes import why_no_graph
+from fastdino.train.optim import is_fused
+from fastdino.train.precision import amp_dtype
 from fastdino.train.schedules import Schedules
 from fastdino.train.step import StepMetrics, TrainStep
 
@@ -67,6 +70,8 @@ def train(config: TrainConfig) -> TrainResult:
         where = run.place(run.iteration) if run else "before the first step"
         raise TrainingError(f"out of memory {where}: {shortage}. {memory.advice(config)}") from error
     finally:
+        if run:
+            run.step.close()
         distributed.stop()
 
 
@@ -95,17 +100,6 @@ def build_networks(config: TrainConfig) -> tuple[MultiCropWrapper, MultiCropWrap
     student, teacher = network(config.drop_path_rate, config.norm_last_layer), network(0.0, True)
     teacher.load_state_dict(student.state_dict())
     return student, teacher.requires_grad_(False)
-
-
-def amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The half precision to compute in, or None for fp32: where it is switched off, and on a CPU that was not asked."""
-    if not config.use_fp16:
-        return None
-    if device.type != "cuda":
-        return torch.bfloat16 if config.amp_dtype == "bf16" else None
-    if config.amp_dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[config.amp_dtype]
 
 
 def open_sources(config: TrainConfig) -> tuple[ImageSource, ImageSource | None]:
@@ -203,7 +197,11 @@ class _Run:
             config.epochs,
         ).to(device)
         self.reporter = Reporter(process.is_main)
-        mode = config.step if config.step != "auto" else "graph" if device.type == "cuda" else "eager"
+        precision = amp_dtype(config, device)
+        no_graph = why_no_graph(device, is_fused(config.optimizer, precision))
+        if config.step == "graph" and no_graph:
+            raise UserError(f"--step: graph needs {no_graph}; use auto, compiled or eager")
+        automatic = "eager" if device.type != "cuda" else "compiled" if no_graph else "graph"
         try:
             self.step = TrainStep(
                 student=self.student,
@@ -214,12 +212,15 @@ class _Run:
                 niter_per_ep=self.niter,
                 clip_grad=config.clip_grad,
                 freeze_last_layer=config.freeze_last_layer,
-                amp_dtype=amp_dtype(config, device),
-                mode=mode,
+                amp_dtype=precision,
+                mode=automatic if config.step == "auto" else config.step,
                 accumulate=config.accumulate,
                 attention_backend=config.attention,
                 say=self.reporter.say,
             )
+            sides = [config.global_crops_size] * 2 + [config.local_crops_size] * config.local_crops_number
+            shapes = [(config.batch_size_per_gpu, 3, side, side) for side in sides]
+            self.step.prepare([torch.empty(shape, device="meta") for shape in shapes])
         except ValueError as error:
             raise UserError(f"--{error}") from error
         self.checkpoint_path = self.folder / "checkpoint.pth"
@@ -249,9 +250,9 @@ class _Run:
                 checkpoint,
                 student=self.student,
                 teacher=self.teacher,
-                optimizer=self.step.optimizer,
+                optimizer=self.step.update.optimizer,
                 loss=self.loss,
-                scaler=self.step.scaler,
+                scaler=self.step.update.scaler,
             )
             self.step.refresh_copies()
         except UserError as error:
@@ -373,18 +374,18 @@ class _Run:
                 path,
                 student=self.student,
                 teacher=self.teacher,
-                optimizer=self.step.optimizer,
+                optimizer=self.step.update.optimizer,
                 loss=self.loss,
                 epoch=epoch,
                 config=self.config,
-                scaler=self.step.scaler,
+                scaler=self.step.update.scaler,
                 iteration=iteration,
             )
 
     def _finish_epoch(self, epoch: int, meter: _Meter, bad: list[str]) -> float | None:
         """Log the epoch, evaluate where it is time to; the k-NN accuracy if it was measured."""
         config, last = self.config, epoch == self.config.epochs - 1
-        bad = sorted(set(distributed.gather_lists(bad)))
+        bad = sorted({line for lines in distributed.gather(bad) for line in lines})
         self._check_bad(bad)
         knn = None
         if last or (config.knn_freq and (epoch + 1) % config.knn_freq == 0):
@@ -467,6 +468,8 @@ class _Run:
             f"run     {config.epochs} epochs x {self.niter} steps of {config.optimizer} on {self.process.device}"
             f"{processes}, {precision}, {workers}{fewer}"
         )
+        attention = f"; attention {self.step.attention}" if self.step.attention else ""
+        say(f"step    {self.step.mode}{attention}")
         if self.iteration:
             epoch, step = divmod(self.iteration, self.niter)
             say(f"resumed {self.checkpoint_path} after {epoch} epochs" + (f" and {step} steps" if step else ""))

@@ -16,15 +16,33 @@ _CPU = re.compile(
 )
 
 
+def chain(error: BaseException) -> list[BaseException]:
+    """The error, what it was raised from or while handling, and so on to what came first."""
+    found: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in found:
+        found.append(following)
+        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
+    return found
+
+
 def shortage(error: BaseException) -> str | None:
-    """The sizes in words, where an error says that memory ran out; None where it says something else."""
+    """The sizes in words, where an error or what led to it says that memory ran out; None where none does.
+
+    Inside of a CUDA graph's capture the error that comes out can be the capture's own.
+    """
+    return next((words for e in chain(error) if (words := _shortage(e)) is not None), None)
+
+
+def _shortage(error: BaseException) -> str | None:
     text = str(error)
     if found := _CUDA.search(text):
         asked, total, free = found.groups()
         return f"{asked} more were asked for, {free} of {total} are free"
     if found := _CPU.search(text):
         return f"{int(found[1]) / 2**30:.2f} GiB more were asked for, {_free_on_host()}"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    is_cudas = isinstance(error, torch.AcceleratorError) and "out of memory" in text
+    if is_cudas or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return next((line.strip() for line in text.splitlines() if line.strip()), "how much was asked for is not known")
     return None
 

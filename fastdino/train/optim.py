@@ -1,11 +1,17 @@
-"""Parameter groups, clipping, and the three optimizers of the original."""
+"""Parameter groups, clipping, the three optimizers of the original, and what a step does with them.
 
-from collections.abc import Callable, Iterable
-from typing import Any
+An `Update` is what follows the backward pass: clip, freeze, optimizer, EMA of the teacher, low-precision copies.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+
+from fastdino.train.schedules import Row, ScheduleTable
+from fastdino_kernels import ClipAdamWEMA, ema_update_
 
 
 def get_params_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -84,9 +90,115 @@ class LARS(Optimizer):
         return loss
 
 
-# adamw here is what a GradScaler drives; otherwise the step takes ClipAdamWEMA, whose state_dict is the same.
+class Update(Protocol):
+    """Changes the weights of student and teacher once their gradients are there."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What checkpoints keep."""
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """fp16's loss scale, where there is one."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold it, because it asks the host nothing."""
+
+    def __call__(self, row: Row) -> None:
+        """One update with what the schedules say of this iteration."""
+
+
+class FusedUpdate:
+    """AdamW, the clip, freezing, the EMA and the low-precision copies, in the two launches of ClipAdamWEMA."""
+
+    scaler = None
+    capturable = True
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        row: Row,
+        clip_grad: float,
+        copies: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
+        self.optimizer = ClipAdamWEMA(
+            get_params_groups(student),
+            lr=0.0,
+            clip_grad=clip_grad,
+            teacher=zip(student.parameters(), teacher.parameters()),
+            copies=copies,
+        )
+        decayed, not_decayed = self.optimizer.param_groups
+        # The schedules' own tensors, which change in place.
+        decayed["lr"] = not_decayed["lr"] = row.lr
+        decayed["weight_decay"], not_decayed["weight_decay"] = row.weight_decay, torch.zeros_like(row.weight_decay)
+        self.optimizer.momentum = row.momentum
+        self._last_layer = [p for name, p in student.named_parameters() if "last_layer" in name and p.requires_grad]
+
+    def __call__(self, row: Row) -> None:
+        """One update; a graph reads the row again at each replay."""
+        self.optimizer.freeze_(self._last_layer, row.frozen > 0)
+        self.optimizer.step()
+
+
+class HostUpdate:
+    """An optimizer of PyTorch's, with numbers that the host has to know; fp16's scaler decides there, too.
+
+    make: groups -> optimizer.
+    """
+
+    capturable = False
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        make: Callable[[list[dict[str, Any]]], Optimizer],
+        schedule: ScheduleTable,
+        clip_grad: float,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.student, self._schedule, self.clip_grad, self.scaler = student, schedule, clip_grad, scaler
+        self.optimizer = make(get_params_groups(student))
+        self._student_params = [p.detach() for p in student.parameters()]
+        self._teacher_params = [p.detach() for p in teacher.parameters()]
+
+    def __call__(self, row: Row) -> None:
+        """One update. Gradients come in scaled, and averaged over processes: all of them skip a step, or none."""
+        now = self._schedule.on_host()
+        for i, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = now["lr"]
+            if i == 0:  # the other group holds what must not decay
+                group["weight_decay"] = now["weight_decay"]
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.clip_grad:
+            clip_gradients(self.student, self.clip_grad)
+        if now["frozen"]:
+            cancel_last_layer_gradients(self.student)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        # Also where the scaler skipped the optimizer, as in the original.
+        ema_update_(self._teacher_params, self._student_params, row.momentum)
+
+
+# What `--optimizer` accepts. adamw is made here for fp16's scaler alone; else the step takes FusedUpdate, whose
+# state_dict is the same.
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
-    "adamw": lambda groups: AdamW(groups, lr=0.0),  # the step sets lr and weight decay from the schedules
+    "adamw": lambda groups: AdamW(groups, lr=0.0),  # lr and weight decay come from the schedules
     "sgd": lambda groups: SGD(groups, lr=0.0, momentum=0.9),
     "lars": LARS,
 }
+FUSED = {"adamw"}
+
+
+def is_fused(optimizer: str, amp_dtype: torch.dtype | None) -> bool:
+    """Whether a step takes FusedUpdate: not with fp16, whose scaler may skip the optimizer but never the EMA."""
+    return optimizer in FUSED and amp_dtype != torch.float16

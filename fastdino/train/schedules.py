@@ -1,10 +1,14 @@
-"""What changes per iteration: learning rate, weight decay, teacher momentum."""
+"""What changes per iteration: learning rate, weight decay, teacher momentum and temperature, freezing."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastdino.train.config import TrainConfig
 
@@ -49,3 +53,54 @@ class Schedules:
             weight_decay=cosine_schedule(config.weight_decay, config.weight_decay_end, config.epochs, niter_per_ep),
             momentum_teacher=cosine_schedule(config.momentum_teacher, 1, config.epochs, niter_per_ep),
         )
+
+
+class Row(NamedTuple):
+    """What the schedules say of one iteration: 0-D tensors on the device. frozen: 1 where the last layer is."""
+
+    lr: Tensor
+    weight_decay: Tensor
+    momentum: Tensor
+    teacher_temp: Tensor
+    frozen: Tensor
+
+
+class ScheduleTable:
+    """All rows of a run on the device, which counts its own iterations: nothing is copied from the host in a step.
+
+    columns: a value per iteration for each field of Row. Attribute: row, the current one; `advance` writes into it.
+    """
+
+    def __init__(self, columns: Mapping[str, NDArray[Any]], device: torch.device, dtype: torch.dtype) -> None:
+        self._columns = columns
+        values = torch.from_numpy(np.stack([columns[name] for name in Row._fields], axis=1).astype(np.float64))
+        # 16 bytes for each number: at any other address the compiler would take it for unaligned.
+        padded = values[:, :, None].expand(-1, -1, 16 // dtype.itemsize)
+        self._rows = self._on_device(padded, device, dtype)
+        self._current = self._rows[0].clone()
+        self._counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self._next = 0  # where the device's counter stands
+        self.row = Row(*self._current[:, 0].unbind())
+
+    @staticmethod
+    def _on_device(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return values.to(device, dtype).contiguous()
+
+    def seek(self, iteration: int) -> None:
+        """The next `advance` gives this iteration's row. Writes to the device only where that is not the next one."""
+        if iteration != self._next:
+            self._counter.fill_(iteration)
+        self._next = iteration + 1
+
+    def on_host(self) -> dict[str, float]:
+        """The row that `seek` asked for, for optimizers that live on the host."""
+        return {name: float(column[self._next - 1]) for name, column in self._columns.items()}
+
+    def rewind(self) -> None:
+        """Back to the row before: after an iteration that came to nothing."""
+        self._counter.fill_(self._next - 1)
+
+    def advance(self) -> None:
+        """Make the next row the current one. A captured graph does this at each replay."""
+        self._current.copy_(self._rows.index_select(0, self._counter)[0])
+        self._counter += 1

@@ -134,15 +134,16 @@ def test_accumulation_and_checkpointing_change_nothing(golden, rel, options, mon
 
 def test_clipping_the_whole_model_at_once_would_be_noticed(golden, rel, monkeypatch):
     data = golden("trajectory_fp64")
-    step_update = TrainStep._update
+    finish = TrainStep.finish
 
-    def update(self, iteration):
-        clip, self.optimizer.clip_grad = self.optimizer.clip_grad, 0.0
+    def clip_all(self):
+        optimizer = self.update.optimizer
+        clip, optimizer.clip_grad = optimizer.clip_grad, 0.0
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip)
-        step_update(self, iteration)
-        self.optimizer.clip_grad = clip
+        finish(self)
+        optimizer.clip_grad = clip
 
-    monkeypatch.setattr(TrainStep, "_update", update)
+    monkeypatch.setattr(TrainStep, "finish", clip_all)
     step, _ = run_trajectory(data, torch.float64)
     expected = data.state("student")
     assert max(rel(value, expected[key]) for key, value in step.student.state_dict().items()) > 1e-2

@@ -20,7 +20,7 @@ fp32, bf16 = torch.float32, torch.bfloat16
 
 
 def networks_of(step):
-    return step.student, step.teacher, *((step._student, step._teacher) if isinstance(step, TrainStep) else ())
+    return step.student, step.teacher, *(step.networks if isinstance(step, TrainStep) else ())
 
 
 @cache
@@ -99,7 +99,7 @@ def test_out_of_memory_is_one_line_with_sizes_and_flags(step, error, sizes, tiny
     def fail(self, crops, teacher_temp):
         raise error
 
-    monkeypatch.setattr(TrainStep, "_networks_and_loss", fail)
+    monkeypatch.setattr(TrainStep, "forward", fail)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     assert main([*command, "--epochs", "2", "--step", step]) == 1
     output = capsys.readouterr()
