@@ -103,6 +103,8 @@ MISTAKES = {
         "--attention varlen --device cpu",
         "--attention: varlen has kernels for CUDA only, and the model is on",
     ),
+    "graph without a GPU": ("--step graph --device cpu", "--step: graph needs a CUDA device; use auto, compiled or"),
+    "fp16 without a GPU": ("--amp_dtype fp16 --device cpu", "--amp_dtype: fp16 needs a GPU; on a CPU use bf16"),
     "output is a file": ("--output_dir file", "--output_dir: expected a folder, got the file file"),
     "output below a file": ("--output_dir file/run", "--output_dir: expected a folder, got the file file"),
     "pickled code": ("--output_dir evil --resume true", "holds pickled code, which is refused"),

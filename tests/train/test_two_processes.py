@@ -1,0 +1,52 @@
+"""Two processes agree: on skipping a step, on a mode, on an end. One start of two processes for all of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What both processes saw, by rank: [{scenario: result}] * 2."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(here / "two_processes.py")]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    return sorted(map(json.loads, done.stdout.splitlines()), key=lambda result: result["rank"])
+
+
+def test_an_infinity_on_one_makes_both_skip(seen):
+    expected = {"skipped": True, "halved": True, "moved": True, "equal": True, "finite": True}
+    assert [result["fp16_with_an_infinity_on_one"] for result in seen] == [expected] * 2
+
+
+def test_a_mode_that_fails_on_one_is_left_by_both(seen):
+    line = "step: compiled failed (RuntimeError: no compiler here, on process 1); using eager"
+    expected = {"mode": "eager", "said": [line], "equal": True}
+    assert [result["compiler_missing_on_one"] for result in seen] == [expected] * 2
+
+
+def test_memory_that_ends_on_one_ends_both(seen):
+    zero, one = (result["memory_short_on_one"]["error"] for result in seen)
+    assert zero == "TrainingError: process 1 ran out of memory: OutOfMemoryError: CUDA out of memory."
+    assert one == "OutOfMemoryError: CUDA out of memory."
+
+
+def test_buckets_are_reduced_while_the_backward_pass_goes_on(seen):
+    for result in seen:
+        found = result["reductions_during_backward"]
+        assert found["all"] > 5
+        assert found["before the last gradient"] > found["all"] / 2
+        assert found["equal"]
+        assert found["aligned"]
+
+
+def test_the_others_wait_for_a_long_evaluation(seen):
+    assert [result["a_long_evaluation"] for result in seen] == [{"waited": True}] * 2
