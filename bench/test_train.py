@@ -18,8 +18,9 @@ from fastdino.data.digits import load_digits
 from fastdino.data.loader import CropLoader, EpochSampler
 from fastdino.eval.knn import extract_features, knn_accuracy
 from fastdino.loss import DINOLoss
-from fastdino.train.config import DIGITS, TrainConfig
+from fastdino.train.config import TrainConfig
 from fastdino.train.loop import build_networks
+from fastdino.train.recipes import DIGITS
 from fastdino.train.schedules import Schedules
 from fastdino.train.step import TrainStep
 

@@ -1,5 +1,6 @@
 """DINO (self-distillation with no labels, arXiv:2104.14294) on your own images, as fast as the GPU allows."""
 
+from fastdino import train
 from fastdino.data.augment import global_augment, multiple_local_augments
 from fastdino.dino import DINO, distillation_loss, train_dino
 from fastdino.loss import DINOLoss
@@ -16,12 +17,14 @@ from fastdino.model import (
 from fastdino.train.checkpoint import load_backbone, load_checkpoint
 from fastdino.train.optim import clip_gradients, get_params_groups
 from fastdino.train.schedules import cosine_schedule
+from fastdino.train.sinks import Sink
 
 __all__ = [
     "DINO",
     "DINOHead",
     "DINOLoss",
     "MultiCropWrapper",
+    "Sink",
     "VisionTransformer",
     "clip_gradients",
     "cosine_schedule",
@@ -31,6 +34,7 @@ __all__ = [
     "load_backbone",
     "load_checkpoint",
     "multiple_local_augments",
+    "train",
     "train_dino",
     "vit_base",
     "vit_large",

@@ -1,7 +1,7 @@
 """Where images come from. A source has a length, items (encoded bytes or an array), names, and perhaps labels.
 
-`open_source` tells folders, tar shards and parquet files apart; `SequenceSource` wraps what is in memory. All of them
-are read at random, from many threads at once, and survive that their files shrink: an item is then an OSError.
+`open_source` tells folders, tar shards and parquet files apart; `sequences` wraps what Python holds. All of them are
+read at random, from many threads at once, and survive that their files shrink: an item is then an OSError.
 """
 
 import glob
@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fastdino.errors import UserError
 
@@ -77,14 +76,15 @@ class FolderSource:
         return str(self.folder / self.paths[index])
 
     def describe(self) -> str:
-        return f"{len(self):,} images in {self.folder}, {_kind(self)}"
+        return f"{len(self):,} images in {self.folder}, {kind(self)}"
 
 
-def _kind(source: ImageSource) -> str:
+def kind(source: ImageSource) -> str:
+    """What a source says of its labels."""
     return f"{len(source.classes)} classes (for k-NN only)" if source.labels is not None else "no labels"
 
 
-def _labels_of(names: Sequence[str]) -> tuple[Sequence[str], NDArray[np.int64] | None]:
+def labels_of(names: Sequence[str]) -> tuple[Sequence[str], NDArray[np.int64] | None]:
     """(classes, labels) from the class name of each image. One class is none."""
     classes = sorted(set(names), key=lambda name: (len(name) if name.isdecimal() else 0, name))  # 2 before 10
     if len(classes) < 2:
@@ -95,7 +95,7 @@ def _labels_of(names: Sequence[str]) -> tuple[Sequence[str], NDArray[np.int64] |
 
 def _class_folders(paths: Sequence[str]) -> tuple[Sequence[str], NDArray[np.int64] | None]:
     parts = [Path(path).parts for path in paths]
-    return _labels_of([p[0] for p in parts]) if all(len(p) > 1 for p in parts) else ([], None)
+    return labels_of([p[0] for p in parts]) if all(len(p) > 1 for p in parts) else ([], None)
 
 
 class TarSource:
@@ -134,7 +134,7 @@ class TarSource:
         for found in texts.values():
             names = [found.get(key, "") for key in keys]
             if all(names) and (found is texts["cls"] or 2 * len(set(names)) <= len(names)):
-                self.classes, self.labels = _labels_of(names)
+                self.classes, self.labels = labels_of(names)
                 break
 
     def _members(self, shard: str) -> list[tuple[str, int, int]]:
@@ -171,7 +171,7 @@ class TarSource:
 
     def describe(self) -> str:
         cut = f"; {_several(self.cut)} cut short, the complete images are used" if self.cut else ""
-        return f"{len(self):,} images in {_several(self.shards)}, {_kind(self)}{cut}"
+        return f"{len(self):,} images in {_several(self.shards)}, {kind(self)}{cut}"
 
 
 class ParquetSource:
@@ -215,7 +215,7 @@ class ParquetSource:
         self.classes: Sequence[str] = []
         self.labels: NDArray[np.int64] | None = None
         if sum(map(len, labels)) == len(self):
-            self.classes, self.labels = _labels_of([str(x) for x in np.concatenate(labels)])
+            self.classes, self.labels = labels_of([str(x) for x in np.concatenate(labels)])
         self._cache: dict[int, Any] = {}
         self._lock = threading.Lock()
 
@@ -256,48 +256,13 @@ class ParquetSource:
         return f"{self.paths[self.groups[number][0]]}, row {index} of all"
 
     def describe(self) -> str:
-        return f"{len(self):,} images in {_several(self.paths)}, {_kind(self)}"
+        return f"{len(self):,} images in {_several(self.paths)}, {kind(self)}"
 
 
 def _holds_images(kind: Any, types: Any) -> bool:
     if types.is_struct(kind):
         return any(field.name == "bytes" and _holds_images(field.type, types) for field in kind)
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-class SequenceSource:
-    """A Python sequence of PIL images, of arrays (H, W), (H, W, 3) in uint8, or of encoded bytes.
-
-    A Hugging Face dataset is one too, through its column `image`. labels: a class number for each, or None.
-    """
-
-    def __init__(self, images: Sequence[Any], labels: Sequence[int] | None = None) -> None:
-        if not len(images):
-            raise ValueError("images: expected at least one, got none")
-        if labels is not None and len(labels) != len(images):
-            raise ValueError(f"labels: expected {len(images)}, one for each image, got {len(labels)}")
-        self.images = images
-        self.classes: Sequence[str] = []
-        self.labels: NDArray[np.int64] | None = None
-        if labels is not None:
-            self.classes, self.labels = _labels_of([str(int(label)) for label in labels])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> bytes | NDArray[np.uint8]:
-        item = self.images[index]
-        item = item["image"] if isinstance(item, dict) else item
-        if isinstance(item, bytes):
-            return item
-        pixels = np.asarray(item.convert("RGB") if isinstance(item, Image.Image) else item)
-        return np.repeat(pixels[..., None], 3, -1) if pixels.ndim == 2 else pixels
-
-    def name(self, index: int) -> str:
-        return f"image {index} of the sequence"
-
-    def describe(self) -> str:
-        return f"{len(self):,} images in memory, {_kind(self)}"
 
 
 def _open_file(path: str) -> int:

@@ -1,1 +1,5 @@
-"""What a backbone is worth: k-NN accuracy, attention maps. Knows models and data, not training."""
+"""What a trained backbone is worth: k-NN, pictures of its attention. Never imports training."""
+
+from fastdino.eval.evaluations import EVALUATIONS, EvalSettings
+
+__all__ = ["EVALUATIONS", "EvalSettings"]

@@ -7,8 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from fastdino.data.augment import center_view, normalize
+from fastdino.data.decode import BadImage, decode
+from fastdino.data.sources import ImageSource
 from fastdino.model import VisionTransformer
 
 PANEL = 1.6  # inches of a picture's panel
@@ -51,3 +54,21 @@ def draw_attention(
         ax.set_axis_off()
     figure.suptitle("attention of the CLS token, last block", fontsize=10)
     figure.savefig(path)
+
+
+def draw_samples(
+    backbone: nn.Module, source: ImageSource, n_images: int, path: Path, resize: int, size: int
+) -> str | None:
+    """`draw_attention` of images spread evenly over a source; why there is no picture, where there is none."""
+    if not isinstance(backbone, VisionTransformer):
+        return f"{type(backbone).__name__} has no attention of a CLS token"
+    images = []
+    for index in np.linspace(0, len(source) - 1, min(n_images, len(source))).astype(int):
+        try:
+            images.append(decode(source[int(index)]))
+        except (BadImage, OSError):
+            continue
+    if not images:
+        return "none of the sample images can be read" if n_images else None
+    draw_attention(backbone, images, path, resize, size)
+    return None

@@ -4,6 +4,7 @@ The original's names and defaults (main_dino.py) come first in each group; what 
 """
 
 import argparse
+import difflib
 import math
 import os
 import shlex
@@ -15,6 +16,7 @@ from typing import Any
 from fastdino.data.params import MultiCropRecipe, ViewRecipe
 from fastdino.errors import UserError
 from fastdino.model import ARCHITECTURES
+from fastdino.train.recipes import AUGMENTATIONS, DIGITS
 
 
 def flag(default: Any, group: str, meaning: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -121,6 +123,9 @@ class TrainConfig:
 
     # Run
     output_dir: str = flag(".", "Run", "folder for checkpoints, log and pictures")
+    tensorboard: bool = flag(False, "Run", "write event files for TensorBoard into output_dir, too")
+    wandb: str | None = flag(None, "Run", "project of Weights & Biases that is told the numbers, too")
+    mlflow: str | None = flag(None, "Run", "experiment of MLflow that is told the numbers, too")
     saveckp_freq: int = flag(20, "Run", "epochs between the checkpoints that are kept; 0 keeps the last only")
     resume: bool = flag(True, "Run", "go on from output_dir/checkpoint.pth where there is one")
     seed: int = flag(0, "Run", "seed of weights, order, crops and drop-path")
@@ -133,17 +138,14 @@ class TrainConfig:
             raise ValueError(f"--arch: expected one of {', '.join(ARCHITECTURES)}, got {self.arch!r}")
         for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
+            if not _is_a(value, f):
+                raise ValueError(f"--{f.name}: expected {_kind(f)}, got {value!r}")
             if choices and value not in choices:
                 raise ValueError(f"--{f.name}: expected one of {', '.join(choices)}, got {value!r}")
             numbers = value if isinstance(value, tuple) else (value,)
             if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
                 raise ValueError(f"--{f.name}: expected a finite number, got {value}")
         self._check_ranges()
-        for name, size in (("global", self.global_crops_size), ("local", self.local_crops_size)):
-            if size % self.patch_size and (name == "global" or self.local_crops_number):
-                raise ValueError(
-                    f"--patch_size: expected a divisor of --{name}_crops_size={size}, got {self.patch_size}"
-                )
         if self.batch_size_per_gpu % self.accumulate:
             raise ValueError(
                 f"--accumulate: expected a divisor of --batch_size_per_gpu={self.batch_size_per_gpu}, "
@@ -214,58 +216,41 @@ class TrainConfig:
         return argparse.Namespace(**asdict(self))
 
     @classmethod
-    def from_flags(cls, given: Mapping[str, Any]) -> "TrainConfig":
-        """A run from the flags somebody gave: the rest are the defaults, or the digits' recipe without data_path.
+    def from_flags(cls, given: Mapping[str, Any], is_demo: bool | None = None) -> "TrainConfig":
+        """A run from the flags somebody gave: the rest are the defaults, or the digits' recipe.
 
+        is_demo: whether it is the digits'; by default, where there is no data_path.
         What `augmentation` stands for replaces defaults, never a probability that was given.
         The default warm-up shrinks with a run shorter than itself; one that was asked for does not.
         """
         preset = AUGMENTATIONS.get(given.get("augmentation", "dino"), {})
-        values = {**({} if given.get("data_path") else DIGITS), **preset, **given}
+        is_demo = not given.get("data_path") if is_demo is None else is_demo
+        values = {**(DIGITS if is_demo else {}), **preset, **given}
         epochs = values.get("epochs", cls.epochs)
         if "warmup_epochs" not in given and values.get("warmup_epochs", cls.warmup_epochs) > epochs:
             values["warmup_epochs"] = epochs // 10
         return cls(**values)
 
 
+def _kind(f: Field[Any]) -> str:
+    """What a flag takes, in words."""
+    if isinstance(f.default, tuple):
+        return "numbers"
+    kinds: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+    return kinds.get(f.type, "a text")
+
+
+def _is_a(value: Any, f: Field[Any]) -> bool:
+    """Whether a caller in Python gave what the command line would have parsed."""
+    if isinstance(f.default, tuple):
+        return isinstance(value, tuple) and all(isinstance(x, (int, float)) for x in value)
+    if f.type in (int, float):
+        return isinstance(value, f.type if f.type is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, bool if f.type is bool else (str, type(f.default)))
+
+
 def _words(values: tuple[float, ...]) -> str:
     return " ".join(f"{v:g}" for v in values)
-
-
-AUGMENTATIONS: dict[str, dict[str, Any]] = {
-    "dino": {},  # the defaults
-    "dinov2": {"blur_prob": (0.0, 0.9, 0.5)},  # what its code amounts to: torchvision's p there is that of no blur
-    "none": {"jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": (0.0, 0.0, 0.0), "solarize_prob": 0.0},
-}
-
-# Without data: the handwritten digits that scikit-learn carries. Learned in minutes on two CPU cores.
-DIGITS: dict[str, Any] = {
-    "arch": "vit_nano",
-    "patch_size": 6,
-    "out_dim": 1024,
-    "hidden_dim": 512,
-    "use_bn_in_head": True,  # without it this small model collapses to ln K
-    "drop_path_rate": 0.0,
-    "momentum_teacher": 0.97,
-    "epochs": 48,
-    "batch_size_per_gpu": 64,
-    "lr": 0.004,
-    "warmup_epochs": 2,
-    # 8 x 8 strokes: smaller parts of a digit say too little of which one it is.
-    "global_crops_size": 24,
-    "global_crops_scale": (0.7, 1.0),
-    "local_crops_number": 2,
-    "local_crops_size": 18,
-    "local_crops_scale": (0.4, 0.9),
-    "flip_prob": 0.0,  # a mirrored 2 is not a 2
-    "gray_prob": 0.0,
-    "solarize_prob": 0.0,
-    "eval_resize": 24,
-    "num_workers": 1,
-    "knn_freq": 8,
-    "output_dir": "fastdino_digits",
-    "resume": False,
-}
 
 
 def _boolean(text: str) -> bool:
@@ -316,6 +301,19 @@ def config_from_args(args: argparse.Namespace) -> TrainConfig:
     names = {f.name for f in fields(TrainConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
     return TrainConfig.from_flags({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def config_from_flags(given: Mapping[str, Any], is_demo: bool) -> TrainConfig:
+    """Flags by name, as a caller in Python gives them. Raises UserError for a name or a value that cannot be."""
+    names = [f.name for f in fields(TrainConfig)]
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            raise UserError(f"no flag {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    try:
+        return TrainConfig.from_flags({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, is_demo)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
 
 
 def check_writable(folder: Path) -> None:

@@ -28,16 +28,22 @@ def get_params_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
+def gradient_norms(model: nn.Module) -> Tensor:
+    """(number of gradients,) the norm of each parameter's gradient, on the device."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(0)
+
+
+@torch.no_grad()
 def clip_gradients(model: nn.Module, clip: float) -> Tensor:
     """Scale each parameter's gradient to at most the norm `clip`, tensor by tensor (not over the whole model).
 
     Returns the norms before clipping, (number of gradients,), on the device: nothing waits for it.
     """
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if not grads:
-        return torch.zeros(0)
-    norms = torch.stack(torch._foreach_norm(grads))
-    torch._foreach_mul_(grads, list((clip / (norms + 1e-6)).clamp(max=1.0).unbind()))
+    norms = gradient_norms(model)
+    if len(norms):
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, list((clip / (norms + 1e-6)).clamp(max=1.0).unbind()))
     return norms
 
 
@@ -105,8 +111,8 @@ class Update(Protocol):
     def capturable(self) -> bool:
         """Whether a CUDA graph can hold it, because it asks the host nothing."""
 
-    def __call__(self, row: Row) -> None:
-        """One update with what the schedules say of this iteration."""
+    def __call__(self, row: Row) -> Tensor:
+        """One update with what the schedules say of this iteration; the norm of all gradients, () on the device."""
 
 
 class FusedUpdate:
@@ -130,6 +136,7 @@ class FusedUpdate:
             clip_grad=clip_grad,
             teacher=zip(student.parameters(), teacher.parameters()),
             copies=copies,
+            track_grad_norms=True,
         )
         decayed, not_decayed = self.optimizer.param_groups
         # The schedules' own tensors, which change in place.
@@ -138,10 +145,12 @@ class FusedUpdate:
         self.optimizer.momentum = row.momentum
         self._last_layer = [p for name, p in student.named_parameters() if "last_layer" in name and p.requires_grad]
 
-    def __call__(self, row: Row) -> None:
+    def __call__(self, row: Row) -> Tensor:
         """One update; a graph reads the row again at each replay."""
         self.optimizer.freeze_(self._last_layer, row.frozen > 0)
         self.optimizer.step()
+        assert self.optimizer.grad_norms is not None
+        return self.optimizer.grad_norms.norm()
 
 
 class HostUpdate:
@@ -167,7 +176,7 @@ class HostUpdate:
         self._student_params = [p.detach() for p in student.parameters()]
         self._teacher_params = [p.detach() for p in teacher.parameters()]
 
-    def __call__(self, row: Row) -> None:
+    def __call__(self, row: Row) -> Tensor:
         """One update. Gradients come in scaled, and averaged over processes: all of them skip a step, or none."""
         now = self._schedule.on_host()
         for i, group in enumerate(self.optimizer.param_groups):
@@ -176,8 +185,7 @@ class HostUpdate:
                 group["weight_decay"] = now["weight_decay"]
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if self.clip_grad:
-            clip_gradients(self.student, self.clip_grad)
+        norms = clip_gradients(self.student, self.clip_grad) if self.clip_grad else gradient_norms(self.student)
         if now["frozen"]:
             cancel_last_layer_gradients(self.student)
         if self.scaler is None:
@@ -187,6 +195,7 @@ class HostUpdate:
             self.scaler.update()
         # Also where the scaler skipped the optimizer, as in the original.
         ema_update_(self._teacher_params, self._student_params, row.momentum)
+        return norms.norm()
 
 
 # What `--optimizer` accepts. adamw is made here for fp16's scaler alone; else the step takes FusedUpdate, whose

@@ -24,11 +24,15 @@ from fastdino.train.schedules import Schedules, ScheduleTable
 
 
 class StepMetrics(NamedTuple):
-    """0-D tensors on the device, so that reading them can wait: loss, teacher_entropy and kl in nats."""
+    """0-D tensors on the device, so that reading them can wait: loss, teacher_entropy and kl in nats.
+
+    grad_norm: of all gradients together, before the clip; of fp16 without the loss scale.
+    """
 
     loss: Tensor
     teacher_entropy: Tensor
     kl: Tensor
+    grad_norm: Tensor
 
 
 class TrainStep:
@@ -158,7 +162,7 @@ class TrainStep:
             scaled = loss / n if n > 1 else loss
             (scaled if scaler is None else scaler.scale(scaled)).backward()
             means.append(mean)
-            self._metrics += torch.stack([loss.detach(), entropy, kl]).to(self._metrics.dtype) / n
+            self._metrics[:3] += torch.stack([loss.detach(), entropy, kl]).to(self._metrics.dtype) / n
             if n > 1:
                 self._sum_up()
         self._center_mean = means[0] if n == 1 else torch.stack(means).mean(0)
@@ -171,7 +175,7 @@ class TrainStep:
     def finish(self) -> None:
         """Average over processes, clip, optimizer, EMA, center."""
         self._averager.finish()
-        self.update(self.schedule.row)
+        self._metrics[3] = self.update(self.schedule.row)
         self.loss.move_center(self._center_mean)
 
     def drop_gradients(self) -> None:

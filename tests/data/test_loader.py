@@ -13,7 +13,8 @@ from fastdino.data.augment import STD, apply_crop
 from fastdino.data.decode import decode
 from fastdino.data.loader import CropLoader, EpochSampler, center_views, useful_workers
 from fastdino.data.params import MultiCropRecipe, ViewRecipe, crop_params, draw_crops
-from fastdino.data.sources import FolderSource, SequenceSource
+from fastdino.data.sequences import SequenceSource
+from fastdino.data.sources import FolderSource
 
 RECIPE = MultiCropRecipe(
     globals=(ViewRecipe(size=32, scale=(0.4, 1.0)),) * 2, locals=(ViewRecipe(size=16, scale=(0.05, 0.4)),) * 3

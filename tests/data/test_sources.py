@@ -11,7 +11,8 @@ from PIL import Image
 
 from fastdino.data.decode import BadImage, open_image
 from fastdino.data.digits import load_digits
-from fastdino.data.sources import FolderSource, ParquetSource, SequenceSource, TarSource, expand, open_source
+from fastdino.data.sequences import SequenceSource
+from fastdino.data.sources import FolderSource, ParquetSource, TarSource, expand, open_source
 from fastdino.errors import UserError
 
 

@@ -82,7 +82,7 @@ def test_the_graph_goes_before_the_process_group(monkeypatch, how):
     order = mock.Mock()
     run = order.run
     run.train.side_effect = how
-    monkeypatch.setattr(loop, "_Run", lambda config, process: run)
+    monkeypatch.setattr(loop, "Run", lambda *_: run)
     monkeypatch.setattr(distributed, "start", lambda *_: None)
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
@@ -95,7 +95,7 @@ def test_the_graph_goes_before_the_process_group(monkeypatch, how):
             loop.train(TrainConfig(data_path="x"))
     assert order.mock_calls == [
         mock.call.run.train(),
-        mock.call.run.step.close(),
+        mock.call.run.parts.step.close(),
         mock.call.synchronize(),
         mock.call.destroy(),
     ]
@@ -104,7 +104,7 @@ def test_the_graph_goes_before_the_process_group(monkeypatch, how):
 def test_a_device_that_failed_does_not_hide_what_ended_the_run(monkeypatch):
     run = mock.Mock()
     run.train.side_effect = ValueError("the cause")
-    monkeypatch.setattr(loop, "_Run", lambda config, process: run)
+    monkeypatch.setattr(loop, "Run", lambda *_: run)
     monkeypatch.setattr(distributed, "start", lambda *_: None)
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")

@@ -18,8 +18,10 @@ from PIL import Image
 from fastdino import load_backbone, load_checkpoint
 from fastdino.cli import main
 from fastdino.errors import TrainingError, UserError
-from fastdino.train import loop
-from fastdino.train.checkpoint import save_checkpoint
+from fastdino.train import loop, words
+from fastdino.train.build import Own, assemble
+from fastdino.train.distributed import start
+from fastdino.train.interrupt import Stop
 from fastdino.train.loop import train
 
 
@@ -99,7 +101,7 @@ def test_a_run_stopped_after_an_epoch_resumes_to_the_same_bits(finished, tiny, t
 def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_bits(finished, tiny, tmp_path, monkeypatch, steps, capsys):
     folder, _ = finished
 
-    class StopAfter(loop._Stop):
+    class StopAfter(Stop):
         calls = 0
 
         @property
@@ -108,7 +110,7 @@ def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_bits(finished, tiny, 
             return self.calls >= steps
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_Stop", StopAfter)
+        patch.setattr(loop, "Stop", StopAfter)
         result = train(tiny())
     assert result.interrupted
     stopped = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
@@ -122,11 +124,11 @@ def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_bits(finished, tiny, 
 
 
 def test_waiting_for_data_is_said_with_its_cure(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "MUCH_WAITING", -1.0)
-    monkeypatch.setattr(loop, "SHORT_EPOCH", 0.0)
+    monkeypatch.setattr(words, "MUCH_WAITING", -1.0)
+    monkeypatch.setattr(words, "SHORT_EPOCH", 0.0)
     train(tiny(epochs=1, warmup_epochs=0, augment="exact"))
-    words = r"\d% of the time went into waiting for data: more threads \(--num_workers, now 0\), --augment fast"
-    assert re.search(words, capsys.readouterr().out)
+    expected = r"\d% of the time went into waiting for data: more threads \(--num_workers, now 0\), --augment fast"
+    assert re.search(expected, capsys.readouterr().out)
 
 
 def test_a_finished_run_is_left_as_it_is(finished, tiny, tmp_path):
@@ -168,17 +170,9 @@ def test_a_save_that_dies_half_way_leaves_the_last_checkpoint(finished, tiny, tm
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", die)
-    run = loop._Run(tiny(epochs=1, warmup_epochs=0), loop.distributed.start("cpu", "env://"))
+    parts = assemble(tiny(epochs=1, warmup_epochs=0), start("cpu", "env://"), Own(), print)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(
-            path,
-            student=run.student,
-            teacher=run.teacher,
-            optimizer=run.step.optimizer,
-            loss=run.loss,
-            epoch=1,
-            config=run.config,
-        )
+        parts.save(1)
     assert path.read_bytes() == before
 
 

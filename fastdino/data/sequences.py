@@ -1,0 +1,80 @@
+"""Images that Python holds: a sequence of them, or a `torch.utils.data.Dataset`, as a source."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastdino.data.decode import BadImage, open_image
+from fastdino.data.sources import kind, labels_of
+from fastdino.errors import UserError
+
+
+class Indexed(Protocol):
+    """A length, and items by index: a list, a map-style Dataset, a Hugging Face dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class SequenceSource:
+    """PIL images, uint8 arrays (H, W) or (H, W, 3), tensors (3, H, W) in uint8 or in [0, 1], or encoded bytes.
+
+    An item may be a tuple or a dict that has the image first or under `image`. labels: a class number for each, or
+    None. Items are read from several threads at once. Raises ValueError where there are none, or as many labels.
+    """
+
+    def __init__(self, images: Indexed, labels: Sequence[int] | None = None, what: str = "images in memory") -> None:
+        if not len(images):
+            raise ValueError("images: expected at least one, got none")
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"labels: expected {len(images)}, one for each image, got {len(labels)}")
+        self.images, self.what = images, what
+        self.classes: Sequence[str] = []
+        self.labels: NDArray[np.int64] | None = None
+        if labels is not None:
+            self.classes, self.labels = labels_of([str(int(label)) for label in labels])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> bytes | NDArray[np.uint8]:
+        item = self.images[index]
+        item = item["image"] if isinstance(item, dict) else item[0] if isinstance(item, (tuple, list)) else item
+        if isinstance(item, bytes):
+            return item
+        if isinstance(item, torch.Tensor):
+            item = item.permute(1, 2, 0) if item.ndim == 3 else item
+            item = (item * 255).round().clamp(0, 255).byte().numpy() if item.is_floating_point() else item.numpy()
+        pixels = np.asarray(item.convert("RGB") if isinstance(item, Image.Image) else item)
+        return np.repeat(pixels[..., None], 3, -1) if pixels.ndim == 2 else pixels
+
+    def name(self, index: int) -> str:
+        return f"item {index} of {self.what}"
+
+    def describe(self) -> str:
+        return f"{len(self):,} {self.what}, {kind(self)}"
+
+
+def dataset_source(dataset: Any, name: str) -> SequenceSource:
+    """A dataset of one's own. Labels, where it has any, are its attribute `targets`, as in torchvision's datasets.
+
+    Raises UserError where it has no length and items, is empty, or does not begin with an image.
+    """
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserError(f"{name}: expected a dataset with __len__ and __getitem__, got {type(dataset).__name__}")
+    try:
+        source = SequenceSource(dataset, getattr(dataset, "targets", None), f"images of {type(dataset).__name__}")
+        open_image(source[0])
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+    except (BadImage, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{name}: expected images (PIL, uint8 arrays (H, W, 3), tensors (3, H, W)), alone or first in a tuple; "
+            f"item 0 is {type(dataset[0]).__name__}: {error}"
+        ) from error
+    return source

@@ -1,0 +1,277 @@
+"""What a run is made of, from its arguments: images, networks, the step, the loader. Nothing here writes."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdino.data.digits import load_digits
+from fastdino.data.loader import CropLoader, EpochSampler, useful_workers
+from fastdino.data.sequences import dataset_source
+from fastdino.data.sources import ImageSource, open_source
+from fastdino.errors import UserError
+from fastdino.loss import DINOLoss
+from fastdino.model import ARCHITECTURES, DINOHead, MultiCropWrapper
+from fastdino.train import distributed
+from fastdino.train.checkpoint import load_checkpoint, restore, save_checkpoint
+from fastdino.train.config import TrainConfig
+from fastdino.train.distributed import Process
+from fastdino.train.modes import why_no_graph
+from fastdino.train.optim import is_fused
+from fastdino.train.precision import amp_dtype
+from fastdino.train.schedules import Schedules
+from fastdino.train.sinks import Sink
+from fastdino.train.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a caller in Python brings along instead of flags: see `fastdino.train`."""
+
+    dataset: Any = None
+    val_dataset: Any = None
+    backbone: nn.Module | None = None
+    callbacks: Sequence[Sink] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Of one process. step holds the networks and the loss, on the device; sampler deals out the images."""
+
+    config: TrainConfig
+    process: Process
+    source: ImageSource
+    held_out: ImageSource | None
+    sampler: EpochSampler
+    step: TrainStep
+    loader: CropLoader
+    is_built_in: bool
+    """Whether the backbone is config.arch, and not one of the caller's own."""
+
+    @property
+    def niter(self) -> int:
+        """Steps of an epoch."""
+        return len(self.sampler)
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a step, of all processes."""
+        return self.config.batch_size_per_gpu * self.process.world_size
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The teacher's: what is evaluated, and what people take away."""
+        backbone = self.step.teacher.backbone
+        assert isinstance(backbone, nn.Module)
+        return backbone
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return Path(self.config.output_dir)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last one."""
+        return self.folder / "checkpoint.pth"
+
+    def resume(self) -> int:
+        """Restore the output folder's checkpoint, where there is one; the iteration to go on from.
+
+        Raises UserError where it cannot be read, or is of another run.
+        """
+        if not (self.config.resume and self.checkpoint.is_file()):
+            return 0
+        checkpoint = load_checkpoint(self.checkpoint)
+        step = self.step
+        try:
+            restore(
+                checkpoint,
+                student=step.student,
+                teacher=step.teacher,
+                optimizer=step.update.optimizer,
+                loss=step.loss,
+                scaler=step.update.scaler,
+            )
+        except UserError as error:
+            raise UserError(f"cannot resume from {self.checkpoint} (--resume false starts anew): {error}") from error
+        step.refresh_copies()
+        first = int(checkpoint["epoch"]) * self.niter
+        iteration = int(checkpoint.get("iteration", first))
+        return iteration if first <= iteration < first + self.niter else first
+
+    def save(self, epoch: int, iteration: int | None = None) -> None:
+        """Write checkpoint.pth, and every saveckp_freq epochs the one that stays. epoch: finished epochs.
+
+        iteration: steps done, inside of an epoch.
+        """
+        paths = [self.checkpoint]
+        if iteration is None and self.config.saveckp_freq and (epoch - 1) % self.config.saveckp_freq == 0:
+            paths.append(self.folder / f"checkpoint{epoch - 1:04}.pth")
+        for path in paths:
+            save_checkpoint(
+                path,
+                student=self.step.student,
+                teacher=self.step.teacher,
+                optimizer=self.step.update.optimizer,
+                loss=self.step.loss,
+                epoch=epoch,
+                config=self.config,
+                scaler=self.step.update.scaler,
+                iteration=iteration,
+            )
+
+
+def assemble(config: TrainConfig, process: Process, own: Own, say: Callable[[str], object]) -> Parts:
+    """All parts of a run, and `say` for what the step has to tell. Raises UserError where they cannot be had."""
+    source, held_out = open_sources(config, own.dataset, own.val_dataset)
+    sampler = EpochSampler(len(source), config.batch_size_per_gpu, config.seed, process.rank, process.world_size)
+    batch_size = config.batch_size_per_gpu * process.world_size
+    if len(source) < batch_size:
+        raise UserError(
+            f"{source.describe()}: fewer than the {batch_size} of one step; "
+            f"lower --batch_size_per_gpu (now {config.batch_size_per_gpu}) or add images"
+        )
+    step = build_step(config, process, len(sampler), build_networks(config, own.backbone), say)
+    loader = CropLoader(
+        source,
+        config.recipe(),
+        sampler,
+        num_workers=useful_workers(config.num_workers, distributed.local_world_size()),
+        device=process.device,
+        augment=config.augment,
+        dct_scale=config.dct_scale,
+    )
+    return Parts(
+        config=config,
+        process=process,
+        source=source,
+        held_out=held_out,
+        sampler=sampler,
+        step=step,
+        loader=loader,
+        is_built_in=own.backbone is None,
+    )
+
+
+def _own(val_dataset: Any) -> ImageSource | None:
+    return None if val_dataset is None else dataset_source(val_dataset, "val_dataset")
+
+
+def open_sources(
+    config: TrainConfig, dataset: Any = None, val_dataset: Any = None
+) -> tuple[ImageSource, ImageSource | None]:
+    """(images to train on, held-out images or None): datasets of one's own, --data_path and --val_path, or the digits.
+
+    Raises UserError where there are none, or the two do not have the same classes.
+    """
+    if dataset is not None:
+        return dataset_source(dataset, "dataset"), _own(val_dataset)
+    if config.data_path is None:
+        return load_digits()
+    source = open_source(config.data_path)
+    if config.val_path is None:
+        return source, _own(val_dataset)
+    held_out = open_source(config.val_path)
+    if list(held_out.classes) != list(source.classes) or not source.classes:
+        raise UserError(
+            f"--val_path: expected the class folders of --data_path ({', '.join(source.classes) or 'none'}), "
+            f"got {', '.join(held_out.classes) or 'none'}"
+        )
+    return source, held_out
+
+
+def build_networks(config: TrainConfig, backbone: nn.Module | None = None) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+    """(student, its frozen copy as teacher): only the student has drop-path and a say about the prototypes' lengths.
+
+    backbone: the student's, instead of config.arch; the teacher gets a copy. Raises UserError where it has no
+    embed_dim.
+    """
+    if backbone is not None and not isinstance(getattr(backbone, "embed_dim", None), int):
+        raise UserError(
+            f"backbone: expected a module with an integer embed_dim, the width of its features; "
+            f"got {type(backbone).__name__}"
+        )
+
+    def network(of: Any, norm_last_layer: bool) -> MultiCropWrapper:
+        head = DINOHead(
+            of.embed_dim,
+            config.out_dim,
+            use_bn=config.use_bn_in_head,
+            norm_last_layer=norm_last_layer,
+            hidden_dim=config.hidden_dim,
+            bottleneck_dim=config.bottleneck_dim,
+        )
+        return MultiCropWrapper(of, head)
+
+    def built(drop_path_rate: float) -> nn.Module:
+        for name, size in (("global", config.global_crops_size), ("local", config.local_crops_size)):
+            if size % config.patch_size and (name == "global" or config.local_crops_number):
+                raise UserError(
+                    f"--patch_size: expected a divisor of --{name}_crops_size={size}, got {config.patch_size}"
+                )
+        return ARCHITECTURES[config.arch](
+            config.patch_size,
+            img_size=[config.global_crops_size],
+            drop_path_rate=drop_path_rate,
+            drop_path_mode=config.drop_path_mode,
+            checkpointing=config.checkpointing,
+        )
+
+    torch.manual_seed(config.seed)
+    student = network(backbone or built(config.drop_path_rate), config.norm_last_layer)
+    teacher = network(copy.deepcopy(backbone) if backbone else built(0.0), True)
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher.requires_grad_(False)
+
+
+def build_step(
+    config: TrainConfig,
+    process: Process,
+    niter_per_ep: int,
+    networks: tuple[MultiCropWrapper, MultiCropWrapper],
+    say: Callable[[str], object],
+) -> TrainStep:
+    """The step on the process's device. Raises UserError for a mode, precision or backend that cannot be there."""
+    device = process.device
+    precision = amp_dtype(config, device)
+    no_graph = why_no_graph(device, is_fused(config.optimizer, precision))
+    if config.step == "graph" and no_graph:
+        raise UserError(f"--step: graph needs {no_graph}; use auto, compiled or eager")
+    automatic = "eager" if device.type != "cuda" else "compiled" if no_graph else "graph"
+    for network in networks:
+        distributed.synchronize_batchnorm(network, process)
+        network.to(device)
+    loss = DINOLoss(
+        config.out_dim,
+        config.ncrops,
+        config.warmup_teacher_temp,
+        config.teacher_temp,
+        config.warmup_teacher_temp_epochs,
+        config.epochs,
+    ).to(device)
+    try:
+        step = TrainStep(
+            student=networks[0],
+            teacher=networks[1],
+            loss=loss,
+            optimizer=config.optimizer,
+            schedules=Schedules.of(config, niter_per_ep, process.world_size),
+            niter_per_ep=niter_per_ep,
+            clip_grad=config.clip_grad,
+            freeze_last_layer=config.freeze_last_layer,
+            amp_dtype=precision,
+            mode=automatic if config.step == "auto" else config.step,
+            accumulate=config.accumulate,
+            attention_backend=config.attention,
+            say=say,
+        )
+        sides = [config.global_crops_size] * 2 + [config.local_crops_size] * config.local_crops_number
+        step.prepare([torch.empty(config.batch_size_per_gpu, 3, side, side, device="meta") for side in sides])
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    return step

@@ -1,0 +1,38 @@
+"""Values of several flags that go together, by name."""
+
+from typing import Any
+
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "dino": {},  # the defaults
+    "dinov2": {"blur_prob": (0.0, 0.9, 0.5)},  # what its code amounts to: torchvision's p there is that of no blur
+    "none": {"jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": (0.0, 0.0, 0.0), "solarize_prob": 0.0},
+}
+
+# Without data: the handwritten digits that scikit-learn carries. Learned in minutes on two CPU cores.
+DIGITS: dict[str, Any] = {
+    "arch": "vit_nano",
+    "patch_size": 6,
+    "out_dim": 1024,
+    "hidden_dim": 512,
+    "use_bn_in_head": True,  # without it this small model collapses to ln K
+    "drop_path_rate": 0.0,
+    "momentum_teacher": 0.97,
+    "epochs": 48,
+    "batch_size_per_gpu": 64,
+    "lr": 0.004,
+    "warmup_epochs": 2,
+    # 8 x 8 strokes: smaller parts of a digit say too little of which one it is.
+    "global_crops_size": 24,
+    "global_crops_scale": (0.7, 1.0),
+    "local_crops_number": 2,
+    "local_crops_size": 18,
+    "local_crops_scale": (0.4, 0.9),
+    "flip_prob": 0.0,  # a mirrored 2 is not a 2
+    "gray_prob": 0.0,
+    "solarize_prob": 0.0,
+    "eval_resize": 24,
+    "num_workers": 1,
+    "knn_freq": 8,
+    "output_dir": "fastdino_digits",
+    "resume": False,
+}

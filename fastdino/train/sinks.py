@@ -1,0 +1,263 @@
+"""Where a run's numbers go: log.txt, curves.png, TensorBoard, Weights & Biases, MLflow, callbacks; `console`, too.
+
+The loop tells all of them the same: an entry every few steps, one at the end of each epoch. Only the main process has
+any.
+"""
+
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastdino.errors import TrainingError, UserError
+from fastdino.train.config import TrainConfig
+
+Entry = dict[str, Any]
+REDRAW_AFTER = 60.0  # seconds between drawings of the curves during a run
+
+
+class Sink:
+    """What is told the numbers of a run; derive from it for a callback. What is not overridden does nothing.
+
+    A step's entry: iteration (done so far), epoch (from 0), loss, kl and teacher_entropy in nats, grad_norm (of all
+    gradients, before the clip), lr, images_per_s, data_wait (share of the time). An epoch's entry: the line of log.txt.
+    """
+
+    def step(self, entry: Entry) -> None:
+        """After every few steps; their means."""
+
+    def epoch(self, entry: Entry) -> None:
+        """After an epoch, its evaluations included."""
+
+    def close(self) -> None:
+        """At the end of the run, however it ends."""
+
+
+class Sinks(Sink):
+    """Several as one. Raises TrainingError, naming the sink, where one of them raises."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        for sink in self._sinks:
+            try:
+                getattr(sink, what)(*arguments)
+            except Exception as error:
+                name = type(sink).__name__
+                raise TrainingError(f"{name}.{what} raised {type(error).__name__}: {error}") from error
+
+    def step(self, entry: Entry) -> None:
+        """To all, in order."""
+        self._tell("step", entry)
+
+    def epoch(self, entry: Entry) -> None:
+        """To all, in order."""
+        self._tell("epoch", entry)
+
+    def close(self) -> None:
+        """To all, in order."""
+        self._tell("close")
+
+
+class LogFile(Sink):
+    """log.txt: one JSON object per epoch; train_loss, train_lr, train_wd and epoch as in the original, and more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Entry]:
+        """The entries so far; a line cut short by a kill is left out."""
+        entries = []
+        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return entries
+
+    def keep_before(self, epoch: int) -> None:
+        """Drop entries of epochs that are about to be trained again."""
+        kept = [entry for entry in self.read() if entry.get("epoch", -1) < epoch]
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def epoch(self, entry: Entry) -> None:
+        """Add a line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class Curves(Sink):
+    """curves.png, from log.txt: now and then, and at the end."""
+
+    def __init__(self, log: LogFile, out_dim: int, path: Path) -> None:
+        self._log, self._out_dim, self._path = log, out_dim, path
+        self._drawn_at = time.monotonic()
+
+    def epoch(self, entry: Entry) -> None:
+        """Draw, where the last picture is old."""
+        if time.monotonic() - self._drawn_at > REDRAW_AFTER:
+            self.close()
+
+    def close(self) -> None:
+        """Draw."""
+        draw_curves(self._log.read(), self._out_dim, self._path)
+        self._drawn_at = time.monotonic()
+
+
+def numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+    """What of an entry is a number to plot; its place in the run is not."""
+    return {
+        key: float(value)
+        for key, value in entry.items()
+        if isinstance(value, (int, float)) and key not in ("iteration", "epoch")
+    }
+
+
+class Logger(Sink):
+    """Sends every number under train/ or epoch/, both over iterations. Made when the run begins to write."""
+
+    def __init__(self, config: TrainConfig, niter_per_ep: int) -> None:
+        self._niter_per_ep = niter_per_ep
+        self.open(config)
+
+    def open(self, config: TrainConfig) -> None:
+        """Begin the run."""
+        raise NotImplementedError
+
+    def log(self, values: dict[str, float], iteration: int) -> None:
+        """Keep some numbers."""
+        raise NotImplementedError
+
+    def step(self, entry: Entry) -> None:
+        """Under train/."""
+        self.log({f"train/{name}": x for name, x in numbers(entry).items()}, entry["iteration"])
+
+    def epoch(self, entry: Entry) -> None:
+        """Under epoch/."""
+        iteration = (entry["epoch"] + 1) * self._niter_per_ep
+        self.log({f"epoch/{name}": x for name, x in numbers(entry).items()}, iteration)
+
+
+class TensorBoard(Logger):
+    """Event files in the output folder: `tensorboard --logdir FOLDER`."""
+
+    def open(self, config: TrainConfig) -> None:
+        """Begin a file."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(config.output_dir)
+
+    def log(self, values: dict[str, float], iteration: int) -> None:
+        """A point in each curve."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()
+
+
+class WandB(Logger):
+    """A run in a project of Weights & Biases."""
+
+    def open(self, config: TrainConfig) -> None:
+        """Begin the run; wandb asks for an account where it needs one."""
+        import wandb
+
+        self._run = wandb.init(project=config.wandb, dir=config.output_dir, config=asdict(config))
+
+    def log(self, values: dict[str, float], iteration: int) -> None:
+        """Send some numbers."""
+        self._run.log(values, step=iteration)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
+class MLflow(Logger):
+    """A run in an experiment of MLflow."""
+
+    def open(self, config: TrainConfig) -> None:
+        """Begin the run, where MLFLOW_TRACKING_URI says."""
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.set_experiment(config.mlflow)
+        mlflow.start_run()
+        mlflow.log_params(asdict(config))
+
+    def log(self, values: dict[str, float], iteration: int) -> None:
+        """Send some numbers."""
+        self._mlflow.log_metrics(values, step=iteration)
+
+    def close(self) -> None:
+        """End the run."""
+        self._mlflow.end_run()
+
+
+# Flags that open a logger, where they are given.
+LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+
+
+def asked_loggers(config: TrainConfig) -> list[type[Logger]]:
+    """The loggers that a run asks for. Raises UserError where one is not installed."""
+    asked = {flag: logger for flag, logger in LOGGERS.items() if getattr(config, flag)}
+    for flag in asked:
+        if importlib.util.find_spec(flag) is None:
+            raise UserError(f"--{flag}: {flag} is not installed: pip install {flag}")
+    return list(asked.values())
+
+
+def draw_curves(entries: Sequence[Entry], out_dim: int, path: Path) -> None:
+    """curves.png from the log: loss with teacher entropy and ln K, learning rate, teacher momentum, k-NN."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 6.4), layout="constrained", dpi=120)
+    axes = figure.subplots(2, 2)
+    epochs = [entry["epoch"] + 1 for entry in entries]
+    marker = "o" if len(epochs) < 12 else ""
+
+    def curve(ax: Any, key: str, label: str, color: str) -> None:
+        points = [(entry["epoch"] + 1, entry[key]) for entry in entries if entry.get(key) is not None]
+        if points:
+            ax.plot(*zip(*points), label=label, color=color, marker=marker, markersize=3)
+
+    curve(axes[0, 0], "train_loss", "loss", "#1f5fa8")
+    curve(axes[0, 0], "train_teacher_entropy", "teacher entropy", "#c8553d")
+    axes[0, 0].axhline(
+        math.log(out_dim), color="0.6", linestyle=":", label=f"ln K = {math.log(out_dim):.2f} (collapse)"
+    )
+    axes[0, 0].set_title("loss and teacher entropy (nats)")
+    axes[0, 0].legend(fontsize=8)
+    curve(axes[1, 0], "train_lr", "learning rate", "#1f5fa8")
+    axes[1, 0].set_title("learning rate")
+    axes[1, 0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    curve(axes[1, 1], "train_momentum", "momentum", "#1f5fa8")
+    axes[1, 1].set_title("teacher momentum")
+    knn = [(entry["epoch"] + 1, entry["knn"]) for entry in entries if entry.get("knn") is not None]
+    if entries and entries[0].get("knn_before") is not None:
+        knn.insert(0, (entries[0]["epoch"], entries[0]["knn_before"]))
+    if knn:
+        axes[0, 1].plot(*zip(*knn), color="#2f7d4f", marker="o", markersize=3)
+        axes[0, 1].annotate(f"{knn[-1][1]:.3f}", knn[-1], textcoords="offset points", xytext=(-2, -14), ha="right")
+        axes[0, 1].set_ylim(0, 1)
+    else:
+        axes[0, 1].text(
+            0.5, 0.5, "no labels, no k-NN", ha="center", va="center", color="0.5", transform=axes[0, 1].transAxes
+        )
+    axes[0, 1].set_title("k-NN accuracy of the teacher")
+    for ax in axes.flat:
+        ax.set_xlabel("epoch")
+        ax.set_xlim(0, max(epochs, default=1) + 0.5)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    figure.savefig(path)

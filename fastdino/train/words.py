@@ -1,0 +1,76 @@
+"""What a run says of itself: at the start, after an epoch that had something to remark on, and at the end."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from fastdino.eval.attention_maps import draw_samples
+from fastdino.train.build import Parts
+from fastdino.train.config import command_line
+
+MUCH_WAITING = 0.1  # warn when loading takes more than this share of an epoch
+SHORT_EPOCH = 10.0  # seconds: in less, the first batch is most of the waiting
+NAMED_BAD = 3  # unreadable files named on the console; log.txt names all
+
+Say = Callable[[str], object]
+
+
+def introduce(parts: Parts, iteration: int, say: Say) -> None:
+    """What is about to be trained, on what, and how. iteration: where a resumed run goes on."""
+    config, process, step = parts.config, parts.process, parts.step
+    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[step.amp_dtype]
+    name = f"{config.arch}/{config.patch_size}" if parts.is_built_in else type(parts.backbone).__name__
+    n_params = sum(p.numel() for p in parts.backbone.parameters()) / 1e6
+    say(f"data    {parts.source.describe()}")
+    if parts.held_out:
+        say(f"        {parts.held_out.describe()}")
+    say(f"model   {name}, {n_params:.1f} M parameters, {config.out_dim:,} prototypes")
+    say(
+        f"crops   2 x {config.global_crops_size} px + {config.local_crops_number} x {config.local_crops_size} px, "
+        f"{parts.batch_size} images a step"
+    )
+    say(f"loading {parts.loader.describe()}")
+    processes = f" x {process.world_size} processes" if process.world_size > 1 else ""
+    n_threads = parts.loader.num_workers
+    workers = f"{n_threads} loading thread{'' if n_threads == 1 else 's'}"
+    fewer = f" (of {config.num_workers}: one per core)" if n_threads < config.num_workers else ""
+    say(
+        f"run     {config.epochs} epochs x {parts.niter} steps of {config.optimizer} on {process.device}"
+        f"{processes}, {precision}, {workers}{fewer}"
+    )
+    say(f"step    {step.mode}" + (f"; attention {step.attention}" if step.attention else ""))
+    if iteration:
+        epoch, done = divmod(iteration, parts.niter)
+        say(f"resumed {parts.checkpoint} after {epoch} epochs" + (f" and {done} steps" if done else ""))
+
+
+def remark(parts: Parts, seconds: float, data_wait: float, bad: Sequence[str], say: Say) -> None:
+    """After an epoch of so many seconds: what to do about the waiting, which images were left out."""
+    if data_wait > MUCH_WAITING and seconds > SHORT_EPOCH:
+        say(f"  {data_wait:.0%} of the time went into waiting for data: {parts.loader.cure()}")
+    if bad:
+        named = "; ".join(bad[:NAMED_BAD]) + ("; ..." if len(bad) > NAMED_BAD else "")
+        say(f"  skipped {len(bad)} unreadable of {len(parts.source):,} images (named in log.txt): {named}")
+
+
+def conclude(
+    parts: Parts, iteration: int, before: Mapping[str, float], after: Mapping[str, float], seconds: float, say: Say
+) -> None:
+    """At the end: attention.png, how well it went or how to go on, and what was written."""
+    config = parts.config
+    n_images, picture = config.attention_images, parts.folder / "attention.png"
+    missing = draw_samples(parts.backbone, parts.held_out or parts.source, n_images, picture, *config.eval_size)
+    if missing:
+        say(f"no attention.png: {missing}")
+    if iteration < config.epochs * parts.niter:
+        epoch, done = divmod(iteration, parts.niter)
+        say(f"stopped in epoch {epoch + 1} after {done} of {parts.niter} steps; saved {parts.checkpoint}")
+        say(f"resume with: {command_line(config, parts.process.world_size)}")
+        return
+    if "knn" in after:
+        at_first = f"{before['knn']:.4f} before training, " if "knn" in before else ""
+        held_out = parts.held_out
+        on = f"{len(held_out)} held-out images" if held_out else "the training images, leave-one-out"
+        say(f"k-NN on {on}: {at_first}{after['knn']:.4f} after; {seconds:.0f} s")
+    names = ["checkpoint.pth", "log.txt", "args.json", "curves.png", "attention.png"]
+    say("wrote " + ", ".join(str(parts.folder / name) for name in names if (parts.folder / name).is_file()))
