@@ -416,7 +416,7 @@ class _Run:
             f"{meter.data_wait:.0%} waiting for data" + (f"  k-NN {knn:.4f}" if knn is not None else "")
         )
         if meter.data_wait > MUCH_WAITING and meter.seconds > SHORT_EPOCH:
-            self.reporter.say(f"  {meter.data_wait:.0%} of the time went into waiting for data: {self.loader.cure()}")
+            self.reporter.say(f"  {meter.data_wait:.0%} of the time went into waiting for data: {self.loader.advice()}")
         if bad:
             named = "; ".join(bad[:NAMED_BAD]) + ("; ..." if len(bad) > NAMED_BAD else "")
             self.reporter.say(
