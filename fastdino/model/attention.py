@@ -49,8 +49,6 @@ class Packing(NamedTuple):
         return torch.cat([x[:, None].expand(group).flatten() for x, group in zip(parts, self.groups)])[:, None]
 
 
-# --- the backends --------------------------------------------------------------------------------------------------
-
 # q, k, v (M, H, D), scale, packing -> (M, H, D) in parts, as they were computed
 AttentionOp = Callable[[Tensor, Tensor, Tensor, float, Packing], list[Tensor]]
 
@@ -206,8 +204,6 @@ BACKENDS = {
 }
 
 
-# --- which one -----------------------------------------------------------------------------------------------------
-
 PROBE = Packing(((2, 197), (4, 37)))  # more than 128 tokens, and fewer: libraries have other kernels for them
 WARM_UP, TIMINGS, REPLAYS = 3, 5, 5
 
@@ -244,11 +240,12 @@ class _Workload(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     compiled: bool
+    device: str = "cuda"
 
     def qkv(self, packing: Packing) -> Tensor:
-        """(M, 3, H, D) on the GPU, of which the model's q, k and v are views."""
-        shape = sum(packing.sizes), 3, self.n_heads, self.head_dim
-        return torch.randn(shape, device="cuda", dtype=self.dtype, requires_grad=True)
+        """(M, 3, H, D), of which the model's q, k and v are views. Leaves the run's random numbers alone."""
+        shape, own = (sum(packing.sizes), 3, self.n_heads, self.head_dim), torch.Generator(self.device)
+        return torch.randn(shape, generator=own, device=self.device, dtype=self.dtype, requires_grad=True)
 
     def of(self, backend: Backend) -> Callable[[], None]:
         """The work as a function; where compiled, it is traced as the step will be."""
@@ -259,7 +256,7 @@ class _Workload(NamedTuple):
             q, k, v = qkv.unbind(1)
             return run(q, k, v, self.head_dim**-0.5, packing)
 
-        upstream = [torch.randn_like(out) for out in attend(student, self.student)]
+        upstream = [out.detach() for out in attend(student, self.student)]
 
         def work() -> None:
             if self.teacher is not None and teacher is not None:
