@@ -160,7 +160,7 @@ def _boundaries(lengths: list[int], device: torch.device) -> _Boundaries:
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> list[Tensor]:
     """torch.nn.attention.varlen over all groups in one call. A scale of its own is folded into q: not every version
-    takes one.
+    takes one. Flash or, from 2.14 on and for images of more than 128 tokens on Hopper, cuDNN: by shapes, in every call.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -195,8 +195,8 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        # Not fp32 where compiled: PyTorch tells the compiler another signature of the backward pass than it has
-        # (the fake of _efficient_attention_backward, versions 2.10 to 2.14).
+        # Not fp32 where compiled: what PyTorch shows the compiler of the backward kernel lacks an argument
+        # (meta__efficient_attention_backward has no `out`: versions 2.11, 2.13 and 2.14).
         Backend("xformers", xformers, dtypes=(*HALF, torch.float32), lacks=_xformers_lacks),
         Backend("varlen", varlen),
         Backend("sdpa", sdpa, on_cuda_only=False, dtypes=None, compiled_dtypes=None),
