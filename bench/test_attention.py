@@ -1,6 +1,7 @@
 """Attention forward and backward over the packed crops of a step: 197 tokens of each global, 37 of each local.
 
-Every provider gets q, k, v (M, H, D) as the model has them. Checked against fp64 on a small batch, gradients included.
+Every provider gets q, k, v (M, H, D) as the model has them, views of one (M, 3, H, D). Checked against fp64 on a small
+batch, gradients included.
 Axes: M tokens of all images, N tokens of an image, H heads, D channels of a head.
 """
 
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.measure import DEVICE, ON_GPU, QUICK
 from fastdino.model import attention
 from fastdino.model.attention import Packing
+from fastdino.model.attention_choice import why_not
 
 HEAD_DIM = 64
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -27,18 +29,18 @@ def packing(batch: int) -> Packing:
     return Packing(((2 * batch, 197), (N_LOCAL * batch, 37)))
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, images: Packing) -> Tensor:
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, images: Packing) -> list[Tensor]:
     """The probabilities written to memory, per resolution."""
     outputs = []
     for group in zip(images.split(q), images.split(k), images.split(v)):
         query, key, value = (x.transpose(1, 2) for x in group)
         out = (query @ key.transpose(-2, -1) * scale).softmax(-1) @ value
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
+    return outputs
 
 
 def forced(kernel: SDPBackend) -> attention.AttentionOp:
-    def run(*arguments: Any) -> Tensor:
+    def run(*arguments: Any) -> list[Tensor]:
         with sdpa_kernel(kernel):
             try:
                 return attention.sdpa(*arguments)
@@ -50,25 +52,26 @@ def forced(kernel: SDPBackend) -> attention.AttentionOp:
 
 PROVIDERS: dict[str, attention.AttentionOp] = {
     "plain": plain,
-    **attention.BACKENDS,
+    **{name: backend.run for name, backend in attention.BACKENDS.items()},
     "sdpa flash": forced(SDPBackend.FLASH_ATTENTION),
     "sdpa efficient": forced(SDPBackend.EFFICIENT_ATTENTION),
     "sdpa cudnn": forced(SDPBackend.CUDNN_ATTENTION),
 }
 
 
-def inputs(batch: int, heads: int, dtype: torch.dtype) -> list[Tensor]:
+def inputs(batch: int, heads: int, dtype: torch.dtype) -> Tensor:
     torch.manual_seed(0)
-    shape = (sum(packing(batch).sizes), heads, HEAD_DIM)
-    return [torch.randn(shape, device=DEVICE).to(DTYPE).to(dtype).requires_grad_() for _ in range(3)]
+    shape = (sum(packing(batch).sizes), 3, heads, HEAD_DIM)
+    return torch.randn(shape, device=DEVICE).to(DTYPE).to(dtype).requires_grad_()
 
 
-def both_ways(op: attention.AttentionOp, qkv: list[Tensor], images: Packing) -> Callable[[], list[Tensor]]:
-    upstream = torch.ones_like(qkv[0])
+def both_ways(op: attention.AttentionOp, qkv: Tensor, images: Packing) -> Callable[[], list[Tensor]]:
+    """Outputs in parts, and the gradient of qkv."""
+    upstream = torch.ones_like(qkv[:, 0])
 
     def run() -> list[Tensor]:
-        out = op(*qkv, HEAD_DIM**-0.5, images)
-        return [out, *torch.autograd.grad(out, qkv, upstream)]
+        parts = op(*qkv.unbind(1), HEAD_DIM**-0.5, images)
+        return [*parts, *torch.autograd.grad(parts, qkv, upstream.split([len(part) for part in parts]))]
 
     return run
 
@@ -76,16 +79,16 @@ def both_ways(op: attention.AttentionOp, qkv: list[Tensor], images: Packing) -> 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda n: f"B{BATCH} 2x197+{N_LOCAL}x37 H{n}")
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_crops(provider: str, heads: int, timed: Any) -> None:
-    if provider in attention.BACKENDS and (reason := attention.why_not(provider, DEVICE.type, DTYPE)):
+    if provider in attention.BACKENDS and (reason := why_not(provider, DEVICE.type, DTYPE)):
         pytest.skip(reason)
     if provider.startswith("sdpa ") and not ON_GPU:
         pytest.skip("a choice of kernels that only CUDA has")
     op = PROVIDERS[provider]
-    exact, same, got = (
+    runs = (
         both_ways(way, inputs(2, heads, dtype), packing(2))()
         for way, dtype in ((plain, torch.float64), (plain, DTYPE), (op, DTYPE))
     )
-    for truth, rounded, ours in zip(exact, same, got):
+    for truth, rounded, ours in zip(*((torch.cat(parts), gradient) for *parts, gradient in runs)):
         allowed = 2 * (rounded - truth).abs().max() + 2 * torch.finfo(DTYPE).eps * truth.abs().max()
         error = (ours - truth).abs().max()
         assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}: not timed"

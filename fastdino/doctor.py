@@ -12,7 +12,8 @@ import torch
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.loader import useful_workers
 from fastdino.data.sources import FolderSource
-from fastdino.model.attention import BACKENDS, why_not
+from fastdino.model.attention import BACKENDS
+from fastdino.model.attention_choice import why_not
 
 PACKAGES = ("fastdino", "torch", "triton", "xformers", "numpy", "pillow", "simplejpeg")
 READ_SECONDS = 3.0

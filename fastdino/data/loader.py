@@ -141,7 +141,7 @@ class CropLoader:
         self.on_gpu = self.device.type == "cuda"
         self.exact = self.on_gpu if augment == "auto" else augment == "exact"
         # Twice what the smallest boxes need: the resize still does most of the smoothing.
-        self.enough = round(2 * recipe.short_side) if dct_scale else 0
+        self.min_pixels = round(2 * recipe.short_side) if dct_scale else 0
         self.buffers = [PackedBuffer(pin=self.on_gpu) for _ in range(N_BUFFERS if num_workers else 1)]
         self._free: SimpleQueue[PackedBuffer] = SimpleQueue()
         for buffer in self.buffers:
@@ -159,7 +159,7 @@ class CropLoader:
         sizes = []
         for index in np.linspace(0, len(self.source) - 1, min(N_SAMPLED, len(self.source))).astype(int):
             try:
-                opened = open_image(self.source[int(index)], self.enough)
+                opened = open_image(self.source[int(index)], self.min_pixels)
             except (BadImage, OSError):
                 continue
             sizes.append(3 * opened.width * opened.height)
@@ -172,16 +172,16 @@ class CropLoader:
         batches = f"{len(self.buffers)} batch{'es' if len(self.buffers) > 1 else ''} of decoded images"
         return f"crops {where}, {how}; {batches} in memory, about {_in_words(self.memory())}"
 
-    def cure(self) -> str:
+    def advice(self) -> str:
         """What to try where training waits for this loader."""
-        cures = []
+        advice = []
         if self.num_workers < useful_workers(sys.maxsize, 1):
-            cures.append(f"more threads (--num_workers, now {self.num_workers})")
+            advice.append(f"more threads (--num_workers, now {self.num_workers})")
         if self.exact and not self.on_gpu:
-            cures.append("--augment fast")
-        if not self.enough:
-            cures.append("--dct_scale true if the images are large")
-        return ", ".join([*cures, "smaller images or a faster disk"])
+            advice.append("--augment fast")
+        if not self.min_pixels:
+            advice.append("--dct_scale true if the images are large")
+        return ", ".join([*advice, "smaller images or a faster disk"])
 
     def __iter__(self) -> Iterator[Batch]:
         if self._batches is None:
@@ -240,7 +240,7 @@ class CropLoader:
         while item.n_bad <= int(len(self.source) * MAX_BAD):
             candidate = (item.index + item.n_bad) % len(self.source)
             try:
-                item.opened = open_image(self.source[candidate], self.enough)
+                item.opened = open_image(self.source[candidate], self.min_pixels)
                 return
             except (BadImage, OSError) as error:
                 self._blame(item, error)
@@ -291,18 +291,21 @@ class CropLoader:
 
         assert self._stream is not None
         n_images, groups = len(images.offset), []
-        ready = torch.cuda.Event()
+        copied, ready = torch.cuda.Event(blocking=True), torch.cuda.Event()
         with self._launching, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             on_device = PackedImages(*(x.to(self.device, non_blocking=True) for x in images))
-            for (n, size), table in zip(self._groups(), tables):
+            crops = [table and CropTable(*(x.to(self.device, non_blocking=True) for x in table)) for table in tables]
+            copied.record(self._stream)
+            for (n, size), table in zip(self._groups(), crops):
                 if table is None:
                     groups.append(torch.empty(0, n_images, 3, 0, 0, device=self.device))
                     continue
-                crops = CropTable(*(x.to(self.device, non_blocking=True) for x in table))
-                made = multi_crop_augment(on_device, crops, size, mean=MEAN, std=STD, exact=self.exact)
+                made = multi_crop_augment(on_device, table, size, mean=MEAN, std=STD, exact=self.exact)
                 groups.append(made.unflatten(0, (n, n_images)))
             ready.record(self._stream)
-        ready.synchronize()  # until the copy is over the buffer is not free
+        # The buffer is free once it is copied; crops may still be in the making. The event is a blocking one because
+        # waiting for another keeps a core busy, which could decode.
+        copied.synchronize()
         return Batch(groups[0], groups[1], bad, ready)
 
 

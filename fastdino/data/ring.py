@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdino_kernels.augment.tables import PackedImages
 
-N_BUFFERS = 3  # one that is augmented, two that are decoded
+N_BUFFERS = 3  # one that is copied to a GPU, or augmented, and two that are decoded
 ALIGNMENT = 16  # bytes
 
 

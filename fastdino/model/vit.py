@@ -24,12 +24,12 @@ def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=1e-6)
 
 
-def kept(n_images: int, drop_prob: float, like: Tensor) -> Tensor:
+def drop_path_scale(n_images: int, drop_prob: float, like: Tensor) -> Tensor:
     """(n_images,) factors of stochastic depth (arXiv:1603.09382): 0 for a dropped image, else 1 / (1 - p)."""
     return like.new_empty(n_images).bernoulli_(1 - drop_prob) / (1 - drop_prob)
 
 
-def chosen(packing: Packing, drop_prob: float, like: Tensor) -> tuple[Tensor, Packing]:
+def sample_images(packing: Packing, drop_prob: float, like: Tensor) -> tuple[Tensor, Packing]:
     """Rows (m,) of the images that a block works on, and their packing: of every group a random (1 - p), at least one.
 
     DINOv2's form of stochastic depth (arXiv:2304.07193, section 5): what is dropped is not computed either.
@@ -128,7 +128,7 @@ class Block(nn.Module):
     def _attend(self, x: Tensor, packing: Packing, cls_only: bool = False) -> Tensor:
         return self.attn(x, packing, self.norm1, cls_only)
 
-    def _think(self, x: Tensor, packing: Packing) -> Tensor:
+    def _mlp(self, x: Tensor, packing: Packing) -> Tensor:
         return self.mlp(x, self.norm2)
 
     def _scaled(self, x: Tensor, packing: Packing, factors: Sequence[Tensor], cls_only: bool) -> Tensor:
@@ -137,13 +137,13 @@ class Block(nn.Module):
             x, packing = packing.cls(x), Packing(tuple((n_images, 1) for n_images, _ in packing.groups))
         if not factors:
             x = x + attended
-            return x + self._think(x, packing)
-        attend, think = (packing.per_token(f) for f in factors)
-        x = x + attended * attend
-        return x + self._think(x, packing) * think
+            return x + self._mlp(x, packing)
+        attention_scale, mlp_scale = (packing.per_token(f) for f in factors)
+        x = x + attended * attention_scale
+        return x + self._mlp(x, packing) * mlp_scale
 
-    def _on_subsets(self, x: Tensor, choices: Sequence[tuple[Tensor, Packing]]) -> Tensor:
-        for branch, (rows, packing) in zip((self._attend, self._think), choices):
+    def _on_subsets(self, x: Tensor, samples: Sequence[tuple[Tensor, Packing]]) -> Tensor:
+        for branch, (rows, packing) in zip((self._attend, self._mlp), samples):
             x = x.index_add(0, rows, branch(x[rows], packing) * (len(x) / len(rows)))
         return x
 
@@ -159,11 +159,11 @@ class Block(nn.Module):
         # could not.
         drops = self.drop_path > 0 and self.training
         if drops and mode == "batch":
-            choices = [chosen(packing, self.drop_path, x) for _ in range(2)]
-            x = self._maybe_recomputed(checkpointing, self._on_subsets, x, choices)
+            samples = [sample_images(packing, self.drop_path, x) for _ in range(2)]
+            x = self._maybe_recomputed(checkpointing, self._on_subsets, x, samples)
             return packing.cls(x) if cls_only else x
         n_images = sum(n for n, _ in packing.groups)
-        factors = [kept(n_images, self.drop_path, x) for _ in range(2)] if drops else []
+        factors = [drop_path_scale(n_images, self.drop_path, x) for _ in range(2)] if drops else []
         return self._maybe_recomputed(checkpointing, self._scaled, x, packing, factors, cls_only)
 
     def _maybe_recomputed(self, checkpointing: bool, branch: Callable[..., Tensor], *args: Any) -> Tensor:

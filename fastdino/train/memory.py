@@ -5,6 +5,7 @@ import re
 
 import torch
 
+from fastdino.errors import chain
 from fastdino.train.config import TrainConfig
 
 # PyTorch's own words, the only place where the sizes are.
@@ -14,16 +15,6 @@ _CUDA = re.compile(
 _CPU = re.compile(
     r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory): you tried to allocate (\d+) bytes"
 )
-
-
-def chain(error: BaseException) -> list[BaseException]:
-    """The error, what it was raised from or while handling, and so on to what came first."""
-    found: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in found:
-        found.append(following)
-        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
-    return found
 
 
 def shortage(error: BaseException) -> str | None:

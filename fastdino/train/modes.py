@@ -21,21 +21,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdino.errors import TrainingError
+from fastdino.errors import TrainingError, reason
 from fastdino.train import distributed, memory
 from fastdino.train.schedules import ScheduleTable
 
 MODES = ("eager", "compiled", "graph")
 WARM_UP = 3  # iterations on a side stream before a capture, which wants everything allocated and compiled
 PROBE_BYTES = 32 * 2**20  # larger than what PyTorch's allocator takes from a block that it shares
-
-# Lines of PyTorch's messages that say how to find out more, not what happened.
-ADVICE = (
-    "Set TORCH", "You can suppress", "Search for `cuda", "CUDA kernel errors might be", "For debugging consider",
-    "Compile with `TORCH_USE_CUDA_DSA`", "Device-side assertion", "For more details", "For even more", "Hint:",
-    "Developer debug context", "import torch._dynamo", "torch._dynamo.config.suppress_errors",
-)  # fmt: skip
-
 
 # Crops and the teacher's temperature -> loss, teacher entropy, KL, and the mean of the teacher's logits (K,).
 Forward = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -65,19 +57,6 @@ def why_no_graph(device: torch.device, capturable: bool) -> str | None:
     if device.type != "cuda":
         return "a CUDA device"
     return None if capturable else "adamw without fp16's GradScaler: other optimizers ask the host"
-
-
-def reason(error: BaseException) -> str:
-    """An exception in one line: the first and the last line that say what happened, and what it came from."""
-
-    def words(e: BaseException) -> str:
-        lines = [line.strip() for line in str(e).partition("from user code:")[0].splitlines()]
-        lines = [line for line in lines if line and not line.startswith(ADVICE)] or [""]
-        return f"{type(e).__name__}: {' '.join(dict.fromkeys((lines[0], lines[-1])))}".removesuffix(": ")[:300]
-
-    chain = memory.chain(error)
-    first, last = words(chain[-1]), words(error)
-    return last if first in last or first.partition(": ")[2] in last else f"{last}, after {first}"
 
 
 def _memory_comes_back(device: torch.device) -> bool:

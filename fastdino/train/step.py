@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.loss import N_TEACHER_VIEWS, DINOLoss
-from fastdino.model import MultiCropWrapper, VisionTransformer, attention
+from fastdino.model import MultiCropWrapper, VisionTransformer, attention_choice
+from fastdino.model.attention import use_backend
 from fastdino.model.vit import Block
 from fastdino.train.averaging import GradientAverager
 from fastdino.train.modes import Forward, Modes
@@ -43,7 +44,7 @@ class TrainStep:
     prototypes. amp_dtype: bf16 computes on copies of the weights (adamw) or under autocast (sgd, lars); fp16 under
     autocast, with a GradScaler; None in the weights' own precision.
     mode: see `modes`. accumulate: parts that a batch is computed in; one update and one center for all of them.
-    attention_backend: a name of attention.BACKENDS, or auto. say: what is told where something falls back.
+    attention_backend: a name of model.attention.BACKENDS, or auto. say: what is told where something falls back.
     With several processes gradients are averaged over them before the clip, by the step itself, also in a graph.
     Raises ValueError for a mode, a backend or a number of parts that cannot be.
     """
@@ -69,10 +70,10 @@ class TrainStep:
             raise ValueError(f"accumulate: expected 1 or more, got {accumulate}")
         self.student, self.teacher, self.loss, self.schedules = student, teacher, loss, schedules
         self.accumulate, self.attention_backend = accumulate, attention_backend
-        self.attention: tuple[str, str] | None = None
+        self.attention: attention_choice.Choice | None = None
         param = next(student.parameters())
         self.device, self.amp_dtype, self.dtype = param.device, amp_dtype, amp_dtype or param.dtype
-        attention.check(attention_backend, self.device.type, self.dtype)
+        attention_choice.check(attention_backend, self.device.type, self.dtype, compiled=mode != "eager")
         fused = is_fused(optimizer, amp_dtype)
 
         # Networks as they are run: the masters, or their low-precision twins.
@@ -204,15 +205,20 @@ class TrainStep:
         block = backbone.blocks[0]
         assert isinstance(block, Block)
         heads = block.attn.num_heads
-        packings = [
-            self.student.packing(crops[:n], len(crops[0]) // self.accumulate) for n in (N_TEACHER_VIEWS, len(crops))
-        ]
-        self.attention = attention.choose(
-            packings[1], heads, backbone.embed_dim // heads, self.device.type, self.dtype, self.attention_backend
+        student, teacher = (
+            self.student.packing(crops[:n], len(crops[0]) // self.accumulate) for n in (len(crops), N_TEACHER_VIEWS)
         )
-        attention.use_backend(self.attention[0])
-        for packing in packings:
-            attention.prepare(self.attention[0], packing, self.device)
+        self.attention = attention_choice.choose(
+            student,
+            heads,
+            backbone.embed_dim // heads,
+            self.device.type,
+            self.dtype,
+            self.attention_backend,
+            teacher=teacher,
+            compiled=self.mode != "eager",
+        )
+        use_backend(self.attention.backend)
 
     def refresh_copies(self) -> None:
         """Bring the low-precision copies up to date: after weights were loaded."""

@@ -47,7 +47,7 @@ def introduce(parts: Parts, iteration: int, say: Say) -> None:
 def remark(parts: Parts, seconds: float, data_wait: float, bad: Sequence[str], say: Say) -> None:
     """After an epoch of so many seconds: what to do about the waiting, which images were left out."""
     if data_wait > MUCH_WAITING and seconds > SHORT_EPOCH:
-        say(f"  {data_wait:.0%} of the time went into waiting for data: {parts.loader.cure()}")
+        say(f"  {data_wait:.0%} of the time went into waiting for data: {parts.loader.advice()}")
     if bad:
         named = "; ".join(bad[:NAMED_BAD]) + ("; ..." if len(bad) > NAMED_BAD else "")
         say(f"  skipped {len(bad)} unreadable of {len(parts.source):,} images (named in log.txt): {named}")

@@ -3,6 +3,8 @@
 import io
 import shutil
 import struct
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,11 +290,11 @@ def test_a_loader_says_what_it_holds_and_what_would_make_it_faster(photo_folder)
     assert digits.describe().endswith("about 960 B")
     photographs = CropLoader(SequenceSource([np.zeros((375, 500, 3), np.uint8)] * 9), RECIPE, EpochSampler(9, 4, 5))
     assert photographs.describe().endswith("about 2.7 MiB")
-    assert "--num_workers, now 0" in fast.cure()
-    assert "--dct_scale true" in fast.cure()
-    assert "--augment fast" not in fast.cure()
-    assert "--augment fast" in exact.cure()
-    assert "--dct_scale" not in exact.cure()
+    assert "--num_workers, now 0" in fast.advice()
+    assert "--dct_scale true" in fast.advice()
+    assert "--augment fast" not in fast.advice()
+    assert "--augment fast" in exact.advice()
+    assert "--dct_scale" not in exact.advice()
 
 
 def test_dct_scaling_changes_only_what_is_far_too_large(photos, tmp_path):
@@ -305,6 +307,52 @@ def test_dct_scaling_changes_only_what_is_far_too_large(photos, tmp_path):
         whole, scaled = (batches(source, dct_scale=scale)[0].local_crops for scale in (False, True))
         assert torch.equal(whole, scaled) == same
         assert (whole.double().mean() - scaled.double().mean()).abs() < 20
+
+
+class FakeCuda:
+    """Streams and events that are written down, in the order in which a device would get them."""
+
+    def __init__(self, monkeypatch):
+        self.log = []
+        monkeypatch.setattr("fastdino_kernels.augment.multi_crop_augment", self.augment)
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: self.said("copy", tensor))
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+
+    def augment(self, images, crops, size, **_):
+        return self.said("augment", torch.empty(len(crops.image), 3, size, size))
+
+    def said(self, word, value=None):
+        if self.log[-1:] != [word]:
+            self.log.append(word)
+        return value
+
+    def event(self, blocking=False):
+        name = "blocking" if blocking else "spinning"
+        return SimpleNamespace(
+            record=lambda stream: self.said(f"record {name} event"),
+            synchronize=lambda: self.said(f"wait for {name} event"),
+            name=name,
+        )
+
+
+def test_a_buffer_is_free_once_it_is_copied_and_no_core_spins(photo_folder, monkeypatch):
+    """Crops may still be in the making: only who uses them waits for those, on the device."""
+    source = FolderSource(photo_folder)
+    loader = CropLoader(source, RECIPE, EpochSampler(len(source), 4, 5))
+    loader.on_gpu, loader._stream = True, "side stream"
+    cuda = FakeCuda(monkeypatch)
+    batch = next(iter(loader))
+    assert cuda.log == [
+        "copy",  # images and both tables
+        "record blocking event",
+        "augment",
+        "record spinning event",
+        "wait for blocking event",
+    ]
+    assert batch.ready.name == "spinning"
+    assert (batch.global_crops.shape, batch.local_crops.shape) == ((2, 4, 3, 32, 32), (3, 4, 3, 16, 16))
 
 
 @pytest.mark.gpu

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from train_steps import make_crops, make_step
 
-from fastdino.errors import TrainingError
+from fastdino.errors import TrainingError, reason
 from fastdino.train import memory, modes
-from fastdino.train.modes import reason
 
 CAPTURE_INVALID = "CUDA error: operation failed due to a previous error during capture\nSearch for `cudaErrorStream"
 NOT_ALLOWED = "CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors might be asynchronous"

@@ -1,0 +1,223 @@
+"""Which way to compute attention: what runs here, which is fastest on a step's own shapes, agreed over all processes.
+
+Timed is what will run: views of one qkv matrix, both ways, traced where the step is compiled, inside of a CUDA graph.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from fastdino.errors import reason
+from fastdino.model.attention import BACKENDS, AttentionOp, Backend, Packing
+
+PROBE = Packing(((2, 197), (4, 37)))  # more than 128 tokens, and fewer: libraries have other kernels for them
+WARM_UP, TIMINGS, REPLAYS = 3, 5, 5
+
+
+class Choice(NamedTuple):
+    """A backend, and why it; printed as the latter."""
+
+    backend: str
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class _Workload(NamedTuple):
+    """What a step asks of attention in one block: the student's tokens both ways, the teacher's forward."""
+
+    student: Packing
+    teacher: Packing | None
+    n_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    compiled: bool
+    device: str = "cuda"
+
+    def qkv(self, packing: Packing) -> Tensor:
+        """(M, 3, H, D), of which the model's q, k and v are views. Leaves the run's random numbers alone."""
+        shape, own = (sum(packing.sizes), 3, self.n_heads, self.head_dim), torch.Generator(self.device)
+        return torch.randn(shape, generator=own, device=self.device, dtype=self.dtype, requires_grad=True)
+
+    def of(self, backend: Backend) -> Callable[[], None]:
+        """The work as a function; where compiled, it is traced as the step will be."""
+        run = _traced(backend.run) if self.compiled else backend.run
+        student, teacher = self.qkv(self.student), self.qkv(self.teacher) if self.teacher else None
+
+        def attend(qkv: Tensor, packing: Packing) -> list[Tensor]:
+            q, k, v = qkv.unbind(1)
+            return run(q, k, v, self.head_dim**-0.5, packing)
+
+        upstream = [out.detach() for out in attend(student, self.student)]
+
+        def work() -> None:
+            if self.teacher is not None and teacher is not None:
+                with torch.no_grad():
+                    attend(teacher, self.teacher)
+            torch.autograd.grad(attend(student, self.student), student, upstream)
+
+        return work
+
+
+def _traced(run: AttentionOp) -> AttentionOp:
+    """Traced forward and backward like the step, then run as it is: there is nothing to generate code for."""
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    def attend(*arguments: Any) -> list[Tensor]:
+        with torch._dynamo.config.patch(recompile_limit=1000):  # a benchmark asks for many shapes
+            return compiled(*arguments)
+
+    return attend
+
+
+def _captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """The work as a graph, after a warm-up on a side stream, which allocates, compiles and plans."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            work()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            work()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own stream the current one
+    return graph
+
+
+def _time_ms(work: Callable[[], object]) -> float:
+    """Median over replays of the work as a graph: the device's time, whatever the host would take to launch it."""
+    graph = _captured(work)
+    times = []
+    for _ in range(1 + TIMINGS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / REPLAYS)
+    return median(times[1:])
+
+
+def _kernels_of_sdpa(work: _Workload) -> str:
+    """Names of what SDPA runs for the student's groups: cudnn, flash, efficient or math."""
+    kernels = []
+    for group in work.student.split(work.qkv(work.student)):
+        q, k, v = (x.transpose(1, 2) for x in group.unbind(2))
+        kernels.append(SDPBackend(torch._fused_sdp_choice(q, k, v)).name.removesuffix("_ATTENTION").lower())
+    return ", ".join(dict.fromkeys(kernels))
+
+
+@cache
+def why_not(backend: str, device_type: str, dtype: torch.dtype, compiled: bool = False) -> str | None:
+    """Why a backend cannot run on such tensors here, in words; None where it can. On a GPU it is tried, both ways.
+
+    compiled: whether it has to run under a compiler.
+    """
+    asked, precision = BACKENDS[backend], str(dtype).removeprefix("torch.")
+    if not asked.takes(device_type, dtype, compiled):
+        if asked.on_cuda_only and device_type != "cuda":
+            return f"{backend} has kernels for CUDA only, and the model is on {device_type}"
+        if asked.takes(device_type, dtype, compiled=False):
+            return f"{backend} cannot be compiled in {precision}, only run eagerly"
+        return f"{backend} has no kernel for {precision}"
+    if device_type != "cuda":
+        return None
+    try:
+        if missing := asked.lacks():
+            return missing
+        _Workload(PROBE, None, 1, 64, dtype, compiled).of(asked)()
+        torch.cuda.synchronize()
+    except Exception as error:  # a missing module, library or kernel, each with an exception of its own
+        return f"{backend} does not run here: {reason(error)}"
+    return None
+
+
+def _agreed(outcomes: dict[str, float | str]) -> dict[str, float | str]:
+    """Of all ranks' outcomes per backend (ms, or why not) the worst, the same on every rank: a collective.
+
+    The slowest rank's time, since the others wait for it; and what cannot run on one rank can run on none.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return outcomes
+    ranks: list[dict[str, float | str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(ranks, outcomes)
+    worst: dict[str, float | str] = {}
+    for name in outcomes:
+        times = [x for x in (rank[name] for rank in ranks) if isinstance(x, float)]
+        reasons = {i: x for i, x in enumerate(rank[name] for rank in ranks) if isinstance(x, str)}
+        if not reasons:
+            worst[name] = max(times)
+        else:
+            rank, words = next(iter(reasons.items()))
+            worst[name] = f"{words} (rank {rank})" if times else words
+    return worst
+
+
+def check(asked: str, device_type: str, dtype: torch.dtype, compiled: bool = False) -> None:
+    """Raises ValueError for a name that is none, and where the backend asked for cannot run on some rank: why.
+
+    A collective, where there are several processes: all raise, or none.
+    """
+    if asked == "auto":
+        return
+    if asked not in BACKENDS:
+        raise ValueError(f"attention: expected auto, {', '.join(BACKENDS)}, got {asked!r}")
+    outcome = _agreed({asked: why_not(asked, device_type, dtype, compiled) or 0.0})[asked]
+    if isinstance(outcome, str):
+        raise ValueError(f"attention: {outcome}")
+
+
+@cache
+def choose(
+    packing: Packing,
+    n_heads: int,
+    head_dim: int,
+    device_type: str,
+    dtype: torch.dtype,
+    asked: str = "auto",
+    *,
+    teacher: Packing | None = None,
+    compiled: bool = False,
+) -> Choice:
+    """The backend asked for, or under `auto` the fastest that runs on these shapes, timed once.
+
+    packing: of the student, timed forward and backward. teacher: its packing, timed forward. compiled: whether the step
+    is. A collective, where there are several processes: the choice is the same on all.
+    Raises ValueError as `check` does, and RuntimeError where none runs.
+    """
+    check(asked, device_type, dtype, compiled)
+    if asked != "auto":
+        return Choice(asked, f"{asked}, as asked")
+    if device_type != "cuda":
+        return Choice("sdpa", "sdpa")
+
+    work = _Workload(packing, teacher, n_heads, head_dim, dtype, compiled)
+
+    def outcome(name: str) -> float | str:
+        if missing := why_not(name, device_type, dtype, compiled):
+            return missing
+        try:
+            return _time_ms(work.of(BACKENDS[name]))
+        except Exception as error:
+            return f"{name} does not run here: {reason(error)}"
+
+    outcomes = _agreed({name: outcome(name) for name in BACKENDS})
+    times = {name: ms for name, ms in outcomes.items() if isinstance(ms, float)}
+    reasons = [words for words in outcomes.values() if isinstance(words, str)]
+    if not times:
+        raise RuntimeError(f"attention: {'; '.join(reasons)}")
+    ranking = sorted(times, key=times.__getitem__)
+    titles = {name: f"{name} ({_kernels_of_sdpa(work)})" if name == "sdpa" else name for name in ranking}
+    words = ", ".join(f"{titles[name]} {times[name]:.2f} ms" for name in ranking)
+    return Choice(ranking[0], "; ".join([words, *reasons]))
