@@ -185,7 +185,7 @@ def test_xformers_in_fp32_is_refused_where_a_step_is_compiled():
 )
 def test_what_xformers_lacks(monkeypatch, installed, has_runtime, loads, reason):
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: installed or None)
-    monkeypatch.setattr(attention_choice, "_load_cuda12_runtime", lambda: has_runtime)
+    monkeypatch.setattr(attention, "_load_cuda12_runtime", lambda: has_runtime)
     monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(_has_cpp_library=loads))
     lacks = attention._xformers_lacks()
     assert lacks is None if reason is None else reason in lacks
