@@ -20,7 +20,7 @@ from bench.measure import DEVICE, ON_GPU, QUICK, Timing
 from bench.records import Record
 from fastdino import DINOHead, DINOLoss, MultiCropWrapper
 from fastdino.model import attention
-from fastdino.model.vit import ARCHITECTURES as NETWORKS
+from fastdino.model.archs import ARCHITECTURES as NETWORKS
 from fastdino.train.config import TrainConfig
 from fastdino.train.schedules import Schedules
 from fastdino.train.step import TrainStep

@@ -6,6 +6,9 @@ all others take the ops' plain path, as a user without a GPU would, unless they 
 
 import json
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: for tensors this small a second thread only spins
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

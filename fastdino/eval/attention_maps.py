@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from fastdino.data.augment import center_view, normalize
 from fastdino.data.decode import BadImage, decode
@@ -56,11 +56,9 @@ def draw_attention(
     figure.savefig(path)
 
 
-def draw_samples(
-    backbone: nn.Module, source: ImageSource, n_images: int, path: Path, resize: int, size: int
-) -> str | None:
+def draw_samples(backbone: Any, source: ImageSource, n_images: int, path: Path, resize: int, size: int) -> str | None:
     """`draw_attention` of images spread evenly over a source; why there is no picture, where there is none."""
-    if not isinstance(backbone, VisionTransformer):
+    if not hasattr(backbone, "get_last_selfattention"):
         return f"{type(backbone).__name__} has no attention of a CLS token"
     images = []
     for index in np.linspace(0, len(source) - 1, min(n_images, len(source))).astype(int):

@@ -2,26 +2,26 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdino.model.attention import Packing
-from fastdino.model.vit import VisionTransformer
 
 
 class MultiCropWrapper(nn.Module):
     """Backbone and head over all crops at once.
 
-    backbone: (n, 3, H, W) -> (n, D). head: (n, D) -> (n, K). packed: a Vision Transformer of ours takes crops of all
-    resolutions in one pass; else, and with any other backbone, there is a pass per run of equally large crops.
+    backbone: (n, 3, H, W) -> (n, D), see `archs`. head: (n, D) -> (n, K). packed: a backbone that packs takes crops of
+    all resolutions in one pass; else, and with any other backbone, there is a pass per run of equally large crops.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, packed: bool = True) -> None:
+    def __init__(self, backbone: Any, head: nn.Module, packed: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.packed = packed and isinstance(backbone, VisionTransformer)
+        self.packed = packed and getattr(backbone, "packs", False)
 
     @property
     def output_dim(self) -> int:
@@ -30,12 +30,13 @@ class MultiCropWrapper(nn.Module):
         assert isinstance(out_dim, int)
         return out_dim
 
-    def packing(self, crops: Sequence[Tensor], batch_size: int) -> Packing:
-        """How the tokens of such crops, of batch_size images each, lie one after another."""
-        assert isinstance(self.backbone, VisionTransformer)
-        patch_size = self.backbone.patch_embed.patch_size
+    def packing(self, crops: Sequence[Tensor], batch_size: int) -> Packing | None:
+        """How the tokens of such crops, of batch_size images each, follow one another; None where none are packed."""
+        if not self.packed:
+            return None
         runs = [(size, len(list(run))) for size, run in groupby(crops, key=lambda x: x.shape[-2:])]
-        return Packing(tuple((n * batch_size, 1 + (h // patch_size) * (w // patch_size)) for (h, w), n in runs))
+        packing: Packing = self.backbone.packing([(n * batch_size, height, width) for (height, width), n in runs])
+        return packing
 
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """V crops (B, 3, H, W), or one tensor of them -> (V * B, K), crop-major."""

@@ -210,9 +210,12 @@ class VisionTransformer(nn.Module):
     drop_path_mode: "sample" as the original, "batch" as DINOv2, which saves the dropped work. checkpointing: blocks
     keep their input alone and compute again in the backward pass; less memory, a third more time.
     init_std: deviation of weights, position embedding and CLS token at the start; the default is the original's.
+    Attributes: embed_dim (D), num_heads; packs: it takes crops of several resolutions in one pass.
     Raises ValueError where num_heads does not divide embed_dim, patch_size not img_size, or (in forward) patch_size
     not the image.
     """
+
+    packs = True
 
     def __init__(
         self,
@@ -243,6 +246,7 @@ class VisionTransformer(nn.Module):
         if img_size[0] % patch_size:
             raise ValueError(f"patch_size: expected a divisor of img_size={img_size[0]}, got {patch_size}")
         self.num_features = self.embed_dim = embed_dim
+        self.num_heads = num_heads
         self.patch_embed = PatchEmbed(img_size[0], patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
@@ -284,6 +288,11 @@ class VisionTransformer(nn.Module):
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1)
         return self.pos_drop(tokens + self.interpolate_pos_encoding(height, width))
 
+    def packing(self, runs: Sequence[tuple[int, int, int]]) -> Packing:
+        """How the tokens of runs of images lie one after another: (images, height, width) of each run, in pixels."""
+        size = self.patch_embed.patch_size
+        return Packing(tuple((n, 1 + (height // size) * (width // size)) for n, height, width in runs))
+
     def _blocks(self, x: Tensor, packing: Packing) -> Iterator[Tensor]:
         """(M, D) tokens after each block."""
         for block in self.blocks:
@@ -314,49 +323,3 @@ class VisionTransformer(nn.Module):
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """(B, 3, H, W) -> the normalised tokens (B, N, D) after each of the last n blocks."""
         return [self.norm(tokens) for tokens in self._tokens_after_blocks(x)[1:][-n:]]
-
-
-def _vit(embed_dim: int, depth: int, num_heads: int, patch_size: int, kwargs: dict[str, Any]) -> VisionTransformer:
-    shape = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    return VisionTransformer(**{**shape, **kwargs})
-
-
-def vit_nano(patch_size: int = 4, **kwargs: Any) -> VisionTransformer:
-    """96 wide, 4 deep, 3 heads: not of the paper; small enough to learn the digits on two CPU cores in minutes.
-
-    A position embedding that starts at 0.02 stays too small to be seen beside the patches for the few hundred steps
-    that this is trained: a bag of patches comes out (k-NN on the digits 0.83, from a start at 0.05 0.93).
-    """
-    return _vit(96, 4, 3, patch_size, {"init_std": 0.05, **kwargs})
-
-
-def vit_tiny(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """192 wide, 12 deep, 3 heads (5.5 M parameters)."""
-    return _vit(192, 12, 3, patch_size, kwargs)
-
-
-def vit_small(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """384 wide, 12 deep, 6 heads (21.7 M parameters)."""
-    return _vit(384, 12, 6, patch_size, kwargs)
-
-
-def vit_base(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """768 wide, 12 deep, 12 heads (85.8 M parameters)."""
-    return _vit(768, 12, 12, patch_size, kwargs)
-
-
-def vit_large(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
-    """1024 wide, 24 deep, 16 heads (303.3 M parameters)."""
-    return _vit(1024, 24, 16, patch_size, kwargs)
-
-
-# What `--arch` accepts; the deit names are the original's synonyms.
-ARCHITECTURES: dict[str, Callable[..., VisionTransformer]] = {
-    "vit_nano": vit_nano,
-    "vit_tiny": vit_tiny,
-    "vit_small": vit_small,
-    "vit_base": vit_base,
-    "vit_large": vit_large,
-    "deit_tiny": vit_tiny,
-    "deit_small": vit_small,
-}

@@ -15,7 +15,8 @@ from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource, open_source
 from fastdino.errors import UserError
 from fastdino.loss import DINOLoss
-from fastdino.model import ARCHITECTURES, DINOHead, MultiCropWrapper
+from fastdino.model import DINOHead, MultiCropWrapper
+from fastdino.model.archs import ARCHITECTURES, timm_backbone
 from fastdino.train import distributed
 from fastdino.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from fastdino.train.config import TrainConfig
@@ -65,8 +66,7 @@ class Parts:
     @property
     def backbone(self) -> nn.Module:
         """The teacher's: what is evaluated, and what people take away."""
-        backbone = self.step.teacher.backbone
-        assert isinstance(backbone, nn.Module)
+        backbone: nn.Module = self.step.teacher.backbone
         return backbone
 
     @property
@@ -209,6 +209,8 @@ def build_networks(config: TrainConfig, backbone: nn.Module | None = None) -> tu
         return MultiCropWrapper(of, head)
 
     def built(drop_path_rate: float) -> nn.Module:
+        if config.arch not in ARCHITECTURES:
+            return timm_backbone(config.arch, drop_path_rate)
         for name, size in (("global", config.global_crops_size), ("local", config.local_crops_size)):
             if size % config.patch_size and (name == "global" or config.local_crops_number):
                 raise UserError(

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from fastdino.errors import UserError
 from fastdino.loss import DINOLoss
 from fastdino.model import VisionTransformer
+from fastdino.model.archs import heads_of
 from fastdino.train.config import TrainConfig
 
 # What the original's checkpoints hold beside tensors: `args`, and learning rates as NumPy scalars (from its
@@ -29,8 +30,6 @@ SAFE_GLOBALS: list[Any] = [
     np.dtype,
     *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64)),
 ]
-
-HEADS = {96: 3, 192: 3, 384: 6, 768: 12, 1024: 16}  # by width; the weights do not tell
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -160,7 +159,7 @@ def load_backbone(path: str | Path, key: str = "teacher", num_heads: int | None 
     if missing := [name for name in ("pos_embed", "patch_embed.proj.weight") if name not in state]:
         raise UserError(f"{path} has no Vision Transformer under {key!r}: {missing[0]} is missing")
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    heads = num_heads or HEADS.get(embed_dim)
+    heads = num_heads or heads_of(embed_dim)
     if heads is None:
         raise UserError(f"{path}: the number of heads cannot be told from a width of {embed_dim}; give num_heads")
     backbone = VisionTransformer(

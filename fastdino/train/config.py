@@ -15,7 +15,7 @@ from typing import Any
 
 from fastdino.data.params import MultiCropRecipe, ViewRecipe
 from fastdino.errors import UserError
-from fastdino.model import ARCHITECTURES
+from fastdino.model.archs import ARCHITECTURES, check_arch
 from fastdino.train.recipes import AUGMENTATIONS, DIGITS
 
 
@@ -29,7 +29,7 @@ class TrainConfig:
     """A training run. Raises ValueError, naming flag, expected and got, for values that cannot work together."""
 
     # Model
-    arch: str = flag("vit_small", "Model", f"architecture: {', '.join(ARCHITECTURES)}")
+    arch: str = flag("vit_small", "Model", f"architecture: {', '.join(ARCHITECTURES)}; timm:NAME for one of timm's")
     patch_size: int = flag(16, "Model", "side of a patch in pixels; smaller is better, slower and hungrier")
     drop_path_rate: float = flag(0.1, "Model", "stochastic depth of the last block (the first has none)")
     out_dim: int = flag(65536, "Model", "number of prototypes (the head's output)")
@@ -134,8 +134,10 @@ class TrainConfig:
     local_rank: int = flag(0, "Run", "ignored; older launchers pass it")
 
     def __post_init__(self) -> None:
-        if self.arch not in ARCHITECTURES:
-            raise ValueError(f"--arch: expected one of {', '.join(ARCHITECTURES)}, got {self.arch!r}")
+        try:
+            check_arch(self.arch)
+        except ValueError as error:
+            raise ValueError(f"--arch: {error}") from error
         for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if not _is_a(value, f):

@@ -1,12 +1,15 @@
 """Which half precision a run computes in, and the copies of the weights that bf16 computes on."""
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastdino.errors import UserError
 from fastdino.train.config import TrainConfig
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
@@ -26,7 +29,7 @@ def amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if has_bf16 and config.amp_dtype != "fp16" else torch.float16
 
 
-def low_precision_twin(network: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+def low_precision_twin(network: Network, dtype: torch.dtype) -> tuple[Network, list[tuple[Tensor, Tensor]]]:
     """(a copy whose parameters are low-precision copies, the pairs (parameter, copy)).
 
     What the original casts in every forward is cast here once per step, by the optimizer's kernel. Buffers are shared,

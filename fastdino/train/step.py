@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.loss import N_TEACHER_VIEWS, DINOLoss
-from fastdino.model import MultiCropWrapper, VisionTransformer, attention_choice
+from fastdino.model import MultiCropWrapper, attention_choice
 from fastdino.model.attention import use_backend
-from fastdino.model.vit import Block
 from fastdino.train.averaging import GradientAverager
 from fastdino.train.modes import Forward, Modes
 from fastdino.train.optim import OPTIMIZERS, FusedUpdate, HostUpdate, Update, is_fused
@@ -52,8 +51,8 @@ class TrainStep:
     def __init__(
         self,
         *,
-        student: nn.Module,
-        teacher: nn.Module,
+        student: MultiCropWrapper,
+        teacher: MultiCropWrapper,
         loss: DINOLoss,
         optimizer: str,
         schedules: Schedules,
@@ -199,19 +198,16 @@ class TrainStep:
             return
         if len(crops[0]) % self.accumulate:
             raise ValueError(f"accumulate: expected a divisor of the batch of {len(crops[0])}, got {self.accumulate}")
-        backbone = getattr(self.student, "backbone", None)
-        if not isinstance(backbone, VisionTransformer) or not isinstance(self.student, MultiCropWrapper):
-            return
-        block = backbone.blocks[0]
-        assert isinstance(block, Block)
-        heads = block.attn.num_heads
         student, teacher = (
             self.student.packing(crops[:n], len(crops[0]) // self.accumulate) for n in (len(crops), N_TEACHER_VIEWS)
         )
+        if student is None:
+            return
+        heads = self.student.backbone.num_heads
         self.attention = attention_choice.choose(
             student,
             heads,
-            backbone.embed_dim // heads,
+            self.student.backbone.embed_dim // heads,
             self.device.type,
             self.dtype,
             self.attention_backend,

@@ -1,0 +1,113 @@
+"""The architectures by name: one table, which training, checkpoints, doctor and the benchmarks read.
+
+A backbone is any module with an integer `embed_dim` that maps images (B, 3, H, W), of the sizes of all crops, to
+features (B, embed_dim). Two things are optional. `packs = True`: it takes a list of such tensors, too, and returns the
+features of all of them, and has `packing(shapes, batch)` and `num_heads` (see VisionTransformer).
+`get_last_selfattention(x)`: pictures of its attention can be drawn.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastdino.model.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A Vision Transformer's shape; called, the network. width: D, channels of a token; heads: of D / heads each."""
+
+    width: int
+    depth: int
+    heads: int
+    patch_size: int = 16
+    init_std: float = 0.02
+
+    def __call__(self, patch_size: int | None = None, **kwargs: Any) -> VisionTransformer:
+        """The network. kwargs: of VisionTransformer; they win over the table."""
+        shape = {
+            "patch_size": patch_size or self.patch_size,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "init_std": self.init_std,
+        }
+        return VisionTransformer(**{**shape, **kwargs})
+
+
+# A position embedding that starts at 0.02 stays too small to be seen beside the patches for the few hundred steps that
+# vit_nano is trained: a bag of patches comes out (k-NN on the digits 0.83, from a start at 0.05 0.93; November 2026).
+ARCHITECTURES = {
+    "vit_nano": Arch(96, 4, 3, patch_size=4, init_std=0.05),
+    "vit_tiny": Arch(192, 12, 3),
+    "vit_small": Arch(384, 12, 6),
+    "vit_base": Arch(768, 12, 12),
+    "vit_large": Arch(1024, 24, 16),
+}
+SYNONYMS = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}  # the original's
+ARCHITECTURES |= {name: ARCHITECTURES[of] for name, of in SYNONYMS.items()}
+
+TIMM = "timm:"  # what a name of a model of timm's begins with
+
+
+def vit_nano(patch_size: int = 4, **kwargs: Any) -> VisionTransformer:
+    """96 wide, 4 deep, 3 heads: not of the paper; small enough to learn the digits on two CPU cores in minutes."""
+    return ARCHITECTURES["vit_nano"](patch_size, **kwargs)
+
+
+def vit_tiny(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
+    """192 wide, 12 deep, 3 heads (5.5 M parameters)."""
+    return ARCHITECTURES["vit_tiny"](patch_size, **kwargs)
+
+
+def vit_small(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
+    """384 wide, 12 deep, 6 heads (21.7 M parameters)."""
+    return ARCHITECTURES["vit_small"](patch_size, **kwargs)
+
+
+def vit_base(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
+    """768 wide, 12 deep, 12 heads (85.8 M parameters)."""
+    return ARCHITECTURES["vit_base"](patch_size, **kwargs)
+
+
+def vit_large(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
+    """1024 wide, 24 deep, 16 heads (303.3 M parameters)."""
+    return ARCHITECTURES["vit_large"](patch_size, **kwargs)
+
+
+def heads_of(width: int) -> int | None:
+    """Attention heads of the architectures that are so wide: weights do not tell. None where there are none."""
+    return next((arch.heads for arch in ARCHITECTURES.values() if arch.width == width), None)
+
+
+def check_arch(name: str) -> None:
+    """Raises ValueError unless there is an architecture of that name, here or in timm."""
+    if name in ARCHITECTURES:
+        return
+    if not name.startswith(TIMM):
+        raise ValueError(f"expected one of {', '.join(ARCHITECTURES)}, or {TIMM}NAME, got {name!r}")
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(f"{name} needs timm (pip install timm): {error}") from error
+    if not timm.is_model(name.removeprefix(TIMM)):
+        close = timm.list_models(f"*{name.removeprefix(TIMM)}*")[:3]
+        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+
+
+def timm_backbone(name: str, drop_path_rate: float) -> nn.Module:
+    """A model of timm's without its classifier, under timm's own parameter names, not pretrained.
+
+    name: `timm:resnet50`. One that has another input size than the crops', and cannot change it, will say so.
+    """
+    import timm
+
+    options = {"pretrained": False, "num_classes": 0, "drop_path_rate": drop_path_rate}
+    try:  # ViTs of timm take one size of images, unless they are told otherwise; others do not know the option
+        backbone = timm.create_model(name.removeprefix(TIMM), dynamic_img_size=True, **options)
+    except TypeError:
+        backbone = timm.create_model(name.removeprefix(TIMM), **options)
+    assert isinstance(backbone, nn.Module)
+    backbone.embed_dim = backbone.num_features
+    return backbone
