@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino import MultiCropWrapper, get_params_groups
-from fastdino.loss import DINOLoss
+from fastdino.objectives import DINOLoss
 from fastdino.train.schedules import Schedules
 
 

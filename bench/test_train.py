@@ -17,7 +17,7 @@ from bench.measure import DEVICE, QUICK
 from fastdino.data.digits import load_digits
 from fastdino.data.loader import CropLoader, EpochSampler
 from fastdino.eval.knn import extract_features, knn_accuracy
-from fastdino.loss import DINOLoss
+from fastdino.objectives import DINOLoss
 from fastdino.train.config import TrainConfig
 from fastdino.train.loop import build_networks
 from fastdino.train.recipes import DIGITS

@@ -3,7 +3,6 @@
 from fastdino import train
 from fastdino.data.augment import global_augment, multiple_local_augments
 from fastdino.dino import DINO, distillation_loss, train_dino
-from fastdino.loss import DINOLoss
 from fastdino.model import (
     DINOHead,
     MultiCropWrapper,
@@ -14,6 +13,7 @@ from fastdino.model import (
     vit_small,
     vit_tiny,
 )
+from fastdino.objectives import DINOLoss
 from fastdino.train.checkpoint import load_backbone, load_checkpoint
 from fastdino.train.optim import clip_gradients, get_params_groups
 from fastdino.train.schedules import cosine_schedule

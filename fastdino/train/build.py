@@ -14,9 +14,9 @@ from fastdino.data.loader import CropLoader, EpochSampler, useful_workers
 from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource, open_source
 from fastdino.errors import UserError
-from fastdino.loss import DINOLoss
 from fastdino.model import DINOHead, MultiCropWrapper
 from fastdino.model.archs import ARCHITECTURES, timm_backbone
+from fastdino.objectives import DINOLoss
 from fastdino.train import distributed
 from fastdino.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from fastdino.train.config import TrainConfig
@@ -52,6 +52,13 @@ class Parts:
     loader: CropLoader
     is_built_in: bool
     """Whether the backbone is config.arch, and not one of the caller's own."""
+
+    @property
+    def model_name(self) -> str:
+        """The backbone's."""
+        if not self.is_built_in:
+            return type(self.backbone).__name__
+        return f"{self.config.arch}/{self.config.patch_size}" if self.config.arch in ARCHITECTURES else self.config.arch
 
     @property
     def niter(self) -> int:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastdino.errors import UserError
-from fastdino.loss import DINOLoss
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import heads_of
 from fastdino.train.config import TrainConfig
@@ -67,7 +66,7 @@ def save_checkpoint(
     student: nn.Module,
     teacher: nn.Module,
     optimizer: Optimizer,
-    loss: DINOLoss,
+    loss: nn.Module,
     epoch: int,
     config: TrainConfig,
     scaler: torch.amp.GradScaler | None = None,
@@ -113,7 +112,7 @@ def restore(
     student: nn.Module,
     teacher: nn.Module,
     optimizer: Optimizer,
-    loss: DINOLoss,
+    loss: nn.Module,
     scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Put a checkpoint's state into a run's parts. `student` is the bare module, without DDP.

@@ -3,12 +3,13 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdino.data.loader import MAX_BAD
 from fastdino.errors import TrainingError
@@ -20,7 +21,6 @@ from fastdino.train.console import Console
 from fastdino.train.distributed import Process
 from fastdino.train.interrupt import Stop
 from fastdino.train.sinks import Curves, Entry, LogFile, Sinks, asked_loggers
-from fastdino.train.step import StepMetrics
 from fastdino.train.words import conclude, introduce, remark
 
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps between looks at the metrics: on a GPU, each look waits for it
@@ -76,8 +76,8 @@ def train(config: TrainConfig, own: Own | None = None) -> TrainResult:
 class Meter:
     """Means over an epoch, and how its time was spent."""
 
-    def __init__(self) -> None:
-        self.sums = np.zeros(len(StepMetrics._fields))
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.sums = names, np.zeros(len(names))
         self.n_steps = self.n_images = 0
         self.waited = 0.0
         self.started = time.perf_counter()
@@ -163,11 +163,11 @@ class Run:
     def _train_epoch(self, epoch: int, sinks: Sinks) -> tuple[Meter, list[str]]:
         """One epoch, or the part of it until somebody stops the run; (means, lines about unreadable images)."""
         parts, device = self.parts, self.process.device
-        meter, bad = Meter(), dict[str, None]()
+        meter, bad = Meter(parts.step.metric_names), dict[str, None]()
         first_batch = self.iteration - epoch * self.niter
         parts.sampler.seek(epoch, first_batch)
         batches = iter(parts.loader)
-        pending: list[StepMetrics] = []
+        pending: list[Sequence[Tensor]] = []
         for i in range(first_batch, self.niter):
             asked = time.perf_counter()
             batch = next(batches)
@@ -187,9 +187,11 @@ class Run:
                     break
         return meter, list(bad)
 
-    def _read_metrics(self, pending: list[StepMetrics], meter: Meter, epoch: int, sinks: Sinks) -> None:
+    def _read_metrics(self, pending: Sequence[Sequence[Tensor]], meter: Meter, epoch: int, sinks: Sinks) -> None:
         """Bring the metrics of the last steps to the host, averaged over processes. Raises on a non-finite loss."""
-        values = distributed.average(torch.stack([torch.stack(metrics) for metrics in pending])).cpu().double().numpy()
+        values = (
+            distributed.average(torch.stack([torch.stack(list(metrics)) for metrics in pending])).cpu().double().numpy()
+        )
         for offset, loss in enumerate(values[:, 0]):
             if not math.isfinite(loss):
                 raise TrainingError(
@@ -202,7 +204,7 @@ class Run:
             {
                 "iteration": self.iteration,
                 "epoch": epoch,
-                **dict(zip(StepMetrics._fields, values.mean(0).tolist())),
+                **dict(zip(meter.names, values.mean(0).tolist())),
                 "lr": float(self.parts.step.schedules.lr[self.iteration - 1]),
                 "images_per_s": meter.images_per_s,
                 "data_wait": meter.data_wait,
@@ -235,15 +237,12 @@ class Run:
             return
         span = slice(epoch * self.niter, (epoch + 1) * self.niter)
         schedules = self.parts.step.schedules
-        means = dict(zip(StepMetrics._fields, meter.sums / meter.n_steps))
         entry: Entry = {
-            "train_loss": means["loss"],
+            "train_loss": meter.sums[0] / meter.n_steps,
             "train_lr": float(schedules.lr[span].mean()),
             "train_wd": float(schedules.weight_decay[span].mean()),
             "epoch": epoch,
-            "train_teacher_entropy": means["teacher_entropy"],
-            "train_kl": means["kl"],
-            "train_grad_norm": means["grad_norm"],
+            **{f"train_{name}": x for name, x in zip(meter.names[1:], meter.sums[1:] / meter.n_steps)},
             "train_momentum": float(schedules.momentum_teacher[span].mean()),
             "images_per_s": round(meter.images_per_s, 1),
             "data_wait": round(meter.data_wait, 4),

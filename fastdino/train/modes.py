@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from fastdino.errors import TrainingError, reason
 from fastdino.train import distributed, memory
-from fastdino.train.schedules import ScheduleTable
+from fastdino.train.schedules import Row, ScheduleTable
 
 MODES = ("eager", "compiled", "graph")
 WARM_UP = 3  # iterations on a side stream before a capture, which wants everything allocated and compiled
 PROBE_BYTES = 32 * 2**20  # larger than what PyTorch's allocator takes from a block that it shares
 
-# Crops and the teacher's temperature -> loss, teacher entropy, KL, and the mean of the teacher's logits (K,).
-Forward = Callable[[Sequence[Tensor], Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+# Crops and the schedules' row -> what an objective's `evaluate` returns.
+Forward = Callable[[Sequence[Tensor], Row], tuple[Tensor, tuple[Tensor, ...], Tensor]]
 
 
 class Step(Protocol):

@@ -140,14 +140,17 @@ class FusedUpdate:
         )
         decayed, not_decayed = self.optimizer.param_groups
         # The schedules' own tensors, which change in place.
-        decayed["lr"] = not_decayed["lr"] = row.lr
-        decayed["weight_decay"], not_decayed["weight_decay"] = row.weight_decay, torch.zeros_like(row.weight_decay)
-        self.optimizer.momentum = row.momentum
+        decayed["lr"] = not_decayed["lr"] = row["lr"]
+        decayed["weight_decay"], not_decayed["weight_decay"] = (
+            row["weight_decay"],
+            torch.zeros_like(row["weight_decay"]),
+        )
+        self.optimizer.momentum = row["momentum"]
         self._last_layer = [p for name, p in student.named_parameters() if "last_layer" in name and p.requires_grad]
 
     def __call__(self, row: Row) -> Tensor:
         """One update; a graph reads the row again at each replay."""
-        self.optimizer.freeze_(self._last_layer, row.frozen > 0)
+        self.optimizer.freeze_(self._last_layer, row["frozen"] > 0)
         self.optimizer.step()
         assert self.optimizer.grad_norms is not None
         return self.optimizer.grad_norms.norm()
@@ -194,7 +197,7 @@ class HostUpdate:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         # Also where the scaler skipped the optimizer, as in the original.
-        ema_update_(self._teacher_params, self._student_params, row.momentum)
+        ema_update_(self._teacher_params, self._student_params, row["momentum"])
         return norms.norm()
 
 

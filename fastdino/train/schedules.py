@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,32 +55,25 @@ class Schedules:
         )
 
 
-class Row(NamedTuple):
-    """What the schedules say of one iteration: 0-D tensors on the device. frozen: 1 where the last layer is."""
-
-    lr: Tensor
-    weight_decay: Tensor
-    momentum: Tensor
-    teacher_temp: Tensor
-    frozen: Tensor
+Row = Mapping[str, Tensor]  # what the schedules say of one iteration: 0-D tensors on the device, by name
 
 
 class ScheduleTable:
     """All rows of a run on the device, which counts its own iterations: nothing is copied from the host in a step.
 
-    columns: a value per iteration for each field of Row. Attribute: row, the current one; `advance` writes into it.
+    columns: a value per iteration for each name. Attribute: row, the current one; `advance` writes into it.
     """
 
     def __init__(self, columns: Mapping[str, NDArray[Any]], device: torch.device, dtype: torch.dtype) -> None:
         self._columns = columns
-        values = torch.from_numpy(np.stack([columns[name] for name in Row._fields], axis=1).astype(np.float64))
+        values = torch.from_numpy(np.stack(list(columns.values()), axis=1).astype(np.float64))
         # 16 bytes for each number: at any other address the compiler would take it for unaligned.
         padded = values[:, :, None].expand(-1, -1, 16 // dtype.itemsize)
         self._rows = self._on_device(padded, device, dtype)
         self._current = self._rows[0].clone()
         self._counter = torch.zeros(1, dtype=torch.int64, device=device)
         self._next = 0  # where the device's counter stands
-        self.row = Row(*self._current[:, 0].unbind())
+        self.row: Row = dict(zip(columns, self._current[:, 0].unbind()))
 
     @staticmethod
     def _on_device(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -5,34 +5,28 @@ code runs eagerly, compiled, or captured in one CUDA graph: `modes` decides.
 Axes: V views (two global, then local), B images, K prototypes.
 """
 
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdino.loss import N_TEACHER_VIEWS, DINOLoss
 from fastdino.model import MultiCropWrapper, attention_choice
 from fastdino.model.attention import use_backend
+from fastdino.objectives import Objective
 from fastdino.train.averaging import GradientAverager
 from fastdino.train.modes import Forward, Modes
 from fastdino.train.optim import OPTIMIZERS, FusedUpdate, HostUpdate, Update, is_fused
 from fastdino.train.precision import low_precision_twin
-from fastdino.train.schedules import Schedules, ScheduleTable
+from fastdino.train.schedules import Row, Schedules, ScheduleTable
 
 
-class StepMetrics(NamedTuple):
-    """0-D tensors on the device, so that reading them can wait: loss, teacher_entropy and kl in nats.
-
-    grad_norm: of all gradients together, before the clip; of fp16 without the loss scale.
-    """
-
-    loss: Tensor
-    teacher_entropy: Tensor
-    kl: Tensor
-    grad_norm: Tensor
+def _named(names: Sequence[str]) -> Any:
+    """A class of tuples with these names."""
+    return namedtuple("StepMetrics", names)
 
 
 class TrainStep:
@@ -53,7 +47,7 @@ class TrainStep:
         *,
         student: MultiCropWrapper,
         teacher: MultiCropWrapper,
-        loss: DINOLoss,
+        loss: Objective,
         optimizer: str,
         schedules: Schedules,
         niter_per_ep: int,
@@ -90,8 +84,8 @@ class TrainStep:
             "lr": schedules.lr,
             "weight_decay": schedules.weight_decay,
             "momentum": schedules.momentum_teacher,
-            "teacher_temp": loss.teacher_temp_schedule[epochs],
             "frozen": epochs < freeze_last_layer,
+            **loss.columns(epochs),
         }
         self.schedule = ScheduleTable(columns, self.device, param.dtype)
         self.update: Update
@@ -109,7 +103,10 @@ class TrainStep:
         # Gradients come to what is run; those of several parts are summed where the masters are.
         summed = student if accumulate > 1 else self._student
         self._averager = GradientAverager(summed.parameters(), overlap=accumulate == 1)
-        self._metrics = torch.zeros(len(StepMetrics._fields), dtype=param.dtype, device=self.device)
+        # grad_norm: of all gradients together, before the clip and without fp16's loss scale.
+        self.metric_names = ("loss", *loss.metric_names, "grad_norm")
+        self._as_metrics = _named(self.metric_names)
+        self._metrics = torch.zeros(len(self.metric_names), dtype=param.dtype, device=self.device)
         self._modes = Modes(self, mode, say)
 
     @property
@@ -127,45 +124,47 @@ class TrainStep:
         """Student and teacher as they are run."""
         return self._student, self._teacher
 
-    def __call__(self, crops: Sequence[Tensor], iteration: int) -> StepMetrics:
-        """V normalised crops (B, 3, H, W), and the iteration counted from 0 over the whole run."""
+    def __call__(self, crops: Sequence[Tensor], iteration: int) -> Any:
+        """V normalised crops (B, 3, H, W), and the iteration counted from 0 over the whole run.
+
+        Returns a named tuple of `metric_names`: 0-D tensors on the device, so that reading them can wait.
+        """
         self.prepare(crops)
         self.schedule.seek(iteration)
         self._modes(crops)
-        return StepMetrics(*self._metrics.clone())
+        return self._as_metrics(*self._metrics.clone())
 
     # What an iteration consists of, for the modes.
 
-    def forward(self, crops: Sequence[Tensor], teacher_temp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss, teacher entropy, KL, mean teacher logits (K,)): both networks and the loss, the part that compiles."""
+    def forward(self, crops: Sequence[Tensor], row: Row) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Both networks and the loss, the part that compiles; what the objective's `evaluate` returns."""
         if self.dtype != crops[0].dtype and not self._autocasts:
             crops = [crop.to(self.dtype) for crop in crops]
         with self._autocast():
             with torch.no_grad():
-                teacher_output = self._teacher(crops[:N_TEACHER_VIEWS])
+                teacher_output = self._teacher(crops[: self.loss.n_teacher_views])
             student_output = self._student(crops)
-        stats = self.loss.at_temperature(student_output, teacher_output, teacher_temp)
-        return stats.loss, stats.teacher_entropy, stats.kl, self.loss.batch_center(teacher_output)
+        return self.loss.evaluate(student_output, teacher_output, row)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.amp_dtype) if self._autocasts else nullcontext()
 
     def compute(self, forward: Forward, crops: Sequence[Tensor]) -> None:
-        """Forward and backward over the parts of the batch; leaves gradients, metrics and the center's mean."""
+        """Forward and backward over the parts of the batch; leaves gradients, metrics and the objective's mean."""
         n, scaler = self.accumulate, self.update.scaler
         parts = zip(*(crop.chunk(n) for crop in crops)) if n > 1 else [tuple(crops)]
         self.update.optimizer.zero_grad()
         self._metrics.zero_()
         means = []
         for part in parts:
-            loss, entropy, kl, mean = forward(part, self.schedule.row.teacher_temp)
+            loss, others, mean = forward(part, self.schedule.row)
             scaled = loss / n if n > 1 else loss
             (scaled if scaler is None else scaler.scale(scaled)).backward()
             means.append(mean)
-            self._metrics[:3] += torch.stack([loss.detach(), entropy, kl]).to(self._metrics.dtype) / n
+            self._metrics[:-1] += torch.stack([loss.detach(), *others]).to(self._metrics.dtype) / n
             if n > 1:
                 self._sum_up()
-        self._center_mean = means[0] if n == 1 else torch.stack(means).mean(0)
+        self._batch_mean = means[0] if n == 1 else torch.stack(means).mean(0)
 
     def compute_alone(self, forward: Forward, crops: Sequence[Tensor]) -> None:
         """`compute`, with no collective in it: should this process fail, no other waits for it there."""
@@ -173,10 +172,10 @@ class TrainStep:
             self.compute(forward, crops)
 
     def finish(self) -> None:
-        """Average over processes, clip, optimizer, EMA, center."""
+        """Average over processes, clip, optimizer, EMA, the objective's own state."""
         self._averager.finish()
-        self._metrics[3] = self.update(self.schedule.row)
-        self.loss.move_center(self._center_mean)
+        self._metrics[-1] = self.update(self.schedule.row)
+        self.loss.after_step(self._batch_mean)
 
     def drop_gradients(self) -> None:
         """So that the next ones live in memory of their own: a graph's."""
@@ -199,7 +198,8 @@ class TrainStep:
         if len(crops[0]) % self.accumulate:
             raise ValueError(f"accumulate: expected a divisor of the batch of {len(crops[0])}, got {self.accumulate}")
         student, teacher = (
-            self.student.packing(crops[:n], len(crops[0]) // self.accumulate) for n in (len(crops), N_TEACHER_VIEWS)
+            self.student.packing(crops[:n], len(crops[0]) // self.accumulate)
+            for n in (len(crops), self.loss.n_teacher_views)
         )
         if student is None:
             return

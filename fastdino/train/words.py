@@ -19,7 +19,7 @@ def introduce(parts: Parts, iteration: int, say: Say) -> None:
     """What is about to be trained, on what, and how. iteration: where a resumed run goes on."""
     config, process, step = parts.config, parts.process, parts.step
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[step.amp_dtype]
-    name = f"{config.arch}/{config.patch_size}" if parts.is_built_in else type(parts.backbone).__name__
+    name = parts.model_name
     n_params = sum(p.numel() for p in parts.backbone.parameters()) / 1e6
     say(f"data    {parts.source.describe()}")
     if parts.held_out:

@@ -3,17 +3,19 @@
 Axes: V student views, B images, K prototypes; two teacher views.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
+from fastdino.objectives.base import Objective
 from fastdino_kernels import DINOLossStats, batch_center, center_ema_, dino_loss_with_stats
 
-N_TEACHER_VIEWS = 2  # the global crops
 
-
-class DINOLoss(nn.Module):
+class DINOLoss(Objective):
     """Cross-entropy between the teacher's centered, sharpened probabilities and the student's; updates the center.
 
     out_dim: K. ncrops: V, both globals first. The teacher's temperature goes linearly from warmup_teacher_temp to
@@ -22,6 +24,8 @@ class DINOLoss(nn.Module):
     """
 
     center: Tensor
+    n_teacher_views = 2  # the global crops
+    metric_names = ("teacher_entropy", "kl")
 
     def __init__(
         self,
@@ -67,13 +71,28 @@ class DINOLoss(nn.Module):
     ) -> DINOLossStats:
         """The loss alone, at this center (K,) or at the module's, which must not move before the backward pass."""
         student = student_output.unflatten(0, (self.ncrops, -1))
-        teacher = teacher_output.detach().unflatten(0, (N_TEACHER_VIEWS, -1))
+        teacher = teacher_output.detach().unflatten(0, (self.n_teacher_views, -1))
         center = self.center[0] if center is None else center
         return dino_loss_with_stats(student, teacher, center, self.student_temp, teacher_temp)
 
     def batch_center(self, teacher_output: Tensor) -> Tensor:
         """Mean of teacher logits (2 * B, K) of this process: (K,)."""
-        return batch_center(teacher_output.detach().unflatten(0, (N_TEACHER_VIEWS, -1)))
+        return batch_center(teacher_output.detach().unflatten(0, (self.n_teacher_views, -1)))
+
+    def columns(self, epochs: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        """The teacher's temperature, by whole epochs."""
+        return {"teacher_temp": self.teacher_temp_schedule[epochs]}
+
+    def evaluate(
+        self, student: Tensor, teacher: Tensor, row: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Loss; teacher entropy and KL in nats; mean teacher logits (K,)."""
+        stats = self.at_temperature(student, teacher, row["teacher_temp"])
+        return stats.loss, (stats.teacher_entropy, stats.kl), self.batch_center(teacher)
+
+    def after_step(self, mean: Tensor) -> None:
+        """The center moves."""
+        self.move_center(mean)
 
     @torch.no_grad()
     def move_center(self, mean: Tensor) -> None:

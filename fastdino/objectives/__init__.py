@@ -1,0 +1,6 @@
+"""What is learned: from logits to a loss, with the state that goes with it. Knows nothing of optimizers and modes."""
+
+from fastdino.objectives.base import Objective
+from fastdino.objectives.dino import DINOLoss
+
+__all__ = ["DINOLoss", "Objective"]
