@@ -19,6 +19,7 @@ budget=${BUDGET:-540} failed=0 left_out=0 running=
 # Seconds. Compiling counts for what the host's processor needs, so it is the one guess on which the limits stand.
 compile=50        # both networks and the loss, without a cache; of two blocks, a third of it
 start=12          # Python, torch, CUDA, and the ceilings that each process measures for its shares
+[ -z "${quick[*]-}" ] || start=40 # on a busy CPU
 report=10         # kept back for the report
 worth=60          # of a part that goes on singly: less than this is not worth starting
 

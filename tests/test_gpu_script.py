@@ -1,6 +1,7 @@
 """bench/gpu.sh with stand-ins for python and timeout: what it runs, in which order, for how long, and what again."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def test_killed_half_way_it_leaves_nothing_running_and_goes_on_when_called_again
 
 
 def test_words_choose_on_a_gpu_what_the_parts_are_named_after(stub):
-    """Collected as if there was a CUDA device, in another process."""
+    """Planned, not run, as if there was a CUDA device. The main case and its profile share one step."""
     finished(stub)
     asked = [call.split("|") for call in calls(stub)]
     asked = [call for call in asked if "bench" in call and "-k" in call]
@@ -140,13 +141,13 @@ import torch, pytest
 torch.cuda.is_available = lambda: True
 for file, words in {words!r}:
     print("words", words)
-    options = ["-o", "addopts=", "--import-mode=importlib", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    options = ["-o", "addopts=", "--import-mode=importlib", "--setup-plan", "-q", "-p", "no:cacheprovider"]
     pytest.main([*options, "-k", words, file])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    chosen = [
-        [line.split("::")[1] for line in part.splitlines() if "::" in line] for part in done.stdout.split("words ")[1:]
-    ]
+    plans = done.stdout.split("words ")[1:]
+    chosen = [re.findall(r"::(\w+\[.*?\])", plan) for plan in plans]
+    assert plans[0].count("SETUP    M step") == 1
     small, base = "vit_small 2+8 B64 bf16", "vit_base 2+8 B64 bf16"
     assert chosen == [
         [f"test_step[ours graph-{small}]", f"test_profile[ours graph-{small}]"],
