@@ -104,6 +104,12 @@ def test_a_second_call_runs_what_failed_and_nothing_that_is_done(stub):
     assert len(parts(stub)) == 2 * len(ORDER) + 2  # on another device all of it
 
 
+def test_a_part_that_the_budget_cut_short_asks_for_another_call_and_is_no_failure(stub):
+    code, output = finished(stub, HANGS="vit_base", LIMIT="0.5", BUDGET="78")
+    assert code == 3, output  # it had 68 of 70 s
+    assert "base: stopped, its time was over" in output
+
+
 def test_a_part_that_hangs_is_stopped_and_said_so(stub):
     code, output = finished(stub, HANGS="attention", LIMIT="0.5")
     assert code == 1
