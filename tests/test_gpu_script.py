@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["proof", "main", "ceilings", "tests", "ops", "attention", "base", "batch", "plain", "compiled", "careful"]
-ORDER += ["jpeg", "doctor", "step", "report"]
+ORDER += ["jpeg", "doctor", "step", "adamw", "report"]
 
 PYTHON = """#!/bin/bash
 (IFS='|'; echo "$*" >> "$STUB/calls")
@@ -153,6 +153,9 @@ for file, words in {words!r}:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     plans = done.stdout.split("words ")[1:]
     chosen = [re.findall(r"::(\w+\[.*?\])", plan) for plan in plans]
+    ops = chosen.pop(1)
+    assert "test_clip_adamw_ema[library]" in ops
+    assert "test_clip_adamw_ema[compiled]" not in ops
     assert plans[0].count("SETUP    M step") == 1
     small, base = "vit_small 2+8 B64 bf16", "vit_base 2+8 B64 bf16"
     assert chosen == [
