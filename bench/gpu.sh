@@ -16,12 +16,12 @@ export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 export TORCHINDUCTOR_CACHE_DIR="$out/cache/inductor" TRITON_CACHE_DIR="$out/cache/triton"
 budget=${BUDGET:-540} failed=0 left_out=0 running=
 
-# Seconds. Compiling counts for what the host's processor needs, so it is the one guess on which the limits stand.
-compile=50        # both networks and the loss, without a cache; of two blocks, a third of it
-start=12          # Python, torch, CUDA, and the ceilings that each process measures for its shares
+# Seconds, from which the limits below are made. How long a host compiles is a guess: it takes 40 s of CPU time.
+compile=50 # both networks and the loss, without a cache; a third of it with two blocks
+start=12   # Python, torch, CUDA, and the ceilings that each process measures
 [ -z "${quick[*]-}" ] || start=40 # on a busy CPU
-report=10         # kept back for the report
-worth=60          # of a part that goes on singly: less than this is not worth starting
+report=10  # kept back for the report
+worth=60   # a longer part may begin with this much left: each of its figures is kept
 
 stop() {
     [ -z "$running" ] || { kill "$running"; wait "$running"; } 2>/dev/null
@@ -85,9 +85,9 @@ measure attention $((start + 15)) attention
 measure base $((start + compile + 8)) step -k "graph and vit_base and B64"
 measure batch $((start + compile + 8)) step -k "graph and vit_small and B256"
 measure plain $((start + 20)) step -k "plain and 2+8 and B64"
-measure compiled $((start + 2 * compile + 20)) step -k "compiled and B64"
+measure compiled $((start + 5 * compile / 2 + 20)) step -k "compiled and B64"
 measure careful $((start + 20)) step -k "careful and B64"
-measure jpeg $((start + compile / 2 + 20)) pipeline -k "training or kernels"
+measure jpeg $((start + compile / 2 + 30)) pipeline -k "training or kernels"
 part doctor 20 python -m fastdino.cli doctor
 measure step $((8 * compile + 200)) step # other batches and crops, eager, peers: as many as there is time for
 measure adamw 300 ops # compiled over 158 tensors: minutes

@@ -78,7 +78,7 @@ def test_the_evidence_comes_in_order_and_its_limits_fit_into_nine_minutes(stub):
     preflight, *limits, report = map(int, (stub / "limits").read_text().split())
     asked = ORDER.index("plain") + 1  # what follows has the time that these leave
     assert preflight + sum(limits[:asked]) + report <= 540
-    assert "-k|graph_equals_eager" in calls(stub)[1]
+    assert "-k|graph_equals_eager|tests/" in calls(stub)[1]
     assert "--continue" in calls(stub)[2]
 
 
