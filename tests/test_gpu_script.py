@@ -19,7 +19,7 @@ PYTHON = """#!/bin/bash
 case " $* " in
   *preflight*) [ -z "${LACKS:-}" ] || { echo "MISSING $LACKS"; exit 2; }; echo "device ${DEVICE:-H200}, commit 1" ;;
   *" ${HANGS:-nobody} "*) echo $$ > "$STUB/hanging"; exec sleep 30 ;;
-  *" ${FAILS:-nobody} "*) exit 1 ;;
+  *" ${FAILS:-nobody} "*) exit "${CODE:-1}" ;;
 esac
 """
 TIMEOUT = """#!/bin/bash
@@ -40,17 +40,17 @@ def stub(tmp_path, monkeypatch):
     return tmp_path
 
 
-def gpu_sh(stub, **environment):
+def gpu_sh(stub, *words, **environment):
     """Runs it in an own process group, as a shell would."""
     (stub / "calls").write_text("")
     return subprocess.Popen(
-        ["bash", str(ROOT / "bench" / "gpu.sh"), str(stub / "out")], env=os.environ | environment,
+        ["bash", str(ROOT / "bench" / "gpu.sh"), *words, str(stub / "out")], env=os.environ | environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 
-def finished(stub, **environment):
-    process = gpu_sh(stub, **environment)
+def finished(stub, *words, **environment):
+    process = gpu_sh(stub, *words, **environment)
     output, _ = process.communicate(timeout=60)
     return process.returncode, output
 
@@ -102,6 +102,13 @@ def test_a_second_call_runs_what_failed_and_nothing_that_is_done(stub):
     assert [name for name, _ in parts(stub)] == [*ORDER, "attention", "report"]
     finished(stub, DEVICE="H100")
     assert len(parts(stub)) == 2 * len(ORDER) + 2  # on another device all of it
+
+
+def test_a_part_that_finds_nothing_to_measure_is_done_in_a_quick_run_alone(stub):
+    assert finished(stub, FAILS="vit_base", CODE="5")[0] == 1
+    for _ in range(2):
+        assert finished(stub, "--quick", FAILS="vit_base", CODE="5", DEVICE="CPU")[0] == 0
+    assert [name for name, _ in parts(stub)] == [*ORDER, *ORDER, "report"]
 
 
 def test_a_part_that_the_budget_cut_short_asks_for_another_call_and_is_no_failure(stub):
