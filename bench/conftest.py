@@ -105,6 +105,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     elif report.failed and call.excinfo:
         words = str(call.excinfo.value).strip().splitlines() or [""]
         _keep(identity(item) | {"failed": f"{call.excinfo.typename}: {words[0]}"[:300], "date": now()})
+        print(report.longreprtext, flush=True)
     return report
 
 

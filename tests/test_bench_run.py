@@ -108,9 +108,10 @@ def test_a_red_check_prints_no_number_and_ends_the_run_red(tmp_path):
     (tmp_path / "conftest.py").write_text(conftest)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "BENCH_OUT": str(tmp_path / "out"), "BENCH_QUICK": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "ema_update and ours", str(wrong)]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-summary", "-k", "ema_update and ours", str(wrong)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 1, done.stdout
+    assert ": in check" in done.stdout  # where it was found
     record = latest(read(tmp_path / "out"))["ops/ema_update/ours"]
     assert "not timed" in record["failed"]
     assert "median_ms" not in record
