@@ -1,4 +1,4 @@
-"""python -m bench PART [--quick] [--out DIR] | report DIR | compare A B.
+"""python -m bench PART [--quick] [--continue] [--out DIR] | report DIR | compare A B | counted FILE [RUN].
 
 Parts: ceilings, ops, attention, step, pipeline, train, or all of them. Each record is on disk the moment it is known.
 """
@@ -8,10 +8,10 @@ import datetime
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+from bench import counted
 from bench.compare import compare
 from bench.records import read
 from bench.report import PARTS, report
@@ -27,13 +27,18 @@ PYTEST = [
     "--no-summary",
     "--tb=short",
     "--benchmark-quiet",
+    "--continue-on-collection-errors",
 ]
+NOTHING_CHOSEN = 5  # as pytest has it
 
 
 def _measure(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise ValueError("measuring needs pytest-benchmark: pip install -e '.[bench]'")
-    from bench.measure import device_name
+    import pytest
+
+    os.environ |= {"BENCH_QUICK": str(int(args.quick)), "BENCH_CONTINUE": str(int(args.go_on))}
+    from bench.measure import device_name  # which looks at them
 
     slug = re.sub(r"[^\w]+", "-", device_name()).strip("-")
     out = (args.out or HERE / "results" / f"{datetime.date.today()}-{slug}").resolve()
@@ -41,19 +46,19 @@ def _measure(args: argparse.Namespace) -> int:
     parts = PARTS if args.command == "all" else (args.command,)
     files = [str(HERE / f"test_{part}.py") for part in parts]
     chosen = ["-k", args.only] if args.only else []
-    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"BENCH_OUT": str(out), "BENCH_QUICK": str(int(args.quick)), "PYTHONPATH": path}
-    command = [sys.executable, "-m", "pytest", *PYTEST, "--benchmark-quiet", *chosen, *files]
-    try:
-        code = subprocess.run(command, cwd=HERE.parent, env=environment).returncode
-    except KeyboardInterrupt:
+    os.environ["BENCH_OUT"] = str(out)
+    code = pytest.main([*PYTEST, *chosen, *files])
+    if code == pytest.ExitCode.INTERRUPTED:
         print(f"\nstopped; what was measured: python -m bench report {out}")
         return 130
+    if code == NOTHING_CHOSEN:
+        print(f"nothing to measure: -k {args.only!r} chose none of it")
+        return NOTHING_CHOSEN
     try:
         print(f"\n{report(read(out), out, readme=args.readme)}\nwrote {out}")
     except (OSError, ValueError) as error:
         print(f"\nno report: {error}")
-    return min(code, 1)
+    return min(int(code), 1)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -67,13 +72,21 @@ def _compare(args: argparse.Namespace) -> int:
     return 1 if slower else 0
 
 
+def _counted(args: argparse.Namespace) -> int:
+    if args.run_prefix:
+        counted.append(args.file, counted.count(args.run_prefix, args.facts, args.predicted))
+    print(counted.table(read(args.file)))
+    return 0
+
+
 def main() -> int:
-    """The exit code. 1: a check failed or something got slower, 2: the command was wrong, 130: interrupted."""
+    """The exit code. 1: a check failed or something got slower, 2: a wrong command, 5: nothing chosen, 130: stopped."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for part in (*PARTS, "all"):
         run = commands.add_parser(part, help="everything" if part == "all" else f"measure {part}")
         run.add_argument("--quick", action="store_true", help="small cases, few repeats")
+        run.add_argument("--continue", dest="go_on", action="store_true", help="leave out what DIR has of this host")
         run.add_argument("--out", type=Path, metavar="DIR", help="folder of the results [bench/results/DATE-DEVICE]")
         run.add_argument("-k", dest="only", metavar="WORDS", help="only what pytest's -k chooses")
         run.add_argument("--readme", type=Path, metavar="FILE", help="put the summary into this file, too")
@@ -87,6 +100,14 @@ def main() -> int:
     both.add_argument("before", type=Path)
     both.add_argument("after", type=Path)
     both.set_defaults(run=_compare)
+    shown = commands.add_parser("counted", help="counted figures of a step side by side, nothing timed")
+    shown.add_argument("file", type=Path, help="of JSON lines")
+    shown.add_argument("run_prefix", nargs="?", metavar="RUN", help=counted.RUN)
+    shown.add_argument("facts", nargs="*", metavar="NAME=VALUE", help="what RUN does not say: commit=4918220")
+    shown.add_argument(
+        "--predicted", nargs=2, type=float, metavar="MS", help="a time that was not measured: ideal, expected"
+    )
+    shown.set_defaults(run=_counted)
     args = parser.parse_args()
     try:
         return int(args.run(args))

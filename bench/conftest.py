@@ -5,6 +5,7 @@ records go. Parametrize `provider` nearest to the function: its id is the provid
 """
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import DEVICE, FLUSH_BYTES, ON_GPU, QUICK, Timing, environment, now, times_ms
-from bench.records import Record, append
+from bench.measure import DEVICE, FLUSH_BYTES, ON_GPU, QUICK, UNCHECKED, Timing, environment, host, now, times_ms
+from bench.records import Record, append, measured, read
 
 OUT = os.environ.get("BENCH_OUT")
+CONTINUE = os.environ.get("BENCH_CONTINUE") == "1"  # `python -m bench ... --continue`
+ITERATIONS = 5  # of what is not timed: the last of them replays a graph
 _playing: Iterator[float] = iter(())
 
 
@@ -37,7 +40,7 @@ def identity(item: pytest.Item) -> Record:
 
 def line(record: Record) -> str:
     """A record for a reader."""
-    for word in ("failed", "absent"):
+    for word in ("failed", "absent", "unchecked"):
         if word in record:
             return f"{record['name']:58} {word}: {record[word]}"
     text = f"{record['name']:58} {record['median_ms']:10.3f} ms"
@@ -53,9 +56,31 @@ def _keep(record: Record) -> None:
         print(line(record), flush=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def known(folder: Path) -> set[str]:
+    """Names that have a time in a folder, of this host and commit."""
+    if not (folder / "results.jsonl").is_file():
+        return set()
+    return {name for name, record in measured(read(folder)).items() if record.items() >= host().items()}
+
+
+NOTHING_NEW = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(trylast=True)  # what -k leaves
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=_playback))
+    if OUT and CONTINUE:
+        done = known(Path(OUT))
+        old = [item for item in items if identity(item)["name"] in done]
+        config.hook.pytest_deselected(items=old)
+        config.stash[NOTHING_NEW] = len(old) == len(items) > 0
+        items[:] = [item for item in items if identity(item)["name"] not in done]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.stash.get(NOTHING_NEW, False):
+        session.exitstatus = pytest.ExitCode.OK  # and not "no tests collected"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -67,7 +92,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_runtest_call(item: pytest.Item) -> Any:
     try:
         return (yield)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # pytest keeps it, and it the tensors
         pytest.skip("does not fit into the device's memory")
 
 
@@ -79,6 +105,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     elif report.failed and call.excinfo:
         words = str(call.excinfo.value).strip().splitlines() or [""]
         _keep(identity(item) | {"failed": f"{call.excinfo.typename}: {words[0]}"[:300], "date": now()})
+        print(report.longreprtext, flush=True)
     return report
 
 
@@ -111,7 +138,8 @@ Timed = Callable[..., Record]
 def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timed:
     """Times a run, after the test has checked what it computes, and keeps the record."""
     who = identity(request.node)
-    environment()  # its ceilings are measured while the memory is free
+    if not UNCHECKED:
+        environment()  # its ceilings are measured while the memory is free
 
     def time_it(
         run: Callable[[], object],
@@ -130,6 +158,11 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timed:
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
+        if UNCHECKED:
+            for _ in range(0 if times else ITERATIONS):
+                run()
+            _keep(who | {"unchecked": "it ran; nothing was checked or timed"} | host() | {"date": now()})
+            return {}
         repeats = repeats or (50 if ON_GPU else 10) // (2 if QUICK else 1)
         found = times or times_ms(run, repeats, (5 if ON_GPU else 2) if warmup is None else warmup)
         peak = (torch.cuda.max_memory_allocated(DEVICE) - FLUSH_BYTES) / 2**30 if ON_GPU else None

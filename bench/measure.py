@@ -22,6 +22,7 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 QUICK = os.environ.get("BENCH_QUICK") == "1"  # small cases, few repeats: `python -m bench ... --quick`
+UNCHECKED = os.environ.get("BENCH_UNCHECKED") == "1"  # launch it all, check and time nothing: a device without values
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 FLUSH_BYTES = 2**28 if ON_GPU else 2**26  # written between runs: more than the caches of anything this is for
 COPY_BYTES = 10**9 if ON_GPU else 64 * 10**6
@@ -41,6 +42,12 @@ class Timing:
         """From single runs."""
         low, median, high = torch.tensor(times_ms, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
         return cls(median.item(), low.item(), high.item())
+
+
+def require(right: bool | torch.Tensor, otherwise: str) -> None:
+    """The check before every time. Raises AssertionError."""
+    if not (UNCHECKED or right):
+        raise AssertionError(f"{otherwise}: not timed")
 
 
 def times_ms(run: Callable[[], object], repeats: int, warmup: int) -> list[float]:
@@ -136,7 +143,7 @@ def device_name() -> str:
 
 
 @cache
-def environment() -> dict[str, Any]:
+def host() -> dict[str, Any]:
     """What every figure depends on. power_limit: as the driver says it."""
     driver, limit = "none", "none"
     if ON_GPU:
@@ -151,8 +158,12 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "triton", "xformers")},
         "commit": _output("git", "describe", "--always", "--dirty"),
-        **ceilings(),
     }
+
+
+def environment() -> dict[str, Any]:
+    """The host, and its ceilings."""
+    return host() | ceilings()
 
 
 def now() -> str:

@@ -6,7 +6,6 @@ Nothing is computed here that the records do not hold, but for the model's figur
 from pathlib import Path
 
 from bench import model
-from bench.pictures import draw_all
 from bench.records import Record, groups, latest, measured, missing, number, times_baseline
 
 PARTS = ("ceilings", "ops", "attention", "step", "pipeline", "train")  # in the order of `all`
@@ -202,7 +201,12 @@ def report(records: list[Record], folder: Path, link_gbps: float | None = None, 
     sections += [train_table(records), model_table(records), hottest_table(records), waiting(records)]
     if link_gbps:
         sections.append(projection(records, link_gbps))
-    drawn, lacking = draw_all(records, breakdown(records), folder)
+    try:
+        from bench.pictures import draw_all
+    except ImportError as error:
+        drawn, lacking = {}, [f"{error}"]
+    else:
+        drawn, lacking = draw_all(records, breakdown(records), folder)
     sections += [f"![{words}]({name})" for name, words in drawn.items()]
     sections += [f"Not drawn: {reason}." for reason in lacking]
     sections += [f"FAILED: {r['name']}: {r['failed']}" for r in latest(records).values() if "failed" in r]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import peers
-from bench.measure import DEVICE, ON_GPU, QUICK
+from bench.measure import DEVICE, ON_GPU, QUICK, require
 from fastdino_kernels import (
     ClipAdamWEMA,
     center_update_,
@@ -59,7 +59,7 @@ def check(provider: Provider, truth: list[Tensor], plain: list[Tensor]) -> None:
         exact = exact.double()
         allowed = 2 * (same.double() - exact).abs().max() + 2 * torch.finfo(ours.dtype).eps * exact.abs().max()
         error = (ours.double() - exact).abs().max()
-        assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}: not timed"
+        require(error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}")
 
 
 def logits(n_images: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench.measure import CORES, DEVICE, ON_GPU, QUICK
+from bench.measure import CORES, DEVICE, ON_GPU, QUICK, require
 from bench.peers import Absent, need
-from bench.test_step import MAIN, NITER_PER_EP, Case, make
+from bench.test_step import MAIN, NITER_PER_EP, Case, Step, made, over
 from fastdino.data.augment import MEAN, STD, apply_crop, apply_crop_fast
 from fastdino.data.decode import decode_array, open_image
 from fastdino.data.loader import CropLoader, EpochSampler
@@ -121,7 +121,7 @@ def with_pillow(encoded: list[bytes]) -> list[Any]:
 def test_decode(provider: str, paced: Any, encoded: list[bytes]) -> None:
     how = into_a_buffer if provider == "ours" else with_pillow
     expected, got = with_pillow(encoded[-2:]), how(encoded)[-2:]
-    assert all(np.array_equal(*pair) for pair in zip(got, expected)), "not Pillow's pixels: not timed"
+    require(all(np.array_equal(*pair) for pair in zip(got, expected)), "not Pillow's pixels")
     paced(lambda: how(encoded), N_IMAGES)
 
 
@@ -204,7 +204,7 @@ def test_augment(provider: str, paced: Any, pixels: list[Any]) -> None:
     assert [x.shape for x in got] == [x.shape for x in exact]
     if provider == "ours fast":  # others draw parameters of their own
         off = np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(got, exact)])
-        assert off <= 1.5, f"{off:.2f} levels from Pillow's: not timed"
+        require(off <= 1.5, f"{off:.2f} levels from Pillow's")
     paced(lambda: augment(pixels), N_IMAGES)
 
 
@@ -235,7 +235,7 @@ def test_kernels(provider: str, timed: Any, pixels: list[Any]) -> None:
         PackedImages(*(x.cpu() for x in images)), CropTable(*(x[:4].cpu() for x in made[0][0])), 224, mean=MEAN, std=STD
     )
     off = (run()[0][:4].float().cpu() - plain).abs().mean()
-    assert off < 0.02, f"{off:.4f} of a deviation from the reference: not timed"
+    require(off < 0.02, f"{off:.4f} of a deviation from the reference")
     # Each crop's box is read once, three bytes a pixel; bf16 crops are written once.
     n_bytes = sum(3 * int((t.box[:, 2].long() * t.box[:, 3]).sum()) + 6 * len(t.image) * s**2 for t, s in made)
     timed(run, n_bytes=n_bytes, n_images=N_IMAGES)
@@ -276,7 +276,7 @@ def test_loader(provider: str, workers: int, paced: Any, folder: Path) -> None:
     exact = _Dataset(source)[index][0].int()
     off = (batch.global_crops[:, 0].int() - exact).abs().float().mean()
     assert not batch.bad
-    assert off <= (0 if augment == "exact" else 4), f"{off:.2f} levels off: not timed"
+    require(off <= (0 if augment == "exact" else 4), f"{off:.2f} levels off")
     paced(lambda: [None for _ in loader], N_IMAGES)
     loader.close()
 
@@ -299,16 +299,21 @@ def test_read(provider: str, paced: Any, folder: Path, encoded: list[bytes], tmp
     paced(lambda: [source[i] for i in order], len(order))
 
 
-@pytest.mark.parametrize("case", [MAIN], ids=str)
-@pytest.mark.parametrize("provider", ["ours graph" if ON_GPU else "ours eager"])
-def test_training(provider: str, case: Case, paced: Any, folder: Path, encoded: list[bytes]) -> None:
+@pytest.fixture(scope="module")
+def step(provider: str, case: Case) -> Iterator[Step]:
+    with made(provider, case) as run:
+        yield run
+
+
+@over([("ours graph" if ON_GPU else "ours eager", MAIN)])
+def test_training(provider: str, case: Case, step: Step, paced: Any, folder: Path, encoded: list[bytes]) -> None:
     """JPEG files to changed weights; `data_wait`: the share of the time that the step waits for crops."""
     n_steps = 20 if ON_GPU else 3
     source = SequenceSource(encoded * -(-case.batch * n_steps // N_IMAGES))
     loader = CropLoader(
         source, recipe(case.n_local), EpochSampler(len(source), case.batch, 0), num_workers=CORES, device=DEVICE
     )
-    step, waited, total, count = make(provider, case), 0.0, 0.0, iter(range(NITER_PER_EP))
+    waited, total, count = 0.0, 0.0, iter(range(NITER_PER_EP))
 
     def run() -> None:
         nonlocal waited, total

@@ -7,6 +7,7 @@ Every provider's first loss is compared with the plain one's before it is timed.
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bench import model, peers
 from bench.baselines import CarefulStep, PlainStep
-from bench.measure import DEVICE, ON_GPU, QUICK, Timing
+from bench.measure import DEVICE, ON_GPU, QUICK, Timing, require
 from bench.records import Record
 from fastdino import DINOHead, DINOLoss, MultiCropWrapper
 from fastdino.model import attention
@@ -59,7 +60,7 @@ class Case(NamedTuple):
 
 
 OURS = ("ours graph", "ours compiled", "ours eager")  # most wanted first: a host may end the run
-EVERYONE = ("plain", *OURS, "careful", "careful compiled", "original", "timm")
+EVERYONE = (OURS[0], "plain", *OURS[1:], "careful", "careful compiled", "original", "timm")
 if ON_GPU:
     MAIN = Case("vit_small", 8, 64, 65536, "bf16")
     FEW = ("plain", "ours graph")
@@ -81,9 +82,8 @@ REPEATS = (20 if ON_GPU else 5) if not QUICK else 3
 HALF = {"bf16": torch.bfloat16, "fp32": None}
 
 
-@pytest.fixture(autouse=True)
-def _memory() -> Iterator[None]:
-    yield
+def free() -> None:
+    """Give back what earlier tests took: memory, and compiled code, of which torch.compile keeps only so much."""
     gc.collect()
     if ON_GPU:
         torch._dynamo.reset()
@@ -114,8 +114,13 @@ def pieces(case: Case) -> dict[str, Any]:
     }
 
 
-def make(provider: str, case: Case) -> Callable[[list[Tensor], int], Tensor]:
-    """(crops, iteration) -> loss, by a provider. Skips the test where it cannot be."""
+Step = Callable[[list[Tensor], int], Tensor]  # (crops, iteration) -> loss
+
+
+@contextmanager
+def made(provider: str, case: Case) -> Iterator[Step]:
+    """A provider's step, alone in the device's memory. Skips the test where it cannot be."""
+    free()
     if "compiled" in provider and QUICK and not ON_GPU:
         pytest.skip("Inductor compiles for minutes on a CPU: left out of --quick")
     if provider == "ours graph" and not ON_GPU:
@@ -129,17 +134,25 @@ def make(provider: str, case: Case) -> Callable[[list[Tensor], int], Tensor]:
             assert step.mode == mode, f"{mode} fell back to {step.mode}: not timed"
             return loss
 
-        return ours
+        try:
+            yield ours
+        finally:
+            step.close()
+        return
+    kinds: dict[str, Any] = {"plain": PlainStep, "original": peers.OriginalStep, "timm": peers.TimmStep}
+    options = {} if provider in kinds else {"compiled": provider.endswith("compiled")}
     try:
-        if provider == "original":
-            return peers.OriginalStep(**pieces(case))
-        if provider == "timm":
-            return peers.TimmStep(**pieces(case))
+        other = kinds.get(provider, CarefulStep)(**options, **pieces(case))
     except peers.Absent as reason:
         pytest.skip(str(reason))
-    if provider == "plain":
-        return PlainStep(**pieces(case))
-    return CarefulStep(compiled=provider.endswith("compiled"), **pieces(case))
+    yield other
+
+
+@pytest.fixture(scope="module")
+def step(provider: str, case: Case) -> Iterator[Step]:
+    """One for all tests of a case, which pytest runs after each other: what it compiled, a profile finds."""
+    with made(provider, case) as run:
+        yield run
 
 
 @cache
@@ -165,12 +178,14 @@ def kept_for_backward_gib(run: Callable[[], object]) -> float:
     return sum(x.untyped_storage().nbytes() for x in kept.values()) / 2**30
 
 
-@pytest.mark.parametrize(
-    ("provider", "case"), [pytest.param(provider, case, id=f"{provider}-{case}") for provider, case in CASES]
-)
-def test_step(provider: str, case: Case, timed: Any) -> None:
-    step, crops = make(provider, case), crops_of(case)
-    facts = case.facts
+def over(cases: list[tuple[str, Case]]) -> pytest.MarkDecorator:
+    params = [pytest.param(provider, case, id=f"{provider}-{case}") for provider, case in cases]
+    return pytest.mark.parametrize(("provider", "case"), params, scope="module")
+
+
+@over(CASES)
+def test_step(provider: str, case: Case, step: Step, timed: Any) -> None:
+    crops, facts = crops_of(case), case.facts
     losses: list[float] = []
     if ON_GPU or "compiled" in provider:
         losses.append(float(step(crops, 0)))
@@ -181,7 +196,7 @@ def test_step(provider: str, case: Case, timed: Any) -> None:
     # rounding. timm interpolates the position embedding in another way, and starts at another loss.
     budget = {"fp32": 1e-5, "bf16": 2e-3}[case.dtype] if provider != "timm" else 1e-2
     expected = expected_loss(case)
-    assert abs(losses[0] - expected) <= budget * expected, f"loss {losses[0]}, expected {expected}: not timed"
+    require(abs(losses[0] - expected) <= budget * expected, f"loss {losses[0]}, expected {expected}")
     done = iter(range(1, NITER_PER_EP))
     timed(
         lambda: step(crops, next(done)),
@@ -260,6 +275,7 @@ def cost_of(part: str, work: model.Workload) -> model.Cost:
 @pytest.mark.parametrize("provider", ["backbone", "attention", "head", "loss", "optimizer"])
 def test_part(provider: str, case: Case, timed: Any) -> None:
     """`attention` lies within `backbone`. What the parts compute, the tests of the step check."""
+    free()
     run, cost = part_runs(case)[provider], cost_of(provider, case.work)
     timed(
         run, n_bytes=cost.n_bytes, n_flops=cost.flops, dtype=case.dtype, n_images=case.batch, repeats=REPEATS,
@@ -288,11 +304,10 @@ def hottest(step: Callable[[int], object], n_steps: int) -> Record:
     }
 
 
-@pytest.mark.parametrize("case", [MAIN], ids=str)
-@pytest.mark.parametrize("provider", ["ours graph" if ON_GPU else "ours eager"])
-def test_profile(provider: str, case: Case, timed: Any) -> None:
+@over([("ours graph" if ON_GPU else "ours eager", MAIN)])
+def test_profile(provider: str, case: Case, step: Step, timed: Any) -> None:
     """Launches, idle share of the device, and where its time goes, over 20 steps."""
-    step, crops = make(provider, case), crops_of(case)
+    crops = crops_of(case)
     for i in range(5 if ON_GPU else 1):
         step(crops, i)
     found = hottest(lambda i: step(crops, 10 + i), 20 if ON_GPU else 2)

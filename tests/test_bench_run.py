@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.records import latest, measured, missing, read
+from bench.conftest import known
+from bench.measure import host
+from bench.records import append, latest, measured, missing, read
 from bench.report import put_into, report, summary
 
 pytest.importorskip("pytest_benchmark", reason="the benchmarks run under pytest-benchmark: the extra `bench`")
@@ -64,6 +66,38 @@ def test_a_run_that_was_killed_keeps_what_it_had_and_says_what_it_lacks(run, tmp
     assert "Missing: ops/ema_update/foreach lerp was planned and not measured." in report(records, tmp_path)
 
 
+def test_a_run_goes_on_with_what_is_not_known(run, tmp_path):
+    lines = (run[1] / "results.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line).get("name") != "ops/ema_update/ours"]
+    (tmp_path / "results.jsonl").write_text("\n".join(kept) + "\n")
+    options = ("ops", "--quick", "--continue", "--out", str(tmp_path), "-k", "ema_update and not compiled")
+    assert bench(*options).returncode == 0
+    planned, *measured_now = read(tmp_path)[len(kept) :]
+    assert planned["planned"] == [record["name"] for record in measured_now] == ["ops/ema_update/ours"]
+    done = bench(*options)
+    assert done.returncode == 0, done.stdout  # and not 5, as where -k chooses nothing
+    assert len(read(tmp_path)) == len(kept) + 3  # a line of what is planned: nothing
+
+
+def test_known_is_what_was_timed_by_this_commit_on_this_device(tmp_path):
+    assert known(tmp_path) == set()
+    append(tmp_path, {"name": "a", "median_ms": 1.0} | host())
+    append(tmp_path, {"name": "b", "median_ms": 1.0} | host() | {"commit": "another"})
+    append(tmp_path, {"name": "c", "median_ms": 1.0} | host() | {"device": "another"})
+    append(tmp_path, {"name": "d", "failed": "error 1"} | host())
+    assert known(tmp_path) == {"a"}
+
+
+def test_where_values_mean_nothing_it_all_runs_and_no_time_is_kept(tmp_path):
+    """On a device that computes nothing: $BENCH_UNCHECKED."""
+    done = bench("ops", "--quick", "--out", str(tmp_path), "-k", "ema_update and ours", BENCH_UNCHECKED="1")
+    assert done.returncode == 0, done.stdout
+    record = latest(read(tmp_path))["ops/ema_update/ours"]
+    assert "nothing was checked or timed" in record["unchecked"]
+    assert not measured(read(tmp_path))
+    assert not {key for key in record if key.endswith(("_ms", "_us", "gbps", "tflops", "_s"))}
+
+
 def test_a_red_check_prints_no_number_and_ends_the_run_red(tmp_path):
     """Of a benchmark in which our average does nothing."""
     code = "import bench.test_ops as ops, torch, pytest\nfrom bench.test_ops import *\n"
@@ -74,9 +108,10 @@ def test_a_red_check_prints_no_number_and_ends_the_run_red(tmp_path):
     (tmp_path / "conftest.py").write_text(conftest)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "BENCH_OUT": str(tmp_path / "out"), "BENCH_QUICK": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "ema_update and ours", str(wrong)]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-summary", "-k", "ema_update and ours", str(wrong)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 1, done.stdout
+    assert ": in check" in done.stdout  # where it was found
     record = latest(read(tmp_path / "out"))["ops/ema_update/ours"]
     assert "not timed" in record["failed"]
     assert "median_ms" not in record
