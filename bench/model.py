@@ -12,23 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastdino.model.archs import ARCHITECTURES, Arch
+
 HIDDEN_DIM, BOTTLENECK_DIM = 2048, 256  # of DINO's head
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A ViT's shape."""
-
-    dim: int
-    depth: int
-
-
-ARCHITECTURES = {
-    "vit_tiny": Architecture(192, 12),
-    "vit_small": Architecture(384, 12),
-    "vit_base": Architecture(768, 12),
-    "vit_large": Architecture(1024, 24),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +31,7 @@ class Workload:
     local_side: int = 96
 
     @property
-    def shape(self) -> Architecture:
+    def shape(self) -> Arch:
         return ARCHITECTURES[self.arch]
 
     def tokens(self, side: int) -> int:
@@ -94,16 +80,16 @@ class Ceilings:
         )
 
 
-def parameters(arch: Architecture, out_dim: int = 65536, patch_size: int = 16, side: int = 224) -> int:
+def parameters(arch: Arch, out_dim: int = 65536, patch_size: int = 16, side: int = 224) -> int:
     """Parameters of backbone and head that get a gradient (the prototypes' lengths do not)."""
-    block = 12 * arch.dim**2 + 13 * arch.dim  # qkv, proj, MLP; biases 9 D, norms 4 D
+    block = 12 * arch.width**2 + 13 * arch.width  # qkv, proj, MLP; biases 9 D, norms 4 D
     tokens = (side // patch_size) ** 2 + 2  # position embedding of patches and CLS, and the CLS token
-    backbone = arch.depth * block + tokens * arch.dim + (3 * patch_size**2 + 1) * arch.dim + 2 * arch.dim
+    backbone = arch.depth * block + tokens * arch.width + (3 * patch_size**2 + 1) * arch.width + 2 * arch.width
     return backbone + _head_mlp(arch) + HIDDEN_DIM * 2 + BOTTLENECK_DIM + BOTTLENECK_DIM * out_dim
 
 
-def _head_mlp(arch: Architecture) -> int:
-    return arch.dim * HIDDEN_DIM + HIDDEN_DIM**2 + HIDDEN_DIM * BOTTLENECK_DIM
+def _head_mlp(arch: Arch) -> int:
+    return arch.width * HIDDEN_DIM + HIDDEN_DIM**2 + HIDDEN_DIM * BOTTLENECK_DIM
 
 
 def linears(work: Workload) -> Cost:
@@ -112,9 +98,9 @@ def linears(work: Workload) -> Cost:
     patch = 3 * work.patch_size**2
     flops = words = 0
     for n_crops, n, count in work.passes:
-        per_crop = arch.depth * 24 * n * arch.dim**2 + 2 * (n - 1) * patch * arch.dim  # qkv 6, proj 2, MLP 16
+        per_crop = arch.depth * 24 * n * arch.width**2 + 2 * (n - 1) * patch * arch.width  # qkv 6, proj 2, MLP 16
         flops += count * n_crops * per_crop
-        words += count * (n_crops * n * arch.depth * 16 * arch.dim + arch.depth * 12 * arch.dim**2)
+        words += count * (n_crops * n * arch.depth * 16 * arch.width + arch.depth * 12 * arch.width**2)
     return Cost(flops, words * work.itemsize, arch.depth * (2 * 4 + 4 * 3))
 
 
@@ -124,15 +110,15 @@ def pointwise(work: Workload) -> Cost:
     words = 0
     for n_crops, n, count in work.passes:
         # Forward: two norms 4, GELU 8, two sums 6 D. Backward: 6, 12, 6.
-        words += n_crops * n * arch.depth * arch.dim * (42 if count == 3 else 18)
+        words += n_crops * n * arch.depth * arch.width * (42 if count == 3 else 18)
     return Cost(0, words * work.itemsize, arch.depth * (2 * 5 + 7))
 
 
 def attention(work: Workload) -> Cost:
     """q k^T, softmax, times v, never written down: reads q, k, v, writes out; backward twice that."""
     arch = work.shape
-    flops = sum(count * n_crops * arch.depth * 4 * n**2 * arch.dim for n_crops, n, count in work.passes)
-    words = sum(count * n_crops * n * arch.depth * 4 * arch.dim for n_crops, n, count in work.passes)
+    flops = sum(count * n_crops * arch.depth * 4 * n**2 * arch.width for n_crops, n, count in work.passes)
+    words = sum(count * n_crops * n * arch.depth * 4 * arch.width for n_crops, n, count in work.passes)
     return Cost(flops, words * work.itemsize, arch.depth * (2 + 3))
 
 

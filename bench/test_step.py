@@ -22,6 +22,7 @@ from bench.records import Record
 from fastdino import DINOHead, DINOLoss, MultiCropWrapper
 from fastdino.model import attention
 from fastdino.model.archs import ARCHITECTURES as NETWORKS
+from fastdino.model.attention_choice import choose
 from fastdino.train.config import TrainConfig
 from fastdino.train.schedules import Schedules
 from fastdino.train.step import TrainStep
@@ -217,12 +218,10 @@ def part_runs(case: Case) -> dict[str, Callable[[], object]]:
     crops = [crop.to(half) for crop in crops_of(case)]
     runs = [torch.cat(crops[:2]), *([torch.cat(crops[2:])] if case.n_local else [])]
     backbone, head = student.backbone, student.head
-    n_heads, dim = backbone.blocks[0].attn.num_heads, backbone.embed_dim
+    n_heads, dim = backbone.num_heads, backbone.embed_dim
     student_packing, teacher_packing = (student.packing(x, case.batch) for x in (crops, crops[:2]))
-    backend, _ = attention.choose(student_packing, n_heads, dim // n_heads, DEVICE.type, half)
+    backend, _ = choose(student_packing, n_heads, dim // n_heads, DEVICE.type, half, teacher=teacher_packing)
     attention.use_backend(backend)
-    for packing in (student_packing, teacher_packing):
-        attention.prepare(backend, packing, DEVICE)
     qkv = [torch.randn(sum(student_packing.sizes), n_heads, dim // n_heads, device=DEVICE, dtype=half) for _ in "qkv"]
     features = torch.randn(len(crops) * case.batch, dim, device=DEVICE, dtype=half)
     logits = torch.randn(len(crops), case.batch, case.out_dim, device=DEVICE, dtype=half)
@@ -243,13 +242,13 @@ def part_runs(case: Case) -> dict[str, Callable[[], object]]:
     def attend() -> None:
         for x in qkv:
             x.grad = None
-        op, scale = attention.BACKENDS[backend], (dim // n_heads) ** -0.5
+        op, scale = attention.BACKENDS[backend].run, (dim // n_heads) ** -0.5
         of_teacher = [x[: sum(teacher_packing.sizes)] for x in qkv]
         leaves = [x.requires_grad_() for x in qkv]
         for _ in backbone.blocks:
             with torch.no_grad():
                 op(*of_teacher, scale, teacher_packing)
-            op(*leaves, scale, student_packing).sum().backward()
+            torch.cat(op(*leaves, scale, student_packing)).sum().backward()
 
     def compare() -> None:
         logits.grad = None
