@@ -26,7 +26,8 @@ from fastdino.data.decode import decode_array, open_image
 from fastdino.data.loader import CropLoader, EpochSampler
 from fastdino.data.params import MultiCropRecipe, ViewRecipe, crop_params, draw_crops
 from fastdino.data.ring import PackedBuffer
-from fastdino.data.sources import FolderSource, ImageSource, SequenceSource, open_source
+from fastdino.data.sequences import SequenceSource
+from fastdino.data.sources import FolderSource, ImageSource, open_source
 from fastdino_kernels import CropTable, PackedImages, multi_crop_augment
 
 N_IMAGES, BATCH = (24, 8) if QUICK and not ON_GPU else (96, 32)

@@ -18,8 +18,8 @@ from fastdino.data.digits import load_digits
 from fastdino.data.loader import CropLoader, EpochSampler
 from fastdino.eval.knn import extract_features, knn_accuracy
 from fastdino.objectives import DINOLoss
+from fastdino.train.build import build_networks
 from fastdino.train.config import TrainConfig
-from fastdino.train.loop import build_networks
 from fastdino.train.recipes import DIGITS
 from fastdino.train.schedules import Schedules
 from fastdino.train.step import TrainStep
