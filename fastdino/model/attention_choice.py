@@ -3,7 +3,7 @@
 Timed is what will run: views of one qkv matrix, both ways, traced where the step is compiled, inside of a CUDA graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import median
 from typing import Any, NamedTuple
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from fastdino.errors import reason
-from fastdino.model.attention import BACKENDS, AttentionOp, Backend, Packing
+from fastdino.model.attention import BACKENDS, AttentionOp, Backend, Packing, use_backend
+from fastdino.model.multicrop import MultiCropWrapper
 
 PROBE = Packing(((2, 197), (4, 37)))  # more than 128 tokens, and fewer: libraries have other kernels for them
 WARM_UP, TIMINGS, REPLAYS = 3, 5, 5
@@ -221,3 +222,32 @@ def choose(
     titles = {name: f"{name} ({_kernels_of_sdpa(work)})" if name == "sdpa" else name for name in ranking}
     words = ", ".join(f"{titles[name]} {times[name]:.2f} ms" for name in ranking)
     return Choice(ranking[0], "; ".join([words, *reasons]))
+
+
+def choose_for(
+    student: MultiCropWrapper,
+    crops: Sequence[Tensor],
+    n_teacher_views: int,
+    dtype: torch.dtype,
+    asked: str,
+    compiled: bool,
+) -> Choice | None:
+    """`choose` for what a student does with such crops, and its teacher with the first of them; for all models from
+    here on. None where the backbone has attention of its own.
+    """
+    batch_size, backbone = len(crops[0]), student.backbone
+    packing, teacher = (student.packing(crops[:n], batch_size) for n in (len(crops), n_teacher_views))
+    if packing is None:
+        return None
+    choice = choose(
+        packing,
+        backbone.num_heads,
+        backbone.embed_dim // backbone.num_heads,
+        next(student.parameters()).device.type,
+        dtype,
+        asked,
+        teacher=teacher,
+        compiled=compiled,
+    )
+    use_backend(choice.backend)
+    return choice

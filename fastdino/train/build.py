@@ -14,6 +14,7 @@ from fastdino.data.loader import CropLoader, EpochSampler, useful_workers
 from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource, open_source
 from fastdino.errors import UserError
+from fastdino.eval import EVALUATIONS, EvalSettings
 from fastdino.model import DINOHead, MultiCropWrapper
 from fastdino.model.archs import ARCHITECTURES, timm_backbone
 from fastdino.objectives import DINOLoss
@@ -86,6 +87,23 @@ class Parts:
         """The last one."""
         return self.folder / "checkpoint.pth"
 
+    def evaluate(self) -> dict[str, float]:
+        """The numbers of all evaluations, by name; none without labels."""
+        if self.source.labels is None:
+            return {}
+        resize, size = self.config.eval_size
+        settings = EvalSettings(
+            resize=resize,
+            size=size,
+            limit=self.config.knn_images,
+            num_workers=self.loader.num_workers if self.config.data_path else 0,
+            k=self.config.knn_k,
+        )
+        found: dict[str, float] = {}
+        for evaluation in EVALUATIONS.values():
+            found |= evaluation(self.backbone, self.source, self.held_out, settings)
+        return found
+
     def resume(self) -> int:
         """Restore the output folder's checkpoint, where there is one; the iteration to go on from.
 
@@ -106,7 +124,7 @@ class Parts:
             )
         except UserError as error:
             raise UserError(f"cannot resume from {self.checkpoint} (--resume false starts anew): {error}") from error
-        step.refresh_copies()
+        step.run.refresh()
         first = int(checkpoint["epoch"]) * self.niter
         iteration = int(checkpoint.get("iteration", first))
         return iteration if first <= iteration < first + self.niter else first

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from fastdino.data.loader import MAX_BAD
 from fastdino.errors import TrainingError
-from fastdino.eval import EVALUATIONS, EvalSettings
+from fastdino.eval import EVALUATIONS
 from fastdino.train import distributed, memory
 from fastdino.train.build import Own, assemble
 from fastdino.train.config import TrainConfig, check_writable
 from fastdino.train.console import Console
 from fastdino.train.distributed import Process
 from fastdino.train.interrupt import Stop
-from fastdino.train.sinks import Curves, Entry, LogFile, Sinks, asked_loggers
+from fastdino.train.meter import Meter
+from fastdino.train.sinks import Curves, LogFile, Sinks, asked_loggers
 from fastdino.train.words import conclude, introduce, remark
 
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps between looks at the metrics: on a GPU, each look waits for it
@@ -71,31 +72,6 @@ def train(config: TrainConfig, own: Own | None = None) -> TrainResult:
         if run:
             run.parts.step.close()
         distributed.stop()
-
-
-class Meter:
-    """Means over an epoch, and how its time was spent."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names, self.sums = names, np.zeros(len(names))
-        self.n_steps = self.n_images = 0
-        self.waited = 0.0
-        self.started = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Since it began."""
-        return time.perf_counter() - self.started
-
-    @property
-    def images_per_s(self) -> float:
-        """Images of all processes."""
-        return self.n_images / max(self.seconds, 1e-9)
-
-    @property
-    def data_wait(self) -> float:
-        """Share of the time spent waiting for data."""
-        return self.waited / max(self.seconds, 1e-9)
 
 
 class Run:
@@ -189,27 +165,15 @@ class Run:
 
     def _read_metrics(self, pending: Sequence[Sequence[Tensor]], meter: Meter, epoch: int, sinks: Sinks) -> None:
         """Bring the metrics of the last steps to the host, averaged over processes. Raises on a non-finite loss."""
-        values = (
-            distributed.average(torch.stack([torch.stack(list(metrics)) for metrics in pending])).cpu().double().numpy()
-        )
+        rows = torch.stack([torch.stack(list(metrics)) for metrics in pending])
+        values = distributed.average(rows).cpu().double().numpy()
         for offset, loss in enumerate(values[:, 0]):
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss became {loss} {self.place(self.iteration - len(pending) + offset)}. "
                     "Try a smaller --lr, a longer --warmup_epochs, --clip_grad 0.3, or --use_fp16 false"
                 )
-        meter.sums += values.sum(0)
-        meter.n_steps += len(values)
-        sinks.step(
-            {
-                "iteration": self.iteration,
-                "epoch": epoch,
-                **dict(zip(meter.names, values.mean(0).tolist())),
-                "lr": float(self.parts.step.schedules.lr[self.iteration - 1]),
-                "images_per_s": meter.images_per_s,
-                "data_wait": meter.data_wait,
-            }
-        )
+        sinks.step(meter.step_entry(values, self.iteration, epoch, self.parts.step.schedules))
 
     def place(self, iteration: int) -> str:
         """Where a run ended, and what is left of it."""
@@ -235,20 +199,7 @@ class Run:
             found = self._evaluate()
         if not self.process.is_main:
             return
-        span = slice(epoch * self.niter, (epoch + 1) * self.niter)
-        schedules = self.parts.step.schedules
-        entry: Entry = {
-            "train_loss": meter.sums[0] / meter.n_steps,
-            "train_lr": float(schedules.lr[span].mean()),
-            "train_wd": float(schedules.weight_decay[span].mean()),
-            "epoch": epoch,
-            **{f"train_{name}": x for name, x in zip(meter.names[1:], meter.sums[1:] / meter.n_steps)},
-            "train_momentum": float(schedules.momentum_teacher[span].mean()),
-            "images_per_s": round(meter.images_per_s, 1),
-            "data_wait": round(meter.data_wait, 4),
-            "knn": None,
-            **found,
-        }
+        entry = meter.epoch_entry(epoch, self.niter, self.parts.step.schedules) | {"knn": None} | found
         if epoch == 0:
             entry["knn_before"] = None
             entry |= {f"{name}_before": value for name, value in self.before.items()}
@@ -268,18 +219,8 @@ class Run:
     def _evaluate(self, when: str = "") -> dict[str, float]:
         """The numbers of all evaluations, of the teacher's backbone, on the main process; none without labels."""
         found: dict[str, float] = {}
-        parts = self.parts
-        if self.process.is_main and parts.source.labels is not None and self.config.knn_freq:
-            resize, size = self.config.eval_size
-            settings = EvalSettings(
-                resize=resize,
-                size=size,
-                limit=self.config.knn_images,
-                num_workers=parts.loader.num_workers if self.config.data_path else 0,
-                k=self.config.knn_k,
-            )
-            for evaluate in EVALUATIONS.values():
-                found |= evaluate(parts.backbone, parts.source, parts.held_out, settings)
+        if self.process.is_main and self.config.knn_freq:
+            found = self.parts.evaluate()
             if when and "knn" in found:
                 self.console.say(f"k-NN {when}: {found['knn']:.4f}")
         distributed.barrier()

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from fastdino.errors import TrainingError, reason
 from fastdino.train import distributed, memory
+from fastdino.train.optim import Update
+from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, ScheduleTable
 
 MODES = ("eager", "compiled", "graph")
@@ -37,13 +39,12 @@ class Step(Protocol):
     """What is run: see `step.TrainStep`."""
 
     device: torch.device
-    dtype: torch.dtype
+    run: Networks
+    update: Update
     schedule: ScheduleTable
 
     @property
     def networks(self) -> tuple[nn.Module, nn.Module]: ...
-    @property
-    def capturable(self) -> bool: ...
     @property
     def forward(self) -> Forward: ...
     def compute(self, forward: Forward, crops: Sequence[Tensor]) -> None: ...
@@ -108,7 +109,7 @@ class Modes:
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         self._step, self._say = step, say
-        if mode == "graph" and (missing := why_no_graph(step.device, step.capturable)):
+        if mode == "graph" and (missing := why_no_graph(step.device, step.update.capturable)):
             say(f"step: a graph needs {missing}; using compiled")
             mode = "compiled"
         # Such a BatchNorm waits for the other processes in the middle of the forward pass.
@@ -171,7 +172,7 @@ class Modes:
     def _load(self, crops: Sequence[Tensor]) -> None:
         shapes = [crop.shape for crop in crops]
         if not self._static:
-            self._static = [torch.empty_like(crop, dtype=self._step.dtype) for crop in crops]
+            self._static = [torch.empty_like(crop, dtype=self._step.run.dtype) for crop in crops]
         elif shapes != [x.shape for x in self._static]:
             raise ValueError(
                 f"crops: expected the captured shapes {[tuple(x.shape) for x in self._static]}, "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, ScheduleTable
 from fastdino_kernels import ClipAdamWEMA, ema_update_
 
@@ -214,3 +215,19 @@ FUSED = {"adamw"}
 def is_fused(optimizer: str, amp_dtype: torch.dtype | None) -> bool:
     """Whether a step takes FusedUpdate: not with fp16, whose scaler may skip the optimizer but never the EMA."""
     return optimizer in FUSED and amp_dtype != torch.float16
+
+
+def make_update(
+    optimizer: str, networks: Networks, masters: tuple[nn.Module, nn.Module], schedule: ScheduleTable, clip_grad: float
+) -> Update:
+    """What follows the backward pass. optimizer: a name of OPTIMIZERS. masters: student and teacher."""
+    if is_fused(optimizer, networks.amp_dtype):
+        return FusedUpdate(*masters, row=schedule.row, clip_grad=clip_grad, copies=networks.copies)
+    fp16 = networks.amp_dtype == torch.float16
+    return HostUpdate(
+        *masters,
+        make=OPTIMIZERS[optimizer],
+        schedule=schedule,
+        clip_grad=clip_grad,
+        scaler=torch.amp.GradScaler(networks.device_type) if fp16 else None,
+    )

@@ -1,15 +1,15 @@
-"""Which half precision a run computes in, and the copies of the weights that bf16 computes on."""
+"""Which half precision a run computes in, and how: under autocast, or on copies of the weights."""
 
 import copy
-from typing import TypeVar
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from fastdino.errors import UserError
+from fastdino.model import MultiCropWrapper
 from fastdino.train.config import TrainConfig
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 def amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
@@ -29,7 +29,53 @@ def amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if has_bf16 and config.amp_dtype != "fp16" else torch.float16
 
 
-def low_precision_twin(network: Network, dtype: torch.dtype) -> tuple[Network, list[tuple[Tensor, Tensor]]]:
+class Networks:
+    """Student and teacher as they are run in a precision, and what ties them to the masters, which keep full precision.
+
+    amp_dtype: half precision, or None. on_copies: half precision is that of copies of the weights, which the optimizer
+    writes, and not autocast's. Attributes: student, teacher: as run; dtype: what they compute in; copies: pairs
+    (master's parameter, its copy).
+    """
+
+    def __init__(
+        self, student: MultiCropWrapper, teacher: MultiCropWrapper, amp_dtype: torch.dtype | None, on_copies: bool
+    ) -> None:
+        master = next(student.parameters())
+        self.device_type, self.amp_dtype, self.dtype = master.device.type, amp_dtype, amp_dtype or master.dtype
+        self._autocasts = amp_dtype is not None and not on_copies
+        self.student, self.teacher = student, teacher
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        if amp_dtype is not None and on_copies:
+            self.student, copies = low_precision_twin(student, amp_dtype)
+            self.teacher, teacher_copies = low_precision_twin(teacher, amp_dtype)
+            self.copies = copies + teacher_copies
+
+    def logits(self, crops: Sequence[Tensor], n_teacher_views: int) -> tuple[Tensor, Tensor]:
+        """(student's (V * B, K), teacher's (n_teacher_views * B, K)), crop-major."""
+        if self.dtype != crops[0].dtype and not self._autocasts:
+            crops = [crop.to(self.dtype) for crop in crops]
+        with torch.autocast(self.device_type, self.amp_dtype) if self._autocasts else nullcontext():
+            with torch.no_grad():
+                teacher = self.teacher(crops[:n_teacher_views])
+            return self.student(crops), teacher
+
+    def sum_gradients(self) -> None:
+        """Add the gradients of the copies to the masters': in full precision, for several parts of a batch."""
+        for master, low in self.copies:
+            if low.grad is not None:
+                grad = low.grad.to(master.dtype)
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                low.grad = None
+
+    def refresh(self) -> None:
+        """Bring the copies up to date: after weights were loaded."""
+        if self.copies:
+            torch._foreach_copy_([low.detach() for _, low in self.copies], [p.detach() for p, _ in self.copies])
+
+
+def low_precision_twin(
+    network: MultiCropWrapper, dtype: torch.dtype
+) -> tuple[MultiCropWrapper, list[tuple[Tensor, Tensor]]]:
     """(a copy whose parameters are low-precision copies, the pairs (parameter, copy)).
 
     What the original casts in every forward is cast here once per step, by the optimizer's kernel. Buffers are shared,

@@ -44,6 +44,10 @@ class Schedules:
     weight_decay: NDArray[np.float64]
     momentum_teacher: NDArray[np.float64]
 
+    def columns(self) -> dict[str, NDArray[np.float64]]:
+        """By the names of a step's row."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "momentum": self.momentum_teacher}
+
     @classmethod
     def of(cls, config: TrainConfig, niter_per_ep: int, world_size: int) -> "Schedules":
         """The run's schedules; learning rates are given for 256 images a step and scale with the batch."""

@@ -18,7 +18,7 @@ Say = Callable[[str], object]
 def introduce(parts: Parts, iteration: int, say: Say) -> None:
     """What is about to be trained, on what, and how. iteration: where a resumed run goes on."""
     config, process, step = parts.config, parts.process, parts.step
-    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[step.amp_dtype]
+    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[step.run.amp_dtype]
     name = parts.model_name
     n_params = sum(p.numel() for p in parts.backbone.parameters()) / 1e6
     say(f"data    {parts.source.describe()}")

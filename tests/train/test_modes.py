@@ -232,11 +232,13 @@ def test_a_reason_is_one_line_that_says_what_happened(error, expected):
     assert reason(error) == expected
 
 
-def test_the_reason_of_a_compiler_that_is_missing_names_it(monkeypatch):
+def test_the_reason_of_a_compiler_that_is_missing_names_it():
     """The real exception of Inductor, as it comes out of torch.compile."""
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    from torch._inductor import config
+
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="no-such-compiler") as raised:
+    missing = config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with missing, pytest.raises(Exception, match="no-such-compiler") as raised:
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(31))
     assert "no-such-compiler" in reason(raised.value)
     assert "TORCHDYNAMO_VERBOSE" not in reason(raised.value)

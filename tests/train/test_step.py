@@ -89,7 +89,7 @@ def test_bf16_runs_on_copies_that_follow_the_masters():
     for i in range(6):
         low, full = step(make_crops(i), i), reference(make_crops(i), i)
     assert torch.allclose(low.loss, full.loss, rtol=2e-2)
-    for master, copy_ in step._copies:
+    for master, copy_ in step.run.copies:
         assert copy_.dtype == torch.bfloat16
         assert torch.equal(copy_, master.to(torch.bfloat16))
     assert all(p.dtype == torch.float32 for p in step.student.parameters())

@@ -1,0 +1,66 @@
+"""The numbers of an epoch as they come, and the entries that sinks are told of them."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdino.train.schedules import Schedules
+from fastdino.train.sinks import Entry
+
+
+class Meter:
+    """Means of a step's metrics over an epoch, and how its time was spent.
+
+    names: of the metrics. To add to: waited, seconds spent waiting for data; n_images, of all processes.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.sums = names, np.zeros(len(names))
+        self.n_steps = self.n_images = 0
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self.started
+
+    @property
+    def images_per_s(self) -> float:
+        """Of all processes."""
+        return self.n_images / max(self.seconds, 1e-9)
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time spent waiting for data."""
+        return self.waited / max(self.seconds, 1e-9)
+
+    def step_entry(self, values: NDArray[np.float64], iteration: int, epoch: int, schedules: Schedules) -> Entry:
+        """Add the metrics of some steps, (steps, names); what there is to tell of them. iteration: done so far."""
+        self.sums += values.sum(0)
+        self.n_steps += len(values)
+        return {
+            "iteration": iteration,
+            "epoch": epoch,
+            **dict(zip(self.names, values.mean(0).tolist())),
+            "lr": float(schedules.lr[iteration - 1]),
+            "images_per_s": self.images_per_s,
+            "data_wait": self.data_wait,
+        }
+
+    def epoch_entry(self, epoch: int, niter: int, schedules: Schedules) -> Entry:
+        """The epoch's line of log.txt, evaluations apart: train_loss, train_lr, train_wd, epoch as in the original."""
+        span = slice(epoch * niter, (epoch + 1) * niter)
+        means = self.sums / self.n_steps
+        return {
+            "train_loss": means[0],
+            "train_lr": float(schedules.lr[span].mean()),
+            "train_wd": float(schedules.weight_decay[span].mean()),
+            "epoch": epoch,
+            **{f"train_{name}": mean for name, mean in zip(self.names[1:], means[1:])},
+            "train_momentum": float(schedules.momentum_teacher[span].mean()),
+            "images_per_s": round(self.images_per_s, 1),
+            "data_wait": round(self.data_wait, 4),
+        }
