@@ -350,12 +350,14 @@ def _launch_forward(
     student_part = empty(2, n_images, n_student, n_splits)
     teacher_part = empty(3, n_images, n_teacher, n_splits)
     dot_part = empty(n_images, n_teacher, n_student, n_splits)
-    n_views = max(n for n in range(1, MAX_VIEWS + 1) if n_student % n == 0)
+    even = n_prototypes % block == 0
+    max_views = MAX_VIEWS if even else MAX_VIEWS // 2  # masks take registers too
+    n_views = max(n for n in range(1, max_views + 1) if n_student % n == 0)
     _dino_loss_fwd_kernel[(n_images * n_splits, n_student // n_views, triton.cdiv(n_teacher, 2))](
         student, teacher, center, student_temp, teacher_temp, student_part, teacher_part, dot_part,
         *student.stride()[:2], *teacher.stride()[:2], n_student, n_teacher, n_images, n_prototypes, n_splits,
-        VIEWS=n_views, EVEN_K=n_prototypes % block == 0, BLOCK_K=block, LANES=lanes, WIDTH=width,
-        num_warps=launch.num_warps, maxnreg=launch.max_registers,
+        VIEWS=n_views, EVEN_K=even, BLOCK_K=block, LANES=lanes, WIDTH=width, num_warps=launch.num_warps,
+        maxnreg=launch.max_registers if even else None,
     )  # fmt: skip
 
     student_norm, teacher_norm = empty(2, n_student, n_images), empty(2, n_teacher, n_images)
