@@ -34,7 +34,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # of the numerators. `top` and `total` are kept as two words: in one, as log-sum-exp, rounding at logits of 1e4 and
 # temperature 0.04 would move every probability by a percent. For the same reason `top` is subtracted first.
 
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the top of no logit: finite, so that 0 * (LOWEST - top) is 0
+LOWEST = tl.constexpr(-1e36)  # the top of no logit: finite, also times a scale, so that 0 * (LOWEST - top) is 0
 MAX_VIEWS = 12  # student views that a program of the forward pass keeps sums of: 4 registers each
 
 
@@ -51,11 +51,11 @@ def _scale(temp_ptr):
     return _quotient(tl.full((), LOG2_E, tl.float32), tl.load(temp_ptr).to(tl.float32))
 
 
-# A chunk of a row, (LANES, WIDTH): logits less the lane's new top (LANES,), their numerators, the new top, and what the
-# lane's sums so far are to be multiplied with.
+# A chunk of a row, (LANES, WIDTH), LOWEST where it is not inside: logits less the lane's new top (LANES,), their
+# numerators, the new top, and what the lane's sums so far are to be multiplied with.
 @triton.jit
 def _numerators(row, inside, scale, top):
-    new_top = tl.maximum(top, tl.max(tl.where(inside, row, -float("inf")), axis=1))
+    new_top = tl.maximum(top, tl.max(row, axis=1))
     below = row - new_top[:, None]
     exps = tl.where(inside, tl.exp2(below * scale), 0.0)
     return below, exps, new_top, tl.exp2((top - new_top) * scale)
@@ -64,6 +64,7 @@ def _numerators(row, inside, scale, top):
 @triton.jit
 def _teacher_chunk(row_ptr, center, inside, scale, top, total, dot):
     row = tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32) - center
+    row = tl.where(inside, row, LOWEST)
     below, exps, new_top, shrink = _numerators(row, inside, scale, top)
     before = total * shrink
     dot = dot * shrink + before * (top - new_top) + tl.sum(exps * below, axis=1)
@@ -142,7 +143,7 @@ def _dino_loss_fwd_kernel(
         )
         row_ptr = student_ptr
         for _ in tl.static_range(VIEWS):  # a view's sums are taken from the front and come back at the end
-            row = tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            row = tl.where(inside, tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32), LOWEST)
             row_ptr += student_stride_v  # one pointer for all views: one each would take 2 * VIEWS registers
             below, exps, top, shrink = _numerators(row, inside, student_scale, tops[0])
             grown = tops[0] - top
