@@ -68,7 +68,7 @@ def compile_case(case: AotCase, arch: int) -> Usage:
         constexprs=dict(case.constexprs),
         attrs={(position[name],): [["tt.divisibility", 16]] for name in case.aligned if name in position},
     )
-    options = {"num_warps": case.num_warps, "enable_fp_fusion": case.fp_fusion}
+    options = {"num_warps": case.num_warps, "enable_fp_fusion": case.fp_fusion, "maxnreg": case.max_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

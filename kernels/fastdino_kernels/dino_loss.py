@@ -8,10 +8,11 @@ with n_pairs = V * T - min(V, T) and n_v = T - [v < T]: view v of the student an
 crop and are not compared. DINO (arXiv:2104.14294), equations 1 to 4.
 
 Axes: V student views, T teacher views, B images, K prototypes, S splits of K.
-Forward: a program takes one image and one split of K, computes the teacher's exponentials once and runs all student
-rows past them; a second kernel joins an image's splits, a third averages the images. Backward: one pass of the same
-shape. Memory, in words of B * K: forward T + V read; backward T + V read and V written. At V = 10, T = 2: 34, where
-the original moves about 690. Every sum has a fixed order, so a rerun gives the same bits.
+Forward: a program takes one image and one split of K and walks over it in chunks, computes a chunk's teacher
+exponentials once and runs all student rows past them; a second kernel joins an image's splits, a third averages the
+images. Backward: one pass, a program's columns of all rows at once. Memory, in words of B * K: forward T + V read;
+backward T + V read and V written. At V = 10, T = 2: 34, where the original moves about 690. Every sum has a fixed
+order, so a rerun gives the same bits.
 Dtypes: logits in fp32, bf16 or fp16 give an fp32 loss, computed in fp32, and a gradient in the student's dtype;
 fp64 stays fp64 (the reference's). A logit that is infinite or NaN makes the loss NaN.
 """
@@ -33,27 +34,63 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # of the numerators. `top` and `total` are kept as two words: in one, as log-sum-exp, rounding at logits of 1e4 and
 # temperature 0.04 would move every probability by a percent. For the same reason `top` is subtracted first.
 
+LOWEST = tl.constexpr(-1e36)  # the top of no logit: finite, also times a scale, so that 0 * (LOWEST - top) is 0
+MAX_VIEWS = 12  # student views that a program of the forward pass keeps sums of: 4 registers each
+
+
+# To half an ulp and a little, where `/` may be off by 2: all that is multiplied with it would be wrong by as much. One
+# Newton step; `tl.div_rn` does the same in a function call, whose registers spill on sm_100.
+@triton.jit
+def _quotient(x, y):
+    first = x / y
+    return first + tl.fma(-first, y, x) / y
+
 
 @triton.jit
 def _scale(temp_ptr):
-    return LOG2_E / tl.load(temp_ptr).to(tl.float32)
+    return _quotient(tl.full((), LOG2_E, tl.float32), tl.load(temp_ptr).to(tl.float32))
+
+
+# A chunk of a row, (LANES, WIDTH), LOWEST where it is not inside: logits less the lane's new top (LANES,), their
+# numerators, the new top, and what the lane's sums so far are to be multiplied with.
+@triton.jit
+def _numerators(row, inside, scale, top):
+    new_top = tl.maximum(top, tl.max(row, axis=1))
+    below = row - new_top[:, None]
+    exps = tl.where(inside, tl.exp2(below * scale), 0.0)
+    return below, exps, new_top, tl.exp2((top - new_top) * scale)
 
 
 @triton.jit
-def _teacher_tile(teacher_ptr, center, inside, scale, part_ptr, quantity):
-    row = tl.load(teacher_ptr, mask=inside, other=0.0).to(tl.float32) - center
-    top = tl.max(tl.where(inside, row, -float("inf")))
-    row -= top
-    exps = tl.where(inside, tl.exp2(row * scale), 0.0)
+def _teacher_chunk(row_ptr, center, inside, scale, top, total, dot):
+    row = tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32) - center
+    row = tl.where(inside, row, LOWEST)
+    below, exps, new_top, shrink = _numerators(row, inside, scale, top)
+    before = total * shrink
+    dot = dot * shrink + before * (top - new_top) + tl.sum(exps * below, axis=1)
+    return exps, shrink, before, new_top, before + tl.sum(exps, axis=1), dot
+
+
+# Joins the lanes of a teacher row, and returns what a sum over its numerators is to be multiplied with.
+@triton.jit
+def _store_teacher(part_ptr, quantity, scale, lane_top, lane_total, lane_dot):
+    top = tl.max(lane_top)
+    below = lane_top - top
+    weight = tl.exp2(below * scale)
     tl.store(part_ptr, top)
-    tl.store(part_ptr + quantity, tl.sum(exps))
-    tl.store(part_ptr + 2 * quantity, tl.sum(exps * row))
-    return exps
+    tl.store(part_ptr + quantity, tl.sum(lane_total * weight))
+    tl.store(part_ptr + 2 * quantity, tl.sum(weight * (lane_dot + lane_total * below)))
+    return weight
 
 
-# Reads (T + V + 1) * B * K words, the center from L2, and writes a few per row and split; each logit is read once for
-# T <= 2, above that the student's T / 2 times. Teachers go in pairs, because two tiles of exponentials fit into
-# registers. A program is one warp, so that no sum waits at a barrier.
+# Reads (T + V + 1) * B * K words, the center from L2, and writes a few per row and split; each logit comes from memory
+# once for T <= 2, above that the student's T / 2 times. A program takes one image, one split, two teacher views and
+# VIEWS student views, and walks over its split in chunks of 16 bytes per lane. Sums and tops stay in their lane until
+# the end: a sum over lanes is five dependent steps, which would be paid for every row and chunk. With a top m that
+# grows to m', old sums follow:
+#     total <- total * 2^(s (m - m')) + sum e        s: the student's scale, e = 2^(s (x - m'))
+#     dot <- w dot + w Z (m - m') + sum f (x - m')   f, Z, w: a teacher's numerators, their sum before, its own factor
+# Programs that share a row write the same bits for it.
 @triton.jit
 def _dino_loss_fwd_kernel(
     student_ptr,  # (V, B, K)
@@ -73,41 +110,66 @@ def _dino_loss_fwd_kernel(
     n_images,
     n_prototypes,
     n_splits,
+    VIEWS: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,  # logits of 16 bytes
 ):
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     image, split = program // n_splits, program % n_splits
-    cols = split * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = (cols < n_prototypes) | EVEN_K  # all true, and folded away, where BLOCK_K divides K
+    first_view, t = tl.program_id(1) * VIEWS, 2 * tl.program_id(2)
+    u = tl.minimum(t + 1, n_teacher_views - 1)  # the last of an odd number pairs with itself
     student_scale, teacher_scale = _scale(student_temp_ptr), _scale(teacher_temp_ptr)
-    center = tl.load(center_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    student_ptr += image * student_stride_b + cols
-    teacher_ptr += image * teacher_stride_b + cols
+    student_ptr += image.to(tl.int64) * student_stride_b + first_view.to(tl.int64) * student_stride_v
+    teacher_ptr += image.to(tl.int64) * teacher_stride_b
+    teacher_ptr_t = teacher_ptr + t.to(tl.int64) * teacher_stride_t
+    teacher_ptr_u = teacher_ptr + u.to(tl.int64) * teacher_stride_t
 
-    student_part_ptr += image * n_student_views * n_splits + split
+    low, zero = tl.full((LANES,), LOWEST, tl.float32), tl.zeros((LANES,), tl.float32)
+    top_t, total_t, dot_t = low, zero, zero
+    top_u, total_u, dot_u = low, zero, zero
+    tops, totals, dots_t, dots_u = (low,) * VIEWS, (zero,) * VIEWS, (zero,) * VIEWS, (zero,) * VIEWS
+    first_col = split * BLOCK_K
+    for col in range(first_col, tl.minimum(first_col + BLOCK_K, n_prototypes), LANES * WIDTH):
+        cols = col + tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        inside = (cols < n_prototypes) | EVEN_K  # all true, and folded away, where BLOCK_K divides K
+        center = tl.load(center_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        exps_t, shrink_t, before_t, top_t, total_t, dot_t = _teacher_chunk(
+            teacher_ptr_t + cols, center, inside, teacher_scale, top_t, total_t, dot_t
+        )
+        exps_u, shrink_u, before_u, top_u, total_u, dot_u = _teacher_chunk(
+            teacher_ptr_u + cols, center, inside, teacher_scale, top_u, total_u, dot_u
+        )
+        row_ptr = student_ptr
+        for _ in tl.static_range(VIEWS):  # a view's sums are taken from the front and come back at the end
+            row = tl.where(inside, tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32), LOWEST)
+            row_ptr += student_stride_v  # one pointer for all views: one each would take 2 * VIEWS registers
+            below, exps, top, shrink = _numerators(row, inside, student_scale, tops[0])
+            grown = tops[0] - top
+            tops = tops[1:] + (top,)  # noqa: RUF005  (Triton knows no *)
+            totals = totals[1:] + (totals[0] * shrink + tl.sum(exps, axis=1),)  # noqa: RUF005
+            pair_t = tl.sum(exps_t * below, axis=1) + dots_t[0] * shrink_t + before_t * grown
+            pair_u = tl.sum(exps_u * below, axis=1) + dots_u[0] * shrink_u + before_u * grown
+            dots_t, dots_u = dots_t[1:] + (pair_t,), dots_u[1:] + (pair_u,)  # noqa: RUF005
+
+    image = image.to(tl.int64)
+    student_part_ptr += (image * n_student_views + first_view) * n_splits + split
     teacher_part_ptr += image * n_teacher_views * n_splits + split
-    dot_part_ptr += image * n_teacher_views * n_student_views * n_splits + split
+    dot_part_ptr += (image * n_teacher_views * n_student_views + first_view) * n_splits + split
     student_quantity = n_images * n_student_views * n_splits
     teacher_quantity = n_images * n_teacher_views * n_splits
-
-    for t in range(0, n_teacher_views, 2):
-        u = tl.minimum(t + 1, n_teacher_views - 1)  # the last of an odd number pairs with itself
-        row_ptr, part_ptr = teacher_ptr + tl.cast(t, tl.int64) * teacher_stride_t, teacher_part_ptr + t * n_splits
-        exps_t = _teacher_tile(row_ptr, center, inside, teacher_scale, part_ptr, teacher_quantity)
-        row_ptr, part_ptr = teacher_ptr + tl.cast(u, tl.int64) * teacher_stride_t, teacher_part_ptr + u * n_splits
-        exps_u = _teacher_tile(row_ptr, center, inside, teacher_scale, part_ptr, teacher_quantity)
-
-        for v in range(n_student_views):
-            row_ptr = student_ptr + tl.cast(v, tl.int64) * student_stride_v
-            row = tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32)
-            top = tl.max(tl.where(inside, row, -float("inf")))
-            row -= top
-            total = tl.sum(tl.where(inside, tl.exp2(row * student_scale), 0.0))
-            tl.store(student_part_ptr + v * n_splits, top)
-            tl.store(student_part_ptr + v * n_splits + student_quantity, total)
-            tl.store(dot_part_ptr + (t * n_student_views + v) * n_splits, tl.sum(exps_t * row))
-            tl.store(dot_part_ptr + (u * n_student_views + v) * n_splits, tl.sum(exps_u * row))
+    part_ptr_t, part_ptr_u = teacher_part_ptr + t * n_splits, teacher_part_ptr + u * n_splits
+    weight_t = _store_teacher(part_ptr_t, teacher_quantity, teacher_scale, top_t, total_t, dot_t)
+    weight_u = _store_teacher(part_ptr_u, teacher_quantity, teacher_scale, top_u, total_u, dot_u)
+    for i in tl.static_range(VIEWS):
+        top = tl.max(tops[i])
+        below = tops[i] - top
+        part_ptr, dot_ptr = student_part_ptr + i * n_splits, dot_part_ptr + i * n_splits
+        tl.store(part_ptr, top)
+        tl.store(part_ptr + student_quantity, tl.sum(totals[i] * tl.exp2(below * student_scale)))
+        tl.store(dot_ptr + t * n_student_views * n_splits, tl.sum(weight_t * (dots_t[i] + total_t * below)))
+        tl.store(dot_ptr + u * n_student_views * n_splits, tl.sum(weight_u * (dots_u[i] + total_u * below)))
 
 
 # One program per image: reads S * (2 * V + 3 * T + T * V) words and writes 2 * (V + T + 1), a hundredth of the logits.
@@ -118,7 +180,7 @@ def _dino_loss_join_kernel(
     dot_part_ptr,  # (B, T, V, S)
     student_temp_ptr,  # ()
     teacher_temp_ptr,  # ()
-    student_norm_ptr,  # (2, V, B): top, total
+    student_norm_ptr,  # (2, V, B): top, 1 / total
     teacher_norm_ptr,  # (2, T, B)
     per_image_ptr,  # (B,)
     entropy_ptr,  # (B,)
@@ -173,10 +235,10 @@ def _dino_loss_join_kernel(
         total_t += 0.0 * entropy_t
         loss += tl.sum(0.0 * cross_entropy, axis=0) + 0.0 * entropy_t
         tl.store(teacher_norm_ptr + t * n_images + image, top_t)
-        tl.store(teacher_norm_ptr + (n_teacher_views + t) * n_images + image, total_t)
+        tl.store(teacher_norm_ptr + (n_teacher_views + t) * n_images + image, tl.div_rn(1.0, total_t))
 
     tl.store(student_norm_ptr + views * n_images + image, top, mask=is_view)
-    tl.store(student_norm_ptr + (n_student_views + views) * n_images + image, total, mask=is_view)
+    tl.store(student_norm_ptr + (n_student_views + views) * n_images + image, tl.div_rn(1.0, total), mask=is_view)
     tl.store(per_image_ptr + image, loss / n_pairs)
     tl.store(entropy_ptr + image, entropy / n_pairs)
 
@@ -196,7 +258,7 @@ def _dino_loss_mean_kernel(per_image_ptr, entropy_ptr, loss_ptr, mean_entropy_pt
 
 @triton.jit
 def _probs(row, norm_ptr, quantity, scale, times):
-    return tl.exp2((row - tl.load(norm_ptr)) * scale) * (times / tl.load(norm_ptr + quantity))
+    return tl.exp2((row - tl.load(norm_ptr)) * scale) * (times * tl.load(norm_ptr + quantity))
 
 
 # Reads (T + V + 1) * B * K words, the center from L2, and writes V * B * K. A teacher row whose view the student has
@@ -210,7 +272,7 @@ def _dino_loss_bwd_kernel(
     center_ptr,  # (K,)
     student_temp_ptr,  # ()
     teacher_temp_ptr,  # ()
-    student_norm_ptr,  # (2, V, B): top, total
+    student_norm_ptr,  # (2, V, B): top, 1 / total
     teacher_norm_ptr,  # (2, T, B)
     grad_loss_ptr,  # ()
     grad_ptr,  # (V, B, K), contiguous
@@ -233,7 +295,7 @@ def _dino_loss_bwd_kernel(
     inside = (cols < n_prototypes) | EVEN_K
     student_scale, teacher_scale = _scale(student_temp_ptr), _scale(teacher_temp_ptr)
     student_temp = tl.load(student_temp_ptr).to(tl.float32)
-    factor = tl.load(grad_loss_ptr).to(tl.float32) / (student_temp * n_images * n_pairs)
+    factor = _quotient(tl.load(grad_loss_ptr).to(tl.float32), student_temp * n_images * n_pairs)
     center = tl.load(center_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     student_ptr += image * student_stride_b + cols
     teacher_ptr += image * teacher_stride_b + cols
@@ -279,7 +341,8 @@ def _launch_forward(
     student, teacher, center = _unit_stride(student), _unit_stride(teacher), center.contiguous()
     (n_student, n_images, n_prototypes), n_teacher = student.shape, teacher.shape[0]
     launch = LAUNCH["dino_loss_fwd"]
-    block = launch.block_for(n_prototypes)
+    lanes, width = 32 * launch.num_warps, 16 // student.element_size()
+    block = max(launch.block_for(n_prototypes), lanes * width)  # a chunk at least
     n_splits = triton.cdiv(n_prototypes, block)
 
     def empty(*shape: int) -> Tensor:
@@ -288,10 +351,14 @@ def _launch_forward(
     student_part = empty(2, n_images, n_student, n_splits)
     teacher_part = empty(3, n_images, n_teacher, n_splits)
     dot_part = empty(n_images, n_teacher, n_student, n_splits)
-    _dino_loss_fwd_kernel[(n_images * n_splits,)](
+    even = n_prototypes % block == 0
+    max_views = MAX_VIEWS if even else MAX_VIEWS // 2  # masks take registers too
+    n_views = max(n for n in range(1, max_views + 1) if n_student % n == 0)
+    _dino_loss_fwd_kernel[(n_images * n_splits, n_student // n_views, triton.cdiv(n_teacher, 2))](
         student, teacher, center, student_temp, teacher_temp, student_part, teacher_part, dot_part,
         *student.stride()[:2], *teacher.stride()[:2], n_student, n_teacher, n_images, n_prototypes, n_splits,
-        EVEN_K=n_prototypes % block == 0, BLOCK_K=block, num_warps=launch.num_warps,
+        VIEWS=n_views, EVEN_K=even, BLOCK_K=block, LANES=lanes, WIDTH=width, num_warps=launch.num_warps,
+        maxnreg=launch.max_registers if even else None,
     )  # fmt: skip
 
     student_norm, teacher_norm = empty(2, n_student, n_images), empty(2, n_teacher, n_images)
@@ -583,17 +650,19 @@ def aot_cases() -> Iterator[AotCase]:
     for dtype in ("bf16", "fp32"):
         logits = dict.fromkeys(("student_ptr", "teacher_ptr", "grad_ptr"), f"*{dtype}")
         types = fp32 | strides | dict.fromkeys(sizes, "i32") | logits
-        for name, kernel, launch in (
-            ("forward", _dino_loss_fwd_kernel, fwd),
-            ("backward", _dino_loss_bwd_kernel, bwd),
+        chunk = {"VIEWS": 10, "LANES": 32 * fwd.num_warps, "WIDTH": {"bf16": 8, "fp32": 4}[dtype]}
+        for name, kernel, launch, extra in (
+            ("forward", _dino_loss_fwd_kernel, fwd, chunk),
+            ("backward", _dino_loss_bwd_kernel, bwd, {}),
         ):
             yield AotCase(
                 name=f"dino_loss {name} {dtype}",
                 kernel=kernel,
                 signature=types,
-                constexprs={"EVEN_K": True, "BLOCK_K": launch.block},
+                constexprs={"EVEN_K": True, "BLOCK_K": launch.block, **extra},
                 aligned=(*logits, *strides, "center_ptr", "n_prototypes"),
                 num_warps=launch.num_warps,
+                max_registers=launch.max_registers,
             )
     for n_prototypes in (4096, 65536):
         yield AotCase(

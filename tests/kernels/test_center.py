@@ -28,7 +28,7 @@ CASES = [
     case(2, 3, 257, bf16),
     case(2, 3, 257, fp16),
     case(1, 1, 1, fp32),
-    case(3, 33, 512, bf16),  # 99 rows: three reads of 32, and three rows more
+    case(3, 70, 192, bf16),  # 70 images: a read of 64, and six more
     case(2, 16, 1030, fp32),
 ]
 

@@ -1,6 +1,8 @@
 """dino_loss on shapes, dtypes, strides and temperatures that nobody chose, against fp64."""
 
+from dataclasses import replace
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from budget import assert_error_at_most, assert_within_budget, loss_budgets
@@ -9,8 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdino_kernels import batch_center, dino_loss_with_stats, reference
+from fastdino_kernels.launch import LAUNCH
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Chunks of 16 times the columns: the interpreter's time is that of its operations, whatever their size.
+WIDE_CHUNKS = {"dino_loss_fwd": replace(LAUNCH["dino_loss_fwd"], num_warps=16)}
 
 
 class Problem(NamedTuple):
@@ -57,6 +62,7 @@ problems = st.builds(
 )
 
 
+@mock.patch.dict(LAUNCH, WIDE_CHUNKS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(problems)
 def test_any_problem_matches_fp64(problem):

@@ -1,0 +1,86 @@
+"""Launchers at the smallest and oddest shapes they accept: as machine code, without a GPU.
+
+A launch turns an argument of 1 into a constant and marks pointers and sizes that 16 divides; neither the interpreter
+nor a list of cases does. Here a launch is caught, compiled for sm_90 as it would be, and its grid looked at.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from fastdino_kernels.launch import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton's compiler")
+
+CATCH = """
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+    from unittest import mock
+    import torch
+    from triton.runtime.jit import JITFunction
+    import fastdino_kernels as fk
+    from fastdino_kernels import launch
+    from fastdino_kernels.aot import compile_case
+
+    TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    launch.TRITON_DEVICES.add("cpu")
+    caught = {}
+
+    def catch(kernel, *args, grid, warmup, num_warps=4, maxnreg=None, **constexprs):
+        assert len(grid) <= 3 and all(1 <= n < limit for n, limit in zip(grid, (2**31, 2**16, 2**16))), grid
+        types, aligned = {}, []
+        for parameter, value in zip(kernel.params, args):
+            if parameter.is_constexpr or isinstance(value, int) and value == 1:
+                constexprs[parameter.name] = value
+                continue
+            address = value if isinstance(value, int) else value.data_ptr()
+            integer = "i32" if address < 2**31 else "i64"
+            types[parameter.name] = integer if isinstance(value, int) else TYPES[value.dtype]
+            aligned += [parameter.name] if address % 16 == 0 else []
+        case = launch.AotCase(name=kernel.__name__, kernel=kernel, signature=types, constexprs=constexprs,
+                              aligned=tuple(aligned), num_warps=num_warps, max_registers=maxnreg)
+        caught[repr((kernel.__name__, types, constexprs, aligned))] = case
+
+    def loss(v, t, b, k, dtype):
+        student, teacher = (torch.zeros(n, b, k, dtype=dtype) for n in (v, t))
+        temps = torch.tensor(0.1), torch.tensor(0.04)
+        fk.dino_loss(student.requires_grad_(), teacher, torch.zeros(k), *temps).backward()
+
+    def center(t, b, k, dtype):
+        fk.batch_center(torch.zeros(t, b, k, dtype=dtype))
+        fk.center_update_(torch.zeros(k), torch.zeros(t, b, k, dtype=dtype), torch.tensor(0.9))
+        fk.center_ema_(torch.zeros(k), torch.zeros(k), torch.tensor(0.9))
+
+    with mock.patch.object(JITFunction, "run", catch):
+        for call in sys.argv[1:]:
+            op, *shape, dtype = call.split()
+            {"loss": loss, "center": center}[op](*map(int, shape), getattr(torch, dtype))
+            with ThreadPoolExecutor() as pool:
+                stacks = pool.map(lambda case: compile_case(case, 90).stack_bytes, caught.values())
+            for case, stack in zip(caught.values(), stacks):
+                print(f"{call}: {case.name} {stack}")
+            caught.clear()
+"""
+LOSS = ("_dino_loss_fwd_kernel", "_dino_loss_join_kernel", "_dino_loss_mean_kernel", "_dino_loss_bwd_kernel")
+CENTER = ("_batch_center_kernel", "_center_update_kernel", "_center_ema_kernel")
+CALLS = {
+    "loss 2 1 1 1 float32": LOSS,  # V, T, B, K: everything is 1
+    "loss 13 3 2 17 bfloat16": LOSS,  # a program per student view
+    "loss 10 2 1 4099 bfloat16": LOSS,  # a masked tail
+    "loss 12 2 1 1000 float32": LOSS,  # one split, masked
+    "loss 12 2 1 65536 float16": LOSS,  # the most views of a program
+    "center 1 1 1 float32": CENTER,  # T, B, K
+    "center 3 65 17 bfloat16": CENTER,
+}
+
+
+def test_launches_compile_without_spills():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", textwrap.dedent(CATCH), *CALLS]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    expected = [f"{call}: {kernel} 0" for call, kernels in CALLS.items() for kernel in kernels]
+    assert result.stdout.splitlines() == expected
