@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.measure import CORES, DEVICE, ON_GPU, QUICK, require
 from bench.peers import Absent, need
 from bench.test_step import MAIN, NITER_PER_EP, Case, Step, made, over
-from fastdino.data.augment import MEAN, STD, apply_crop, apply_crop_fast
+from fastdino.data.augment import apply_crop, apply_crop_fast
 from fastdino.data.decode import decode_array, open_image
 from fastdino.data.loader import CropLoader, EpochSampler
 from fastdino.data.params import MultiCropRecipe, ViewRecipe, crop_params, draw_crops
@@ -229,11 +229,11 @@ def test_kernels(provider: str, timed: Any, pixels: list[Any]) -> None:
         made.append((CropTable(*(x.to(DEVICE) for x in table)), views[0].size))
 
     def run() -> list[Tensor]:
-        arguments = {"mean": MEAN, "std": STD, "dtype": torch.bfloat16, "exact": exact}
+        arguments = {"dtype": torch.bfloat16, "exact": exact}
         return [multi_crop_augment(images, table, size, **arguments) for table, size in made]
 
     plain = multi_crop_augment(  # the same arithmetic by PyTorch, in the CPU's memory
-        PackedImages(*(x.cpu() for x in images)), CropTable(*(x[:4].cpu() for x in made[0][0])), 224, mean=MEAN, std=STD
+        PackedImages(*(x.cpu() for x in images)), CropTable(*(x[:4].cpu() for x in made[0][0])), 224
     )
     off = (run()[0][:4].float().cpu() - plain).abs().mean()
     require(off < 0.02, f"{off:.4f} of a deviation from the reference")

@@ -20,9 +20,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from fastdino.data.params import CropParams, ViewRecipe, crop_params, draw_crops
+from fastdino_kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, per channel, for values in [0, 1]
-STD = (0.229, 0.224, 0.225)
 LEVELS = np.arange(256)
 
 Pixels = NDArray[Any]  # of uint8, which OpenCV's types do not say
@@ -130,8 +129,8 @@ def center_view(image: Image.Image, resize: int, size: int) -> NDArray[np.uint8]
 
 def normalize(pixels: Tensor) -> Tensor:
     """(..., 3, H, W) uint8 -> floats (the default dtype), ImageNet's mean and deviation removed, on the same device."""
-    mean = torch.tensor(MEAN, device=pixels.device)[:, None, None]
-    std = torch.tensor(STD, device=pixels.device)[:, None, None]
+    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=pixels.device)[:, None, None]
     return (pixels.to(mean.dtype) / 255 - mean) / std
 
 

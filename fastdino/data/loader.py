@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from fastdino.data.augment import MEAN, STD, apply_crop, apply_crop_fast, center_view, normalize
+from fastdino.data.augment import apply_crop, apply_crop_fast, center_view, normalize
 from fastdino.data.decode import BadImage, Opened, decode, decode_array, open_image
 from fastdino.data.params import MultiCropRecipe, crop_params, draw_crops
 from fastdino.data.ring import N_BUFFERS, PackedBuffer
@@ -300,7 +300,7 @@ class CropLoader:
                 if table is None:
                     groups.append(torch.empty(0, n_images, 3, 0, 0, device=self.device))
                     continue
-                made = multi_crop_augment(on_device, table, size, mean=MEAN, std=STD, exact=self.exact)
+                made = multi_crop_augment(on_device, table, size, exact=self.exact)
                 groups.append(made.unflatten(0, (n, n_images)))
             ready.record(self._stream)
         # The buffer is free once it is copied; crops may still be in the making. The event is a blocking one because

@@ -6,20 +6,33 @@ The original's names and defaults (main_dino.py) come first in each group; what 
 import argparse
 import difflib
 import math
-import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from fastdino.data.params import MultiCropRecipe, ViewRecipe
 from fastdino.errors import UserError
 from fastdino.model.archs import ARCHITECTURES, check_arch
+from fastdino.model.attention import BACKENDS
 from fastdino.train.recipes import AUGMENTATIONS, DIGITS
 
 
-def flag(default: Any, group: str, meaning: str, choices: tuple[str, ...] | None = None) -> Any:
+def _optimizers() -> Sequence[str]:
+    from fastdino.train.optim import OPTIMIZERS
+
+    return list(OPTIMIZERS)
+
+
+def _modes() -> Sequence[str]:
+    from fastdino.train.modes import MODES
+
+    return ["auto", *MODES]
+
+
+def flag(
+    default: Any, group: str, meaning: str, choices: Sequence[str] | Callable[[], Sequence[str]] | None = None
+) -> Any:
     """A field that is also a command-line flag: `--name`, shown under `group`, explained by `meaning`."""
     return field(default=default, metadata={"group": group, "help": meaning, "choices": choices})
 
@@ -49,7 +62,7 @@ class TrainConfig:
     batch_size_per_gpu: int = flag(
         64, "Optimisation", "images per process and step; what is left over waits for the next epoch"
     )
-    optimizer: str = flag("adamw", "Optimisation", "adamw, sgd or lars", ("adamw", "sgd", "lars"))
+    optimizer: str = flag("adamw", "Optimisation", "adamw, sgd or lars", _optimizers)
     lr: float = flag(0.0005, "Optimisation", "peak learning rate for 256 images a step; scales with the batch")
     warmup_epochs: int = flag(10, "Optimisation", "epochs of linear learning-rate warm-up")
     min_lr: float = flag(1e-6, "Optimisation", "learning rate at the end of the cosine")
@@ -63,12 +76,8 @@ class TrainConfig:
     amp_dtype: str = flag(
         "auto", "Optimisation", "which half: bf16 where the GPU has it, else fp16", ("auto", "bf16", "fp16")
     )
-    step: str = flag(
-        "auto", "Optimisation", "how a step runs: graph on GPUs, eager on CPU", ("auto", "eager", "compiled", "graph")
-    )
-    attention: str = flag(
-        "auto", "Optimisation", "attention kernels; auto times what works", ("auto", "xformers", "varlen", "sdpa")
-    )
+    step: str = flag("auto", "Optimisation", "how a step runs: graph on GPUs, eager on CPU", _modes)
+    attention: str = flag("auto", "Optimisation", "attention kernels; auto times what works", ("auto", *BACKENDS))
     accumulate: int = flag(1, "Optimisation", "parts that a batch is computed in, one update for all; less memory")
     checkpointing: bool = flag(False, "Optimisation", "recompute activations in the backward pass; less memory")
     drop_path_mode: str = flag(
@@ -85,7 +94,7 @@ class TrainConfig:
         "dino",
         "Crops",
         "probabilities of the alterations: dino; dinov2 (blur 0, 0.9, 0.5); none (flips only); flags below win over it",
-        ("dino", "dinov2", "none"),
+        tuple(AUGMENTATIONS),
     )
     flip_prob: float = flag(0.5, "Crops", "probability of a horizontal flip")
     jitter_prob: float = flag(0.8, "Crops", "probability of colour jitter (0.4, 0.4, 0.2, 0.1)")
@@ -140,6 +149,7 @@ class TrainConfig:
             raise ValueError(f"--arch: {error}") from error
         for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
+            choices = choices() if callable(choices) else choices
             if not _is_a(value, f):
                 raise ValueError(f"--{f.name}: expected {_kind(f)}, got {value!r}")
             if choices and value not in choices:
@@ -316,17 +326,6 @@ def config_from_flags(given: Mapping[str, Any], is_demo: bool) -> TrainConfig:
         return TrainConfig.from_flags({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, is_demo)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless the folder is there, or can be made, and takes files. Makes nothing."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"--output_dir: expected a folder, got the file {existing}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir: {existing} is not writable")
 
 
 def command_line(config: TrainConfig, n_processes: int = 1) -> str:

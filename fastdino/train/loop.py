@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.data.loader import MAX_BAD
-from fastdino.errors import TrainingError
+from fastdino.errors import TrainingError, UserError
 from fastdino.eval import EVALUATIONS
 from fastdino.train import distributed, memory
 from fastdino.train.build import Own, assemble
-from fastdino.train.config import TrainConfig, check_writable
+from fastdino.train.config import TrainConfig
 from fastdino.train.console import Console
 from fastdino.train.distributed import Process
 from fastdino.train.interrupt import Stop
@@ -226,6 +227,17 @@ class Run:
         distributed.barrier()
         self.latest = found
         return found
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless the folder is there, or can be made, and takes files. Makes nothing."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output_dir: expected a folder, got the file {existing}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir: {existing} is not writable")
 
 
 def _mix(*numbers: int) -> int:

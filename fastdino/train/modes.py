@@ -145,10 +145,11 @@ class Modes:
             current.wait_stream(self._stream)
             self._n_warm += 1
             return None
-        if self._graph is None and not self._capture(self._stream):
+        graph = self._graph or self._capture(self._stream)
+        if graph is None:  # the mode has fallen back
             return self(crops)
-        assert self._graph is not None
-        self._graph.replay()
+        self._graph = graph
+        graph.replay()
         return None
 
     def _iterate(self, crops: Sequence[Tensor]) -> None:
@@ -180,8 +181,8 @@ class Modes:
             )
         torch._foreach_copy_(self._static, list(crops))
 
-    def _capture(self, stream: torch.cuda.Stream) -> bool:
-        """Whether the iteration is in a graph now; else the mode has fallen back."""
+    def _capture(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+        """The iteration as a graph; None where that failed, and the mode has fallen back."""
         device, pool = self._step.device, torch.cuda.graph_pool_handle()
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
         self._step.drop_gradients()
@@ -199,9 +200,8 @@ class Modes:
             _end_failed_capture(device, pool, raised)
         if words := self._failure(error):
             self._fall_back(words, "compiled")
-            return False
-        self._graph = graph
-        return True
+            return None
+        return graph
 
     def _failure(self, error: Exception | None) -> str | None:
         """Why the mode has failed, on whichever process; None where all went well.

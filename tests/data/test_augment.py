@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from fastdino import global_augment, multiple_local_augments
-from fastdino.data.augment import MEAN, STD, apply_crop, apply_crop_fast, center_view, normalize
+from fastdino.data.augment import IMAGENET_MEAN as MEAN
+from fastdino.data.augment import IMAGENET_STD as STD
+from fastdino.data.augment import apply_crop, apply_crop_fast, center_view, normalize
 from fastdino.data.params import CropParams, ViewRecipe, crop_params, draw_crops
 
 spec = importlib.util.spec_from_file_location("pillow_replica", Path(__file__).with_name("pillow_replica.py"))

@@ -33,6 +33,11 @@ MAX_SIZE = 2048  # 255 * S * S, a crop's sum of luma, has 31 bits
 N_IMAGE_FIELDS = len(PackedImages._fields)
 
 
+# Per channel, for values in [0, 1].
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
 @torch.library.custom_op("fastdino::multi_crop_augment_", mutates_args=("out",))
 def _multi_crop_augment_(
     out: Tensor, tables: Sequence[Tensor], mean: Sequence[float], std: Sequence[float], exact: bool
@@ -65,8 +70,8 @@ def multi_crop_augment(
     crops: CropTable,
     size: int,
     *,
-    mean: Sequence[float] = (0.485, 0.456, 0.406),
-    std: Sequence[float] = (0.229, 0.224, 0.225),
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
     exact: bool = True,
     out: Tensor | None = None,
