@@ -108,14 +108,13 @@ def _train(args: argparse.Namespace) -> int:
 
 def _backbone(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     """The checkpoint's backbone on its device, and (resize, size) in pixels."""
-    from fastdino.train.checkpoint import load_backbone
+    from fastdino.train.checkpoint import backbone_of, eval_size, load_checkpoint
     from fastdino.train.distributed import start
 
-    backbone = load_backbone(args.pretrained_weights, args.checkpoint_key, args.num_heads)
-    trained_at = backbone.patch_embed.img_size
-    size = args.size or trained_at
-    digits = trained_at == 24  # the demo's images are whole already
-    resize = args.resize or (size if digits else round(size * 8 / 7))
+    checkpoint = load_checkpoint(args.pretrained_weights)
+    backbone = backbone_of(checkpoint, args.pretrained_weights, args.checkpoint_key, args.num_heads)
+    size = args.size or backbone.patch_embed.img_size
+    resize = args.resize or eval_size(checkpoint, size)
     if size % backbone.patch_embed.patch_size or resize < size:
         raise UserError(
             f"--size: expected a multiple of the patch size {backbone.patch_embed.patch_size}, "

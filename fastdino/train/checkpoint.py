@@ -143,6 +143,13 @@ def _part(checkpoint: Mapping[str, Any], key: str) -> dict[str, Any]:
     return checkpoint[key]
 
 
+def eval_size(checkpoint: Mapping[str, Any], size: int) -> int:
+    """Short side in pixels before a center crop of side `size`: as it was trained, else 8/7 of it."""
+    args = checkpoint.get("args")
+    trained, resize = getattr(args, "global_crops_size", 0), getattr(args, "eval_resize", 0)
+    return round(size * resize / trained) if trained and resize else round(size * 8 / 7)
+
+
 def load_backbone(path: str | Path, key: str = "teacher", num_heads: int | None = None) -> VisionTransformer:
     """The Vision Transformer of a checkpoint, built to fit its weights, in eval mode, frozen, on the CPU.
 
@@ -150,7 +157,13 @@ def load_backbone(path: str | Path, key: str = "teacher", num_heads: int | None 
     num_heads: needed only for widths that no architecture here has.
     Raises UserError where the file has no backbone in it.
     """
-    checkpoint = load_checkpoint(path)
+    return backbone_of(load_checkpoint(path), path, key, num_heads)
+
+
+def backbone_of(
+    checkpoint: Mapping[str, Any], path: str | Path, key: str, num_heads: int | None = None
+) -> VisionTransformer:
+    """`load_backbone` of a file that has been read already; path: what to call it."""
     state = checkpoint.get(key, checkpoint)
     state = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
     prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""

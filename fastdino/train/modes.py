@@ -44,8 +44,6 @@ class Step(Protocol):
     schedule: ScheduleTable
 
     @property
-    def networks(self) -> tuple[nn.Module, nn.Module]: ...
-    @property
     def forward(self) -> Forward: ...
     def compute(self, forward: Forward, crops: Sequence[Tensor]) -> None: ...
     def compute_alone(self, forward: Forward, crops: Sequence[Tensor]) -> None: ...
@@ -124,7 +122,7 @@ class Modes:
         self._stream = torch.cuda.Stream(step.device) if mode == "graph" else None
 
     def _use(self, mode: str) -> None:
-        norms = [m for network in self._step.networks for m in network.modules() if isinstance(m, nn.SyncBatchNorm)]
+        norms = [m for network in self._step.run.both for m in network.modules() if isinstance(m, nn.SyncBatchNorm)]
         self._meets_others = bool(norms)
         self.name, self._forward, self._proven = mode, self._step.forward, mode == "eager"
         if mode != "eager":

@@ -50,6 +50,11 @@ class Networks:
             self.teacher, teacher_copies = low_precision_twin(teacher, amp_dtype)
             self.copies = copies + teacher_copies
 
+    @property
+    def both(self) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+        """Student and teacher as they are run."""
+        return self.student, self.teacher
+
     def logits(self, crops: Sequence[Tensor], n_teacher_views: int) -> tuple[Tensor, Tensor]:
         """(student's (V * B, K), teacher's (n_teacher_views * B, K)), crop-major."""
         if self.dtype != crops[0].dtype and not self._autocasts:

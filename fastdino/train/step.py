@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdino.model import MultiCropWrapper, attention_choice
 from fastdino.objectives import Objective
@@ -29,13 +29,12 @@ def _named(names: Sequence[str]) -> Any:
 class TrainStep:
     """Forward, loss, backward, clip, optimizer, EMA and center, in the original's order.
 
-    student: a MultiCropWrapper; teacher: its frozen copy; both keep full precision. optimizer: a name of OPTIMIZERS.
-    clip_grad: largest norm of one tensor's gradient, 0 for none. freeze_last_layer: epochs without an update of the
-    prototypes. amp_dtype: bf16 computes on copies of the weights (adamw) or under autocast (sgd, lars); fp16 under
-    autocast, with a GradScaler; None in the weights' own precision.
-    mode: see `modes`. accumulate: parts that a batch is computed in; one update and one center for all of them.
-    attention_backend: a name of model.attention.BACKENDS, or auto. say: what is told where something falls back.
-    With several processes gradients are averaged over them before the clip, by the step itself, also in a graph.
+    teacher: the student's frozen copy; both keep full precision. optimizer: a name of OPTIMIZERS. clip_grad: largest
+    norm of one tensor's gradient, 0 for none. freeze_last_layer: epochs without an update of the prototypes.
+    amp_dtype: bf16 computes on copies of the weights (adamw) or under autocast (sgd, lars), fp16 under autocast with a
+    GradScaler. mode: see `modes`. accumulate: parts that a batch is computed in, one update for all of them.
+    attention_backend: a name of model.attention.BACKENDS, or auto. say: is told where something falls back.
+    With several processes gradients are averaged over them before the clip, also in a graph.
     Raises ValueError for a mode, a backend or a number of parts that cannot be.
     """
 
@@ -140,11 +139,6 @@ class TrainStep:
     def mode(self) -> str:
         """As it came to be."""
         return self._modes.name
-
-    @property
-    def networks(self) -> tuple[nn.Module, nn.Module]:
-        """Student and teacher as they are run."""
-        return self.run.student, self.run.teacher
 
     def close(self) -> None:
         """Drop the graph; a process group must not be destroyed before it. The weights stay."""

@@ -20,7 +20,7 @@ fp32, bf16 = torch.float32, torch.bfloat16
 
 
 def networks_of(step):
-    return step.student, step.teacher, *(step.networks if isinstance(step, TrainStep) else ())
+    return step.student, step.teacher, *(step.run.both if isinstance(step, TrainStep) else ())
 
 
 @cache

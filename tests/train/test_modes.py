@@ -186,7 +186,7 @@ class NormOfSeveralProcesses(nn.SyncBatchNorm):
 def test_batchnorm_over_processes_is_left_out_of_the_compiled_graph():
     def with_norms(**options):
         step = make_step(use_bn=True, say=pytest.fail, **options)
-        for network in step.networks:
+        for network in step.run.both:
             for m in network.modules():
                 if isinstance(m, nn.BatchNorm1d):
                     m.__class__ = NormOfSeveralProcesses

@@ -20,6 +20,7 @@ from fastdino.cli import main
 from fastdino.errors import TrainingError, UserError
 from fastdino.train import loop, words
 from fastdino.train.build import Own, assemble
+from fastdino.train.checkpoint import eval_size
 from fastdino.train.distributed import start
 from fastdino.train.interrupt import Stop
 from fastdino.train.loop import train
@@ -200,6 +201,13 @@ def test_a_backbone_comes_out_of_our_checkpoints_and_the_originals(finished, gol
         load_backbone(golden_folder / "checkpoint_micro.pth")
     with pytest.raises(UserError, match="no Vision Transformer under 'nobody'"):
         load_backbone(golden_folder / "checkpoint_micro.pth", "nobody")
+
+
+def test_images_are_resized_as_they_were_in_training(finished):
+    """The digits are whole at 24 pixels; anything else has the usual border around its center crop."""
+    checkpoint = load_checkpoint(finished[0] / "checkpoint.pth")
+    assert [eval_size(checkpoint, size) for size in (24, 48)] == [24, 48]
+    assert eval_size({"teacher": {}}, 224) == 256
 
 
 def test_published_backbone_weights_load(tmp_path, finished):
