@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -115,9 +116,13 @@ class Run:
                 self.parts.save(self.iteration // self.niter, self.iteration)
             elif first_epoch == config.epochs:  # resumed when nothing was left to do
                 self._evaluate("of the finished run")
+        except BaseException:
+            with suppress(TrainingError):  # of a sink: what ended the run is what has to be said
+                sinks.close()
+            raise
         finally:
             self.parts.loader.close()
-            sinks.close()
+        sinks.close()
         seconds = time.perf_counter() - started
         if self.process.is_main:
             conclude(self.parts, self.iteration, self.before, self.latest, seconds, self.console.say)

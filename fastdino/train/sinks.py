@@ -38,18 +38,20 @@ class Sink:
 
 
 class Sinks(Sink):
-    """Several as one. Raises TrainingError, naming the sink, where one of them raises."""
+    """Several as one. Raises TrainingError, naming the sink, where one of them raises; all are told before."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = sinks
 
     def _tell(self, what: str, *arguments: Any) -> None:
+        failures = []
         for sink in self._sinks:
             try:
                 getattr(sink, what)(*arguments)
             except Exception as error:
-                name = type(sink).__name__
-                raise TrainingError(f"{name}.{what} raised {type(error).__name__}: {error}") from error
+                failures.append((f"{type(sink).__name__}.{what} raised {type(error).__name__}: {error}", error))
+        for words, error in failures[:1]:
+            raise TrainingError(words) from error
 
     def step(self, entry: Entry) -> None:
         """To all, in order."""

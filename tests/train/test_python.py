@@ -166,6 +166,22 @@ def test_a_callback_that_raises_ends_the_run_and_is_named(tmp_path):
         run(tmp_path, backbone=Convolution(), callbacks=[Failing()])
 
 
+class FailingAtTheEnd(fastdino.Sink):
+    def step(self, entry):
+        raise RuntimeError("in a step")
+
+    def close(self):
+        raise RuntimeError("at the end")
+
+
+def test_what_ended_a_run_is_said_and_everybody_is_closed(tmp_path):
+    watching = Watching()
+    with pytest.raises(TrainingError, match="FailingAtTheEnd.step raised RuntimeError: in a step"):
+        run(tmp_path, backbone=Convolution(), callbacks=[FailingAtTheEnd(), watching])
+    assert len(watching.steps) == 1
+    assert watching.closed == 1
+
+
 class Numbers(torch.utils.data.Dataset):
     def __len__(self):
         return 5
