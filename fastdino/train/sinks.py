@@ -50,8 +50,8 @@ class Sinks(Sink):
                 getattr(sink, what)(*arguments)
             except Exception as error:
                 failures.append((f"{type(sink).__name__}.{what} raised {type(error).__name__}: {error}", error))
-        for words, error in failures[:1]:
-            raise TrainingError(words) from error
+        for words, first in failures[:1]:
+            raise TrainingError(words) from first
 
     def step(self, entry: Entry) -> None:
         """To all, in order."""

@@ -176,7 +176,7 @@ class FailingAtTheEnd(fastdino.Sink):
 
 def test_what_ended_a_run_is_said_and_everybody_is_closed(tmp_path):
     watching = Watching()
-    with pytest.raises(TrainingError, match="FailingAtTheEnd.step raised RuntimeError: in a step"):
+    with pytest.raises(TrainingError, match=r"FailingAtTheEnd\.step raised RuntimeError: in a step"):
         run(tmp_path, backbone=Convolution(), callbacks=[FailingAtTheEnd(), watching])
     assert len(watching.steps) == 1
     assert watching.closed == 1
