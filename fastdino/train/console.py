@@ -54,11 +54,12 @@ class Console(Sink):
     def epoch(self, entry: Entry) -> None:
         """A line that stays."""
         width = len(str(self._epochs))
+        entropy, knn = entry.get("train_teacher_entropy"), entry.get("knn")
         self.say(
             f"epoch {entry['epoch'] + 1:>{width}}/{self._epochs}  loss {entry['train_loss']:.4f}  "
-            f"teacher entropy {entry['train_teacher_entropy']:.3f}  {entry['images_per_s']:,.0f} img/s  "
-            f"{entry['data_wait']:.0%} waiting for data"
-            + (f"  k-NN {entry['knn']:.4f}" if entry.get("knn") is not None else "")
+            + (f"teacher entropy {entropy:.3f}  " if entropy is not None else "")
+            + f"{entry['images_per_s']:,.0f} img/s  {entry['data_wait']:.0%} waiting for data"
+            + (f"  k-NN {knn:.4f}" if knn is not None else "")
         )
 
     def close(self) -> None:
