@@ -33,7 +33,9 @@ def reason(error: BaseException) -> str:
     def words(e: BaseException) -> str:
         lines = [line.strip() for line in str(e).partition("from user code:")[0].splitlines()]
         lines = [line for line in lines if line and not line.startswith(ADVICE)] or [""]
-        return f"{type(e).__name__}: {' '.join(dict.fromkeys((lines[0], lines[-1])))}".removesuffix(": ")[:300]
+        return f"{type(e).__name__}: {' '.join(dict.fromkeys((lines[0], lines[-1])))}".removesuffix(": ").removesuffix(
+            "."
+        )[:300]
 
     first, last = words(chain(error)[-1]), words(error)
     return last if first in last or first.partition(": ")[2] in last else f"{last}, after {first}"

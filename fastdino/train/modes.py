@@ -67,34 +67,35 @@ def _memory_comes_back(device: torch.device) -> bool:
     return torch.cuda.memory_reserved(device) <= before
 
 
-def _end_failed_capture(device: torch.device, pool: Any, error: Exception) -> None:
-    """Bring the allocator out of a capture that CUDA refused to end.
+def _leaves_capture(device: torch.device, pool: Any) -> bool:
+    """Bring the allocator out of a capture that CUDA refused to end; whether that worked.
 
     PyTorch before 2.12 leaves it there (pytorch pull request 180395): it would go on to put everything into the
-    graph's memory and never reuse what two streams have touched. What it forgets is done here; where that does not
-    help, the run ends. Raises TrainingError.
+    graph's memory and never reuse what two streams have touched. What it forgets is done here.
     """
     gc.collect()
     if _memory_comes_back(device):
-        return
+        return True
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
-        recovered = _memory_comes_back(device)
+        return _memory_comes_back(device)
     except (AttributeError, RuntimeError):
-        recovered = False
-    if not recovered:
-        raise TrainingError(
-            f"the CUDA graph could not be captured ({reason(error)}), and PyTorch {torch.__version__} cannot go on "
-            "after that (pytorch pull request 180395). Try --step compiled, or a newer PyTorch"
-        ) from error
+        return False
 
 
 class _Failure(NamedTuple):
-    """Of an iteration on one process. fatal: a slower mode would not help."""
+    """Of an iteration on one process. fatal: why no slower mode would help, in words; None where one might."""
 
     reason: str
-    fatal: bool
+    fatal: str | None
+
+
+NO_MEMORY = "memory ran out"
+STUCK = (
+    f"PyTorch {torch.__version__} cannot go on after a capture that failed (pytorch pull request 180395). "
+    "Try --step compiled, or a newer PyTorch"
+)
 
 
 class Modes:
@@ -195,27 +196,34 @@ class Modes:
             self._step.drop_gradients()
             traceback.clear_frames(raised.__traceback__)  # they hold the capture's tensors
             graph.reset()
-            _end_failed_capture(device, pool, raised)
-        if words := self._failure(error):
+        stuck = error is not None and not _leaves_capture(device, pool)
+        if words := self._failure(error, STUCK if stuck else None):
             self._fall_back(words, "compiled")
             return None
         return graph
 
-    def _failure(self, error: Exception | None) -> str | None:
+    def _failure(self, error: Exception | None, fatal: str | None = None) -> str | None:
         """Why the mode has failed, on whichever process; None where all went well.
 
-        Raises the error itself where falling back is no help (memory ran out), or where the others wait elsewhere.
+        fatal: why this process cannot fall back. Raises where one cannot, on all of them: the error itself where
+        memory ran out, else TrainingError. Raises it alone where the others wait in the forward pass.
         """
-        if error is not None and self._meets_others:
-            raise error
-        mine = None if error is None else _Failure(reason(error), memory.shortage(error) is not None)
+        mine = None
+        if error is not None:
+            fatal = NO_MEMORY if memory.shortage(error) else fatal
+            if self._meets_others or (fatal == NO_MEMORY and distributed.is_alone()):
+                raise error
+            mine = _Failure(reason(error), fatal)
         failures = [(rank, failure) for rank, failure in enumerate(distributed.gather(mine)) if failure is not None]
         if not failures:
             return None
         rank, failure = next(((r, f) for r, f in failures if f.fatal), failures[0])
-        if failure.fatal:
-            raise error or TrainingError(f"process {rank} ran out of memory: {failure.reason}")
-        return failure.reason + ("" if distributed.is_alone() else f", on process {rank}")
+        where = "" if distributed.is_alone() else f", on process {rank}"
+        if failure.fatal is None:
+            return failure.reason + where
+        if error is not None and fatal == NO_MEMORY:
+            raise error
+        raise TrainingError(f"{self.name} failed ({failure.reason}{where}): {failure.fatal}") from error
 
     def _fall_back(self, words: str, mode: str) -> None:
         self._say(f"step: {self.name if mode == 'compiled' else 'compiled'} failed ({words}); using {mode}")
