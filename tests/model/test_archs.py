@@ -1,0 +1,70 @@
+"""The table of architectures, and backbones that are not in it. timm is played: it needs torchvision."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from fastdino import DINOHead, MultiCropWrapper
+from fastdino.model.archs import ARCHITECTURES, check_arch, heads_of, timm_backbone
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """A timm with a convolutional network, which does not know dynamic_img_size, and a ViT, which does."""
+    made = []
+
+    class Network(nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            made.append(options)
+            self.num_features, self.layer = 6, nn.Conv2d(3, 6, 4, 4)
+
+        def forward(self, x):
+            return self.layer(x).mean((2, 3))
+
+    def create_model(name, **options):
+        if name == "resnet18" and "dynamic_img_size" in options:
+            raise TypeError("unexpected keyword argument 'dynamic_img_size'")
+        return Network(**options)
+
+    names = ["resnet18", "resnet50", "vit_tiny_patch16_224"]
+    module = types.SimpleNamespace(
+        create_model=create_model, is_model=names.__contains__, list_models=lambda _: ["resnet18", "resnet50"]
+    )
+    monkeypatch.setitem(sys.modules, "timm", module)
+    return made
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_a_model_of_timms_takes_crops_of_all_sizes(timm, name):
+    check_arch(f"timm:{name}")
+    backbone = timm_backbone(f"timm:{name}", drop_path_rate=0.1)
+    assert backbone.embed_dim == 6
+    assert timm[-1]["num_classes"] == 0
+    assert timm[-1]["drop_path_rate"] == 0.1
+    assert ("dynamic_img_size" in timm[-1]) == name.startswith("vit")
+    student = MultiCropWrapper(backbone, DINOHead(6, 5, hidden_dim=4, bottleneck_dim=3))
+    crops = [torch.randn(2, 3, side, side) for side in (16, 16, 8)]
+    assert student(crops).shape == (6, 5)
+    assert student.packing(crops, 2) is None
+    assert any(key == "backbone.layer.weight" for key in student.state_dict())  # timm's own names
+
+
+def test_a_name_that_timm_does_not_know_is_refused_with_what_comes_near(timm):
+    with pytest.raises(ValueError, match="timm has no model 'timm:resnet'; did you mean resnet18, resnet50?"):
+        check_arch("timm:resnet")
+
+
+def test_without_timm_a_model_of_timms_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"timm:resnet18 needs timm \(pip install timm\)"):
+        check_arch("timm:resnet18")
+
+
+def test_heads_are_told_by_the_width():
+    for arch in ARCHITECTURES.values():
+        assert heads_of(arch.width) == arch.heads
+    assert heads_of(24) is None
