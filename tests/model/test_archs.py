@@ -54,7 +54,7 @@ def test_a_model_of_timms_takes_crops_of_all_sizes(timm, name):
 
 
 def test_a_name_that_timm_does_not_know_is_refused_with_what_comes_near(timm):
-    with pytest.raises(ValueError, match="timm has no model 'timm:resnet'; did you mean resnet18, resnet50?"):
+    with pytest.raises(ValueError, match=r"timm has no model 'timm:resnet'; did you mean resnet18, resnet50\?"):
         check_arch("timm:resnet")
 
 
