@@ -76,11 +76,13 @@ def test_free_prototype_lengths_decay():
     assert not_decayed["weight_decay"] == 0
 
 
+@pytest.mark.parametrize("mode", ["sample", "batch"])
 @pytest.mark.parametrize("sides", [[32], [32, 16]], ids=["one resolution", "two"])
-def test_the_last_block_does_for_cls_what_it_did_for_all(sides):
+def test_the_last_block_does_for_cls_what_it_did_for_all(sides, mode):
     """And its gradients: those of tokens that nobody reads are zero."""
     torch.manual_seed(0)
-    vit = VisionTransformer([32], 8, embed_dim=24, depth=2, num_heads=3, drop_path_rate=0.5).double().train()
+    vit = VisionTransformer([32], 8, embed_dim=24, depth=2, num_heads=3, drop_path_rate=0.5, drop_path_mode=mode)
+    vit = vit.double().train()
     images = [torch.randn(3, 3, side, side, dtype=torch.float64) for side in sides]
     last = vit.blocks[-1]
 
@@ -90,6 +92,7 @@ def test_the_last_block_does_for_cls_what_it_did_for_all(sides):
         return features, *torch.autograd.grad(features.square().sum(), list(vit.parameters()))
 
     some = features_and_gradients()
-    last.forward = lambda x, packing, *_, **__: packing.cls(Block.forward(last, x, packing))
+    last.paths = lambda x, packing, mode, cls_only: Block.paths(last, x, packing, mode)
+    last.forward = lambda x, packing, paths, cls_only: packing.cls(Block.forward(last, x, packing, paths))
     for for_cls, for_all in zip(some, features_and_gradients(), strict=True):
         torch.testing.assert_close(for_cls, for_all, rtol=1e-11, atol=1e-13)
