@@ -160,3 +160,22 @@ def test_recomputing_changes_no_bit_and_leaves_nothing_behind(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(recomputed, kept, strict=True))
     gc.collect()
     assert len(recompute._RECIPES) == 0
+
+
+def test_a_compiler_sees_operators_alone_which_its_cache_can_hold():
+    """An autograd.Function, or a change of autocast, would have every start of a run compile anew."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    vit = VisionTransformer([16], 8, embed_dim=16, depth=2, num_heads=2)
+    network = MultiCropWrapper(vit, DINOHead(16, 32, hidden_dim=24, bottleneck_dim=8))
+    crops = [torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)]
+    torch.compile(network, fullgraph=True, dynamic=False, backend=backend)(crops)
+    (graph,) = graphs
+    names = {getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes}
+    assert "linear" in names
+    assert not {name for name in names if "autograd" in name or "autocast" in name}
