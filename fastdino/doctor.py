@@ -11,12 +11,15 @@ import torch
 
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.loader import useful_workers
-from fastdino.data.sources import FolderSource
+from fastdino.data.sources import open_source
 from fastdino.model.attention import BACKENDS
 from fastdino.model.attention_choice import why_not
 
 PACKAGES = ("fastdino", "torch", "triton", "xformers", "numpy", "pillow", "simplejpeg")
 READ_SECONDS = 3.0
+# Numbers that a block keeps for the backward pass, in D per token. Both: its input, q k v, what attention returns, the
+# sum, 4 D before GELU. Compiled, also the two norms' outputs, 4 D behind GELU, and attention's outputs once more.
+EAGER_KEEPS, COMPILED_KEEPS = 10, 17
 
 
 def _version(package: str) -> str:
@@ -62,8 +65,8 @@ def _graphs() -> str:
 
 
 def _loading(folder: str) -> str:
-    """Images decoded per second by one core, over at most READ_SECONDS. Raises UserError as FolderSource does."""
-    source = FolderSource(folder)
+    """Images decoded per second by one core, over at most READ_SECONDS. Raises UserError as open_source does."""
+    source = open_source(folder)
     n_read, n_bad, start = 0, 0, time.perf_counter()
     for i in range(len(source)):
         try:
@@ -97,13 +100,11 @@ class Need:
 
     @property
     def bytes_per_image(self) -> int:
-        """What autograd keeps, and the logits with their gradients.
+        """What autograd keeps of blocks as the recommended flags run them, compiled; logits and their gradients.
 
-        A block keeps 10 D per token in bf16: its input, q k v, what attention returns, the sum, and 4 D before GELU;
-        norms and what comes behind GELU are computed again. Of each student crop there are logits and their gradient,
-        of each teacher crop logits.
+        Of each student crop there are logits and their gradient, of each teacher crop logits; all in bf16.
         """
-        return 2 * (10 * self.dim * self.depth * self.tokens + (2 * 10 + 2) * self.prototypes)
+        return 2 * (COMPILED_KEEPS * self.dim * self.depth * self.tokens + (2 * 10 + 2) * self.prototypes)
 
     def images(self, n_bytes: float) -> int:
         """The largest batch of 1, 2, 4 ... 512 images that leaves a fifth of the memory; 0 where none does."""

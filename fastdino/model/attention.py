@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastdino.model.recompute import recomputed
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -27,9 +29,19 @@ class Packing(NamedTuple):
     groups: tuple[tuple[int, int], ...]
 
     @property
+    def n_images(self) -> int:
+        """Of all groups."""
+        return sum(n_images for n_images, _ in self.groups)
+
+    @property
     def sizes(self) -> list[int]:
         """Tokens of each group."""
         return [n_images * n_tokens for n_images, n_tokens in self.groups]
+
+    @property
+    def of_cls(self) -> "Packing":
+        """How what `cls` returns is packed."""
+        return Packing(tuple((n_images, 1) for n_images, _ in self.groups))
 
     def split(self, tokens: Tensor) -> list[Tensor]:
         """(M, ...) -> (n, N, ...) per group, without a copy."""
@@ -213,13 +225,18 @@ def use_backend(name: str) -> None:
     _Current.backend = BACKENDS[name]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> list[Tensor]:
+def _join(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
     """softmax(scale * q k^T) v, within each image, by the backend in use, or by SDPA where that has no kernel.
 
-    q, k, v: (M, H, D). Returns the (M, H, D) in parts, as they were computed: joined, they would be kept twice for the
-    backward pass. Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
+    q, k, v: (M, H, D). Returns (M, H * D). Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
     """
     backend = _Current.backend
     if not backend.takes(q.device.type, q.dtype, torch.compiler.is_compiling()):
-        return sdpa(q, k, v, scale, packing)
-    return backend.run(q, k, v, scale, packing)
+        backend = BACKENDS["sdpa"]
+    parts = [part.flatten(1) for part in backend.run(q, k, v, scale, packing)]
+    # Autograd keeps the parts for the attention itself.
+    return parts[0] if len(parts) == 1 else recomputed(_join, *parts)

@@ -65,15 +65,21 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
-    def forward(self, x: Tensor) -> Tensor:
-        device_type = x.device.type
-        v: Tensor = self.weight_v
-        if torch.is_autocast_enabled(device_type):
-            x, v = (t.to(torch.get_autocast_dtype(device_type)) for t in (x, v))
-        with torch.autocast(device_type, enabled=False):
-            y = _LinearOfDirections.apply(x, self.weight_g, v)
-        assert isinstance(y, Tensor)
+    def _linear(self, x: Tensor, v: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            # It fuses these operators itself, and finds them in its cache, as it would not an autograd.Function.
+            return (F.linear(x, v) * (self.weight_g[:, 0] / _lengths(v))).to(v.dtype)
+        y: Tensor = _LinearOfDirections.apply(x, self.weight_g, v)
         return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features); under autocast in its dtype, with lengths in full precision."""
+        device_type = x.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return self._linear(x, self.weight_v)
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return self._linear(x.to(dtype), self.weight_v.to(dtype))
 
 
 class DINOHead(nn.Module):

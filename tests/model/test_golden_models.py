@@ -1,12 +1,17 @@
 """The networks give the original's numbers, under the original's names."""
 
+import gc
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
+from kept import Storages
 
 from fastdino import DINOHead, MultiCropWrapper, VisionTransformer, get_params_groups
-from fastdino.model import ARCHITECTURES
+from fastdino.model import ARCHITECTURES, recompute
+from fastdino.model import vit as vit_module
+from fastdino.model.attention import Packing
 from fastdino.model.vit import Block
 
 BUDGET = {"fp64": 1e-10, "fp32": 1e-5}
@@ -76,11 +81,13 @@ def test_free_prototype_lengths_decay():
     assert not_decayed["weight_decay"] == 0
 
 
+@pytest.mark.parametrize("mode", ["sample", "batch"])
 @pytest.mark.parametrize("sides", [[32], [32, 16]], ids=["one resolution", "two"])
-def test_the_last_block_does_for_cls_what_it_did_for_all(sides):
+def test_the_last_block_does_for_cls_what_it_did_for_all(sides, mode):
     """And its gradients: those of tokens that nobody reads are zero."""
     torch.manual_seed(0)
-    vit = VisionTransformer([32], 8, embed_dim=24, depth=2, num_heads=3, drop_path_rate=0.5).double().train()
+    vit = VisionTransformer([32], 8, embed_dim=24, depth=2, num_heads=3, drop_path_rate=0.5, drop_path_mode=mode)
+    vit = vit.double().train()
     images = [torch.randn(3, 3, side, side, dtype=torch.float64) for side in sides]
     last = vit.blocks[-1]
 
@@ -90,6 +97,85 @@ def test_the_last_block_does_for_cls_what_it_did_for_all(sides):
         return features, *torch.autograd.grad(features.square().sum(), list(vit.parameters()))
 
     some = features_and_gradients()
-    last.forward = lambda x, packing, *_, **__: packing.cls(Block.forward(last, x, packing))
+    last.paths = lambda x, packing, mode, cls_only: Block.paths(last, x, packing, mode)
+    last.forward = lambda x, packing, paths, cls_only: packing.cls(Block.forward(last, x, packing, paths))
     for for_cls, for_all in zip(some, features_and_gradients(), strict=True):
         torch.testing.assert_close(for_cls, for_all, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (35, 37), (33, 47)], ids=str)
+def test_sides_that_the_patch_does_not_divide_lose_the_rest_as_in_a_convolution(shape):
+    torch.manual_seed(0)
+    vit = VisionTransformer([32], 8, embed_dim=24, depth=1, num_heads=3).double()
+    x = torch.randn(2, 3, *shape, dtype=torch.float64)
+    convolved = vit.patch_embed.proj(x).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(vit.patch_embed(x), convolved, rtol=1e-12, atol=1e-12)
+    assert vit.packing([(2, *shape)]).groups == ((2, 1 + convolved.shape[1]),)
+    whole = x[:, :, : shape[0] // 8 * 8, : shape[1] // 8 * 8]
+    if shape[0] // 8 != shape[1] // 8:  # else the whole square has its positions as they are
+        assert torch.equal(vit(x), vit(whole))
+
+
+@pytest.mark.parametrize("option", [{"qk_scale": 0.5}, {"drop_rate": 0.1}, {"attn_drop_rate": 0.1}], ids=str)
+def test_what_the_original_takes_and_nobody_uses_is_refused_by_name(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        VisionTransformer([32], 8, embed_dim=24, depth=1, num_heads=3, **option)
+
+
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_drop_path_keeps_the_mean_of_each_resolution(mode):
+    """Of 3 images one is left out, of 9 four: each group is scaled by its own share."""
+    torch.manual_seed(0)
+    block = Block(8, 2, drop_path=0.4).double()
+    torch.nn.init.zeros_(block.mlp.fc2.weight)  # the second branch adds nothing: one branch is looked at
+    torch.nn.init.zeros_(block.mlp.fc2.bias)
+    packing = Packing(((3, 5), (9, 2)))
+    x = torch.randn(33, 8, dtype=torch.float64)
+    full = block.eval()(x, packing, block.paths(x, packing, mode)) - x
+    block.train()
+    n = 400
+    total = sum((block(x, packing, block.paths(x, packing, mode)) - x).detach() for _ in range(n))
+    for mean, expected in zip(packing.split(total / n), packing.split(full.detach())):
+        ratio = (mean * expected).sum() / expected.square().sum()
+        assert float(ratio) == pytest.approx(1, abs=0.08)
+
+
+def test_recomputing_changes_no_bit_and_leaves_nothing_behind(monkeypatch):
+    """7 D fewer per token in a block: two norms, joined attention, four of GELU; in the last one a norm, and CLS's."""
+
+    def gradients():
+        torch.manual_seed(0)
+        vit = VisionTransformer([32], 8, embed_dim=24, depth=3, num_heads=3)
+        with Storages(vit) as storages:
+            out = vit([torch.randn(4, 3, 32, 32), torch.randn(6, 3, 16, 16)])
+        kept = storages.alive_bytes
+        out.square().sum().backward()
+        return kept, [p.grad for p in vit.parameters()]
+
+    less, recomputed = gradients()
+    monkeypatch.setattr(vit_module, "keep_recipes", nullcontext)
+    more, kept = gradients()
+    n_tokens, n_images = 4 * 17 + 6 * 5, 10
+    assert more - less == 4 * 24 * (2 * 7 * n_tokens + n_tokens + 5 * n_images)
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, kept, strict=True))
+    gc.collect()
+    assert len(recompute._RECIPES) == 0
+
+
+def test_a_compiler_sees_operators_alone_which_its_cache_can_hold():
+    """An autograd.Function, or a change of autocast, would have every start of a run compile anew."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    vit = VisionTransformer([16], 8, embed_dim=16, depth=2, num_heads=2)
+    network = MultiCropWrapper(vit, DINOHead(16, 32, hidden_dim=24, bottleneck_dim=8))
+    crops = [torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)]
+    torch.compile(network, fullgraph=True, dynamic=False, backend=backend)(crops)
+    (graph,) = graphs
+    names = {getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes}
+    assert "linear" in names
+    assert not {name for name in names if "autograd" in name or "autocast" in name}

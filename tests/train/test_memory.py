@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
+from kept import Storages
 
 from bench.baselines import PlainStep
 from fastdino import DINOHead, DINOLoss, MultiCropWrapper, vit_tiny
@@ -23,9 +23,13 @@ def networks_of(step):
     return step.student, step.teacher, *(step.run.both if isinstance(step, TrainStep) else ())
 
 
+class BackwardBegins(Exception):
+    """With the bytes that are alive."""
+
+
 @cache
 def saved_mib_per_image(kind, dtype):
-    """MiB of the storages that autograd keeps in the first step, each counted once, those of parameters not at all."""
+    """MiB that are alive when the first step's backward pass begins, but for weights and crops."""
     torch.manual_seed(0)
     student, teacher = (MultiCropWrapper(vit_tiny(), DINOHead(192, OUT_DIM)) for _ in range(2))
     options = {"mode": "eager", "optimizer": "adamw"} if kind is TrainStep else {}
@@ -40,17 +44,16 @@ def saved_mib_per_image(kind, dtype):
         amp_dtype=None if dtype == fp32 else dtype,
         **options,
     )
-    weights = {p.untyped_storage().data_ptr() for network in networks_of(step) for p in network.parameters()}
-    kept = {}
+    crops = [torch.randn(BATCH, 3, side, side) for side in [224] * 2 + [96] * N_LOCAL]
 
-    def keep(x):
-        if x.untyped_storage().data_ptr() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x  # held, so that no two have one address
-        return x
+    def backward(loss):
+        raise BackwardBegins(storages.alive_bytes)
 
-    with saved_tensors_hooks(keep, lambda x: x):
-        step([torch.randn(BATCH, 3, side, side) for side in [224] * 2 + [96] * N_LOCAL], 0)
-    return sum(x.untyped_storage().nbytes() for x in kept.values()) / BATCH / 2**20
+    with pytest.MonkeyPatch.context() as patch, Storages(*networks_of(step)) as storages:
+        patch.setattr(torch.Tensor, "backward", backward)
+        with pytest.raises(BackwardBegins) as kept:
+            step(crops, 0)
+    return kept.value.args[0] / BATCH / 2**20
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(fp32, fp32), (bf16, bf16), (bf16, fp32)], ids=str)

@@ -182,18 +182,18 @@ def test_drop_path_keeps_the_mean_in_both_modes():
     """A dropped image keeps its tokens; the others are scaled so that the expectation stays."""
     torch.manual_seed(0)
     for mode in ("sample", "batch"):
-        net = VisionTransformer([16], 8, embed_dim=8, depth=1, num_heads=2, drop_path_mode=mode).double()
+        net = VisionTransformer([16], 8, embed_dim=8, depth=1, num_heads=2).double()
         block = net.blocks[0]
         block.drop_path = 0.25
         nn.init.zeros_(block.mlp.fc2.weight)  # the second branch adds nothing: one branch is looked at
         nn.init.zeros_(block.mlp.fc2.bias)
         packing = attention.Packing(((8, 5), (4, 2)))
         x = torch.randn(48, 8, dtype=torch.float64)
-        full = block.eval()(x, packing) - x
+        full = block.eval()(x, packing, block.paths(x, packing, mode)) - x
         block.train()
         total, dropped = torch.zeros_like(full), 0
         for _ in range(600):
-            change = block(x, packing, mode) - x
+            change = block(x, packing, block.paths(x, packing, mode)) - x
             images = torch.cat([part.flatten(1).abs().amax(1) for part in packing.split(change)])
             dropped += int((images == 0).sum())
             kept = change.abs().amax(1) > 0

@@ -1,0 +1,76 @@
+"""Stochastic depth (arXiv:1603.09382): in training, a residual branch leaves out a random part of the images.
+
+Axes: M tokens of all images, D channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdino.model.attention import Packing
+
+
+class Path(NamedTuple):
+    """Which tokens a residual branch computes, and how what it makes of them is added to the stream.
+
+    packing: of the tokens it computes. taken: (m,) their rows, None for all. added: (k,) rows of the stream that its
+    output is added to, None for all. scale: (k, 1) or (M, 1) factors of its output, None for 1.
+    """
+
+    packing: Packing
+    taken: Tensor | None = None
+    added: Tensor | None = None
+    scale: Tensor | None = None
+
+    def take(self, x: Tensor) -> Tensor:
+        """(M, D) -> (m, D)."""
+        return x if self.taken is None else x[self.taken]
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """The stream (M, D) with the branch's output (k, D) added."""
+        y = y if self.scale is None else y * self.scale
+        return x + y if self.added is None else x.index_add(0, self.added, y)
+
+
+def _rows(packing: Packing, images: list[Tensor]) -> Tensor:
+    """(m,) rows of the tokens of these images, of each group, counted within it."""
+    rows, start = [], 0
+    for chosen, (n_images, n_tokens) in zip(images, packing.groups):
+        rows.append((start + chosen[:, None] * n_tokens + torch.arange(n_tokens, device=chosen.device)).flatten())
+        start += n_images * n_tokens
+    return torch.cat(rows)
+
+
+def _by_sample(drop_prob: float, takes: Packing, adds: Packing, like: Tensor) -> Path:
+    """All is computed; of each image all is added, scaled by 1 / (1 - p), or nothing."""
+    factors = like.new_empty(takes.n_images).bernoulli_(1 - drop_prob) / (1 - drop_prob)
+    return Path(takes, scale=adds.per_token(factors))
+
+
+def _by_batch(drop_prob: float, takes: Packing, adds: Packing, like: Tensor) -> Path:
+    """Of every group a random (1 - p) of the images, at least one, is computed, and scaled up by what is left out.
+
+    DINOv2's form (arXiv:2304.07193, section 5), which saves the work.
+    """
+    images = [
+        # argsort of noise, because randperm waits for the device
+        torch.rand(n, device=like.device).argsort()[: max(int(n * (1 - drop_prob)), 1)]
+        for n, _ in takes.groups
+    ]
+    scale = [
+        like.new_full((len(kept) * n_tokens, 1), n / len(kept)) for kept, (n, n_tokens) in zip(images, adds.groups)
+    ]
+    packing = Packing(tuple((len(kept), n_tokens) for kept, (_, n_tokens) in zip(images, takes.groups)))
+    return Path(packing, _rows(takes, images), _rows(adds, images), torch.cat(scale))
+
+
+MODES = {"sample": _by_sample, "batch": _by_batch}
+
+
+def draw(mode: str, drop_prob: float, takes: Packing, adds: Packing, like: Tensor) -> Path:
+    """A branch's path, drawn by a mode of MODES. takes, adds: how the tokens before and after it are packed.
+
+    like: of the stream's device and dtype.
+    """
+    return MODES[mode](drop_prob, takes, adds, like) if drop_prob else Path(takes)
