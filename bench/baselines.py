@@ -3,7 +3,7 @@
 Both take our networks' weights under the same names and the calls of `fastdino.train.step.TrainStep`, and end the
 golden trajectories at the original's weights. Written for the comparison, from the paper's algorithm 1 and the facts
 in `tests/golden`; no code of the original is in here.
-Axes: V views (two global, then local), B images, N tokens, H heads, K prototypes.
+Axes: V views (two global, then local), T teacher views, B images, N tokens, H heads, K prototypes.
 """
 
 import copy
@@ -21,18 +21,50 @@ from fastdino.objectives import DINOLoss
 from fastdino.train.schedules import Schedules
 
 
+def plain_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float) -> Tensor:
+    """(V, B, K), (T, B, K), (K,) -> (): over all pairs of different views, one by one."""
+    targets = F.softmax((teacher - center) / teacher_temp, dim=-1).detach()
+    scaled = student / student_temp
+    pairs = [(q, p) for t, q in enumerate(targets) for v, p in enumerate(scaled) if v != t]
+    return sum(torch.sum(-q * F.log_softmax(p, dim=-1), dim=-1).mean() for q, p in pairs) / len(pairs)
+
+
+def plain_clip(params: Sequence[Tensor], clip_grad: float) -> None:
+    """Each gradient by its own norm; the host waits for every one."""
+    for p in params:
+        if p.grad is not None:
+            coefficient = clip_grad / (p.grad.norm(2) + 1e-6)
+            if coefficient < 1:
+                p.grad.mul_(coefficient)
+
+
+def foreach_clip(params: Sequence[Tensor], clip_grad: float) -> None:
+    """The same in a few launches, and the host waits for none."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norms = torch._foreach_norm(grads)
+    torch._foreach_add_(norms, 1e-6)
+    torch._foreach_reciprocal_(norms)
+    torch._foreach_mul_(norms, clip_grad)
+    torch._foreach_clamp_max_(norms, 1.0)
+    torch._foreach_mul_(grads, norms)
+
+
+def plain_ema(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> None:
+    for x, y in zip(teacher, student):
+        x.mul_(momentum).add_((1 - momentum) * y)
+
+
+def foreach_ema(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> None:
+    torch._foreach_lerp_(teacher, student, 1 - momentum)
+
+
 class _Attention(nn.Module):
     """q k^T, softmax, times v, each a tensor in memory; or SDPA."""
 
     def __init__(self, ours: Any, fused: bool) -> None:
         super().__init__()
-        self.qkv, self.proj, self.n_heads, self.scale, self.fused = (
-            ours.qkv,
-            ours.proj,
-            ours.num_heads,
-            ours.scale,
-            fused,
-        )
+        self.qkv, self.proj = ours.qkv, ours.proj
+        self.n_heads, self.scale, self.fused = ours.num_heads, ours.scale, fused
 
     def forward(self, x: Tensor) -> Tensor:
         n_images, n_tokens, dim = x.shape
@@ -67,14 +99,9 @@ class _Backbone(nn.Module):
 
     def __init__(self, ours: Any, fused: bool) -> None:
         super().__init__()
-        self.patch_embed, self.cls_token, self.pos_embed, self.norm = (
-            ours.patch_embed,
-            ours.cls_token,
-            ours.pos_embed,
-            ours.norm,
-        )
+        self.patch_embed, self.cls_token, self.pos_embed = ours.patch_embed, ours.cls_token, ours.pos_embed
         self.blocks = nn.ModuleList(_Block(block, fused) for block in ours.blocks)
-        self.positions = ours.interpolate_pos_encoding
+        self.norm, self.positions = ours.norm, ours.interpolate_pos_encoding
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
@@ -115,6 +142,7 @@ class PlainStep:
     """
 
     fused = False
+    clip, average = staticmethod(plain_clip), staticmethod(plain_ema)
 
     def __init__(
         self, *, student: MultiCropWrapper, teacher: MultiCropWrapper, loss: DINOLoss, schedules: Schedules,
@@ -125,70 +153,22 @@ class PlainStep:
         self.amp_dtype = amp_dtype
         self.params = [p for p in student.parameters() if p.requires_grad]
         self.last_layer = [p for name, p in student.named_parameters() if "last_layer" in name]
-        self.device = self.params[0].device
-        self.networks = self.make_networks()
-        self.prepare()
-        self.optimizer = self.make_optimizer(self.groups())
-
-    def make_networks(self) -> tuple[Any, Any]:
-        """Student and teacher, as they are run."""
-        return _Network(self.student, self.fused), _Network(self.teacher, self.fused)
-
-    def prepare(self) -> None:
-        """For those who replace more than the networks."""
-
-    def groups(self) -> list[dict[str, Any]]:
-        return get_params_groups(self.student)
-
-    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=0.0, foreach=False)
-
-    def compute_loss(self, student: Tensor, teacher: Tensor, epoch: int) -> Tensor:
-        """Over all pairs of different views, one by one."""
-        temp = float(self.loss.teacher_temp_schedule[epoch])
-        students = (student / self.loss.student_temp).chunk(self.loss.ncrops)
-        targets = F.softmax((teacher - self.loss.center) / temp, dim=-1).detach().chunk(2)
-        terms = [
-            torch.sum(-q * F.log_softmax(p, dim=-1), dim=-1).mean()
-            for t, q in enumerate(targets)
-            for v, p in enumerate(students)
-            if v != t
-        ]
-        return torch.stack(terms).sum() / len(terms)
-
-    def _clip(self) -> None:
-        """Each gradient by its own norm; the host waits for every one."""
-        for p in self.params:
-            if p.grad is not None:
-                coefficient = self.clip_grad / (p.grad.norm(2) + 1e-6)
-                if coefficient < 1:
-                    p.grad.mul_(coefficient)
-
-    def freeze(self, epoch: int) -> None:
-        if epoch < self.freeze_last_layer:
-            for p in self.last_layer:
-                p.grad = None
-
-    def move_center(self, teacher_output: Tensor) -> None:
-        mean = teacher_output.sum(dim=0, keepdim=True) / len(teacher_output)
-        self.loss.center.copy_(self.loss.center * 0.9 + mean * 0.1)
-
-    def average(self, momentum: float) -> None:
-        for target, source in zip(self.teacher.parameters(), self.student.parameters()):
-            target.data.mul_(momentum).add_((1 - momentum) * source.detach().data)
+        self.networks = _Network(student, self.fused), _Network(teacher, self.fused)
+        how = {"fused": True} if self.fused else {"foreach": False}
+        self.optimizer = torch.optim.AdamW(get_params_groups(student), lr=0.0, **how)
 
     def forward(self, crops: Sequence[Tensor], epoch: int) -> tuple[Tensor, Tensor]:
         """(loss, teacher logits (2 * B, K))."""
         student, teacher = self.networks
-        with torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype else nullcontext():
+        with torch.autocast(self.params[0].device.type, self.amp_dtype) if self.amp_dtype else nullcontext():
             with torch.no_grad():
-                teacher_output = teacher(crops[:2])
-            student_output = student(crops)
-        keep = student_output.dtype == torch.float64
-        teacher_output = teacher_output if keep else teacher_output.float()
-        return self.compute_loss(
-            student_output if keep else student_output.float(), teacher_output, epoch
-        ), teacher_output
+                targets = teacher(crops[:2])
+            logits = student(crops)
+        if logits.dtype != torch.float64:
+            logits, targets = logits.float(), targets.float()
+        views = (x.unflatten(0, (-1, len(crops[0]))) for x in (logits, targets))
+        temps = self.loss.student_temp, float(self.loss.teacher_temp_schedule[epoch])
+        return plain_loss(*views, self.loss.center, *temps), targets
 
     def __call__(self, crops: Sequence[Tensor], iteration: int) -> Tensor:
         """The loss () of an iteration, after which the weights have changed."""
@@ -197,16 +177,19 @@ class PlainStep:
             group["lr"] = float(self.schedules.lr[iteration])
             if i == 0:
                 group["weight_decay"] = float(self.schedules.weight_decay[iteration])
-        loss, teacher_output = self.forward(crops, epoch)
+        loss, targets = self.forward(crops, epoch)
         self.optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():
             if self.clip_grad:
-                self._clip()
-            self.freeze(epoch)
+                self.clip(self.params, self.clip_grad)
+            if epoch < self.freeze_last_layer:
+                for p in self.last_layer:
+                    p.grad = None
             self.optimizer.step()
-            self.average(float(self.schedules.momentum_teacher[iteration]))
-            self.move_center(teacher_output)
+            networks = (list(network.parameters()) for network in (self.teacher, self.student))
+            self.average(*networks, float(self.schedules.momentum_teacher[iteration]))
+            self.loss.center.mul_(0.9).add_(0.1 * targets.mean(dim=0))
         return loss.detach()
 
 
@@ -214,21 +197,9 @@ class CarefulStep(PlainStep):
     """(b) What PyTorch offers: SDPA, fused AdamW, foreach clip and EMA; forward and loss compiled where asked."""
 
     fused = True
+    clip, average = staticmethod(foreach_clip), staticmethod(foreach_ema)
 
     def __init__(self, *, compiled: bool = False, **options: Any) -> None:
         super().__init__(**options)
         if compiled:
             self.forward = torch.compile(self.forward, dynamic=False)  # type: ignore[method-assign]
-
-    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
-
-    def _clip(self) -> None:
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norms = torch._foreach_norm(grads)
-        coefficients = [(self.clip_grad / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-        torch._foreach_mul_(grads, coefficients)
-
-    def average(self, momentum: float) -> None:
-        teacher = [p.data for p in self.teacher.parameters()]
-        torch._foreach_lerp_(teacher, [p.data for p in self.student.parameters()], 1 - momentum)
