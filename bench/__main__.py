@@ -1,6 +1,6 @@
 """python -m bench PART [--quick] [--continue] [--out DIR] [-k WORDS] | report DIR | counted FILE [RUN].
 
-Parts: ceilings, ops, attention, step, pipeline, train, or all of them. Each record is on disk the moment it is known,
+Parts: ops, attention, step, pipeline, or all of them. Each record is on disk the moment it is known,
 and pytest-benchmark saves each run in DIR, for its own `pytest-benchmark compare`.
 """
 
@@ -8,7 +8,6 @@ import argparse
 import datetime
 import importlib.util
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from bench.records import append, read
 from bench.report import PARTS, report
 
 HERE = Path(__file__).parent
+TODAY = HERE / "results" / str(datetime.date.today())
 PYTEST = "-o addopts= --import-mode=importlib -q -s --no-header --no-summary --tb=short --benchmark-quiet "
 PYTEST += "--benchmark-autosave --continue-on-collection-errors"
 NOTHING_CHOSEN = 5  # as pytest has it
@@ -28,10 +28,7 @@ def _measure(args: argparse.Namespace) -> int:
     import pytest
 
     os.environ |= {"BENCH_QUICK": str(int(args.quick)), "BENCH_CONTINUE": str(int(args.go_on))}
-    from bench.measure import device_name  # which looks at them
-
-    slug = re.sub(r"[^\w]+", "-", device_name()).strip("-")
-    out = (args.out or HERE / "results" / f"{datetime.date.today()}-{slug}").resolve()
+    out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     os.environ["BENCH_OUT"] = str(out)
     files = [str(HERE / f"test_{part}.py") for part in (PARTS if args.command == "all" else (args.command,))]
@@ -50,16 +47,10 @@ def _measure(args: argparse.Namespace) -> int:
     return min(int(code), 1)
 
 
-def _report(args: argparse.Namespace) -> int:
-    print(report(read(args.folder), args.folder, args.readme))
-    return 0
-
-
-def _counted(args: argparse.Namespace) -> int:
+def _counted(args: argparse.Namespace) -> None:
     if args.run_prefix:
         append(args.file, counted.count(args.run_prefix, args.facts, args.predicted))
     print(counted.table(read(args.file)))
-    return 0
 
 
 def main() -> int:
@@ -70,13 +61,13 @@ def main() -> int:
         run = commands.add_parser(part, help="everything" if part == "all" else f"measure {part}")
         run.add_argument("--quick", action="store_true", help="few repeats; nothing that a CPU compiles for minutes")
         run.add_argument("--continue", dest="go_on", action="store_true", help="leave out what DIR has of this host")
-        run.add_argument("--out", type=Path, metavar="DIR", help="folder of the results [bench/results/DATE-DEVICE]")
+        run.add_argument("--out", type=Path, metavar="DIR", default=TODAY, help="of the results [bench/results/DATE]")
         run.add_argument("-k", dest="only", metavar="WORDS", help="only what pytest's -k chooses")
         run.set_defaults(run=_measure)
     shown = commands.add_parser("report", help="tables and a picture of a folder, and what is missing there")
     shown.add_argument("folder", type=Path, metavar="DIR")
     shown.add_argument("--readme", type=Path, metavar="FILE", help="put the summary into this file, too")
-    shown.set_defaults(run=_report)
+    shown.set_defaults(run=lambda args: print(report(read(args.folder), args.folder, args.readme)))
     shown = commands.add_parser("counted", help="counted figures of a step side by side, nothing timed")
     shown.add_argument("file", type=Path, help="of JSON lines")
     shown.add_argument("run_prefix", nargs="?", metavar="RUN", help=counted.RUN)
@@ -85,7 +76,7 @@ def main() -> int:
     shown.set_defaults(run=_counted)
     args = parser.parse_args()
     try:
-        return int(args.run(args))
+        return args.run(args) or 0
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

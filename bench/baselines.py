@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdino import MultiCropWrapper, get_params_groups
 from fastdino.objectives import DINOLoss
@@ -58,82 +58,37 @@ def foreach_ema(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
     torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 
-class _Attention(nn.Module):
+def _attention(attn: Any, x: Tensor, fused: bool) -> Tensor:
     """q k^T, softmax, times v, each a tensor in memory; or SDPA."""
-
-    def __init__(self, ours: Any, fused: bool) -> None:
-        super().__init__()
-        self.qkv, self.proj = ours.qkv, ours.proj
-        self.n_heads, self.scale, self.fused = ours.num_heads, ours.scale, fused
-
-    def forward(self, x: Tensor) -> Tensor:
-        n_images, n_tokens, dim = x.shape
-        q, k, v = self.qkv(x).reshape(n_images, n_tokens, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        if self.fused:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        else:
-            out = ((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1) @ v
-        return self.proj(out.transpose(1, 2).reshape(n_images, n_tokens, dim))
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if fused:
+        out = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)
+    else:
+        out = ((q @ k.transpose(-2, -1)) * attn.scale).softmax(dim=-1) @ v
+    return attn.proj(out.transpose(1, 2).flatten(2))
 
 
-class _Block(nn.Module):
-    def __init__(self, ours: Any, fused: bool) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.mlp = ours.norm1, ours.norm2, ours.mlp
-        self.attn = _Attention(ours.attn, fused)
-        self.drop_path = ours.drop_path
-
-    def _drop(self, x: Tensor) -> Tensor:
-        if not self.drop_path or not self.training:
-            return x
-        keep = 1 - self.drop_path
-        return x / keep * torch.floor(keep + torch.rand(len(x), 1, 1, dtype=x.dtype, device=x.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._drop(self.attn(self.norm1(x)))
-        return x + self._drop(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
+def _backbone(vit: Any, x: Tensor, fused: bool) -> Tensor:
+    """A convolution, then blocks over (B, N, D); without drop-path."""
+    tokens = vit.patch_embed.proj(x).flatten(2).transpose(1, 2)
+    tokens = torch.cat((vit.cls_token.expand(len(x), -1, -1), tokens), dim=1)
+    tokens = tokens + vit.interpolate_pos_encoding(*x.shape[-2:])
+    for block in vit.blocks:
+        tokens = tokens + _attention(block.attn, block.norm1(tokens), fused)
+        tokens = tokens + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(tokens))))
+    return vit.norm(tokens)[:, 0]
 
 
-class _Backbone(nn.Module):
-    """Our Vision Transformer's parameters in a plain forward: a convolution, then blocks over (B, N, D)."""
+def plain_logits(network: MultiCropWrapper, crops: Sequence[Tensor], fused: bool) -> Tensor:
+    """(V * B, K), from a network's own parameters: a backbone pass per resolution, a head pass over all.
 
-    def __init__(self, ours: Any, fused: bool) -> None:
-        super().__init__()
-        self.patch_embed, self.cls_token, self.pos_embed = ours.patch_embed, ours.cls_token, ours.pos_embed
-        self.blocks = nn.ModuleList(_Block(block, fused) for block in ours.blocks)
-        self.norm, self.positions = ours.norm, ours.interpolate_pos_encoding
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1) + self.positions(*x.shape[-2:])
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)[:, 0]
-
-
-class _Head(nn.Module):
-    """Our head's parameters under PyTorch's weight_norm, which writes all normalised prototypes in every forward."""
-
-    def __init__(self, ours: Any) -> None:
-        super().__init__()
-        self.mlp, self.last_layer = ours.mlp, ours.last_layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = torch._weight_norm(self.last_layer.weight_v, self.last_layer.weight_g, 0)
-        return F.linear(F.normalize(self.mlp(x), dim=-1, p=2), weight)
-
-
-class _Network(nn.Module):
-    """A backbone pass per resolution, a head pass over all."""
-
-    def __init__(self, ours: MultiCropWrapper, fused: bool) -> None:
-        super().__init__()
-        self.backbone, self.head = _Backbone(ours.backbone, fused), _Head(ours.head)
-
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        runs = [torch.cat(list(run)) for _, run in groupby(crops, key=lambda x: x.shape[-1])]
-        features = torch.cat([self.backbone(run) for run in runs])
-        return self.head(features if features.dtype == torch.float64 else features.float())
+    PyTorch's weight_norm writes all normalised prototypes in every forward.
+    """
+    runs = [torch.cat(list(run)) for _, run in groupby(crops, key=lambda x: x.shape[-1])]
+    features = torch.cat([_backbone(network.backbone, run, fused) for run in runs])
+    head, last = network.head, network.head.last_layer
+    bottleneck = head.mlp(features if features.dtype == torch.float64 else features.float())
+    return F.linear(F.normalize(bottleneck, dim=-1), torch._weight_norm(last.weight_v, last.weight_g, 0))
 
 
 class PlainStep:
@@ -153,17 +108,15 @@ class PlainStep:
         self.amp_dtype = amp_dtype
         self.params = [p for p in student.parameters() if p.requires_grad]
         self.last_layer = [p for name, p in student.named_parameters() if "last_layer" in name]
-        self.networks = _Network(student, self.fused), _Network(teacher, self.fused)
         how = {"fused": True} if self.fused else {"foreach": False}
         self.optimizer = torch.optim.AdamW(get_params_groups(student), lr=0.0, **how)
 
     def forward(self, crops: Sequence[Tensor], epoch: int) -> tuple[Tensor, Tensor]:
         """(loss, teacher logits (2 * B, K))."""
-        student, teacher = self.networks
         with torch.autocast(self.params[0].device.type, self.amp_dtype) if self.amp_dtype else nullcontext():
             with torch.no_grad():
-                targets = teacher(crops[:2])
-            logits = student(crops)
+                targets = plain_logits(self.teacher, crops[:2], self.fused)
+            logits = plain_logits(self.student, crops, self.fused)
         if logits.dtype != torch.float64:
             logits, targets = logits.float(), targets.float()
         views = (x.unflatten(0, (-1, len(crops[0]))) for x in (logits, targets))

@@ -32,11 +32,9 @@ def _playback() -> float:
 def identity(item: pytest.Item) -> Record:
     """What a test is called in the records: test_ops.py::test_dino_loss[ours-B2] -> ops/dino_loss B2/ours."""
     part = item.path.stem.removeprefix("test_")
-    what, call = item.originalname.removeprefix("test_"), getattr(item, "callspec", None)  # type: ignore[attr-defined]
-    default = "PyTorch" if part == "ceilings" else "ours"
-    provider = call.params.get("provider", default) if call else default
-    case = call.id.removeprefix(provider).removeprefix("-") if call else ""
-    group = f"{what} {case}".strip()
+    what, call = item.originalname.removeprefix("test_"), item.callspec  # type: ignore[attr-defined]
+    provider = call.params["provider"]
+    group = f"{what} {call.id.removeprefix(provider).removeprefix('-')}".strip()
     return {"name": f"{part}/{group}/{provider}", "part": part, "group": group, "provider": provider}
 
 
@@ -60,10 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.benchmark(timer=_playback))
     if OUT and CONTINUE:
         done = known(OUT)
-        old = [item for item in items if identity(item)["name"] in done]
-        config.hook.pytest_deselected(items=old)
-        config.stash[NOTHING_NEW] = len(old) == len(items) > 0
-        items[:] = [item for item in items if item not in old]
+        new = [item for item in items if identity(item)["name"] not in done]
+        config.stash[NOTHING_NEW] = bool(items) and not new
+        items[:] = new
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -99,9 +96,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """No dots between the lines."""
-    if not OUT or report.failed:
-        return None
-    return (report.outcome if report.skipped or report.when == "call" else "", "", "")
+    counts = report.skipped or report.when == "call"
+    return (report.outcome if counts else "", "", "") if OUT and not report.failed else None
 
 
 def rates(median_ms: float, n_bytes: float, n_flops: float, dtype: str, n_images: float) -> Record:

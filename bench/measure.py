@@ -11,8 +11,8 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache, partial
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ THREADS = torch.get_num_threads()  # of an operation
 FLUSH_BYTES = 2**28 if ON_GPU else 2**26  # written between runs; on a GPU what do_bench writes
 LEAST_RUNS = 3 if QUICK else 5  # on a CPU
 COPY_BYTES = 10**9 if ON_GPU else 64 * 10**6
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATMUL_SIDE = 8192 if ON_GPU else 1024
 
 
@@ -65,29 +64,21 @@ def times_ms(run: Callable[[], object], budget_ms: float = 200, on_host: bool = 
     return [once() for _ in range(max(LEAST_RUNS, int(budget_ms / once())))]
 
 
-def copying() -> Callable[[], object]:
-    """A copy of COPY_BYTES, which reads and writes that many."""
-    source = torch.randint(0, 256, (COPY_BYTES,), dtype=torch.uint8, device=DEVICE)  # zeros would run faster
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-def multiplying(dtype: str) -> Callable[[], object]:
-    """A product of two square matrices of MATMUL_SIDE, of random numbers."""
-    a, b = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE, device=DEVICE, dtype=DTYPES[dtype]).unbind()
-    out = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=out)
-
-
 @cache
 def ceilings() -> dict[str, float]:
-    """What this device reaches in this process: a copy, and matmuls in both precisions."""
+    """What this device reaches in this process: a copy of random bytes, and products of two square matrices."""
 
-    def ms(run: Callable[[], object]) -> float:
+    def best(run: Callable[[], object]) -> float:
         return spread(times_ms(run))["p20_ms"]
 
-    rates = {f"matmul_{name}_tflops": 2 * MATMUL_SIDE**3 / ms(multiplying(name)) / 1e9 for name in DTYPES}
-    return {"copy_gbps": 2 * COPY_BYTES / ms(copying()) / 1e6} | rates
+    source = torch.randint(0, 256, (COPY_BYTES,), dtype=torch.uint8, device=DEVICE)  # zeros would run faster
+    target = torch.empty_like(source)
+    found = {"copy_gbps": 2 * COPY_BYTES / best(lambda: target.copy_(source)) / 1e6}  # read and written
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE, device=DEVICE, dtype=dtype).unbind()
+        ms = best(partial(torch.mm, a, b, out=torch.empty_like(a)))
+        found[f"matmul_{name}_tflops"] = 2 * MATMUL_SIDE**3 / ms / 1e9
+    return found
 
 
 def _output(*command: str) -> str:
@@ -96,13 +87,6 @@ def _output(*command: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return next(iter(done.stdout.strip().splitlines()), "unknown")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
 
 
 def device_name() -> str:
@@ -124,16 +108,11 @@ def host() -> dict[str, Any]:
         device = torch.cuda.current_device()
         return _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", f"--id={device}")
 
-    return {
-        "device": device_name(),
-        "quick": QUICK,
-        "threads": THREADS,
-        "power_limit": of_gpu("power.limit"),
-        "driver": of_gpu("driver_version"),
-        "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "triton", "xformers")},
-        "commit": _output("git", "describe", "--always", "--dirty"),
-    }
+    facts = {"device": device_name(), "quick": QUICK, "threads": THREADS, "python": platform.python_version()}
+    facts |= {"power_limit": of_gpu("power.limit"), "driver": of_gpu("driver_version")}
+    for package in ("torch", "triton", "xformers"):
+        facts[package] = next((found.version for found in distributions(name=package)), "absent")
+    return facts | {"commit": _output("git", "describe", "--always", "--dirty")}
 
 
 def now() -> str:

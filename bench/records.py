@@ -7,6 +7,7 @@ line `{"planned": [names]}` opens each run, so that one that was killed can say 
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,8 @@ def read(path: Path) -> list[Record]:
     file = path / "results.jsonl" if path.is_dir() else path
     records = []
     for text in file.read_text().splitlines():
-        try:
+        with suppress(json.JSONDecodeError):
             records.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
     return records
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bench.records import Record, fastest, groups, latest, measured, missing, number, rate
 
-PARTS = ("ceilings", "ops", "attention", "step", "pipeline")  # in the order of `all`
+PARTS = ("ops", "attention", "step", "pipeline")  # in the order of `all`
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
@@ -17,9 +17,7 @@ def header(records: list[Record]) -> str:
     text += f"copy {number(r['copy_gbps'])} GB/s, matmul {number(r['matmul_bf16_tflops'])} TFLOP/s in bf16 and "
     text += f"{number(r['matmul_fp32_tflops'])} in fp32."
     quick = dict.fromkeys(row["part"] for row in rows if row["quick"])
-    others = dict.fromkeys(f"{row['part']} {row['commit']}" for row in rows if row["commit"] != r["commit"])
     text += f" Quick, with few repeats: {', '.join(quick)}." if quick else ""
-    text += f" Of other commits: {', '.join(others)}." if others else ""
     return text if r["driver"] != "none" else f"{text} CPU figures: nothing here was measured on a GPU."
 
 
@@ -48,7 +46,7 @@ def hottest_table(records: list[Record]) -> str:
     if r is None:
         return ""
     lines = [f"| {r['group'].removeprefix('profile ')}, {r['provider']} | ms a step | calls |", "|---|--:|--:|"]
-    lines += [f"| `{k['kernel']}` | {number(k['ms'])} | {number(k['calls'])} |" for k in r["hottest"]]
+    lines += [f"| `{kernel}` | {number(ms)} | {number(calls)} |" for kernel, ms, calls in r["hottest"]]
     what = "kernel launches" if r["driver"] != "none" else "ops"
     text = f"{r['launches_per_step']:,.0f} {what} a step, {number(r['device_ms_per_step'])} ms of work"
     if r["driver"] != "none":
@@ -58,7 +56,7 @@ def hottest_table(records: list[Record]) -> str:
 
 SUMMARY = (  # part, start of the group, what it is
     ("step", "step ", "training step"),
-    ("pipeline", "loader 0 workers", "JPEG to crops, one core"),
+    ("pipeline", "loader", "JPEG to crops"),
     ("ops", "clip_adamw_ema", "clip, AdamW, EMA"),
     ("ops", "ema_update", "EMA alone"),
     ("ops", "dino_loss", "loss and gradient"),

@@ -1,7 +1,6 @@
 """Attention forward and backward over the packed crops of a step: 197 tokens of each global, 37 of each local.
 
-Every provider gets q, k, v (M, H, D) as the model has them, views of one (M, 3, H, D). Checked on a small batch,
-gradients included.
+Every provider gets q, k, v (M, H, D) as the model has them, views of one (M, 3, H, D).
 Axes: M tokens of all images, N tokens of an image, H heads, D channels of a head.
 """
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import DEVICE, ON_GPU
-from bench.test_ops import DTYPE, check
+from bench.test_ops import DTYPE, MAIN, check
 from fastdino.model import attention
 from fastdino.model.attention import Packing
 from fastdino.model.attention_choice import why_not
@@ -24,12 +23,9 @@ HEADS, BATCH = ((6, 12), 64) if ON_GPU else ((3,), 4)
 
 def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, images: Packing) -> list[Tensor]:
     """The probabilities written to memory, per resolution."""
-    outputs = []
-    for group in zip(images.split(q), images.split(k), images.split(v)):
-        query, key, value = (x.transpose(1, 2) for x in group)
-        out = (query @ key.transpose(-2, -1) * scale).softmax(-1) @ value
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return outputs
+    groups = zip(*([part.transpose(1, 2) for part in images.split(x)] for x in (q, k, v)))
+    outputs = ((query @ key.transpose(-2, -1) * scale).softmax(-1) @ value for query, key, value in groups)
+    return [out.transpose(1, 2).flatten(0, 1) for out in outputs]
 
 
 def both_ways(provider: str, batch: int, heads: int, dtype: torch.dtype = DTYPE) -> Callable[[], list[Tensor]]:
@@ -58,5 +54,4 @@ def test_crops(provider: str, heads: int, timed: Any) -> None:
     n_bytes = 12 * BATCH * (2 * 197 + N_LOCAL * 37) * heads * HEAD_DIM * DTYPE.itemsize
     # Two products forward, twice as many backward; a product is 2 * N * N * D per head and image.
     n_flops = 3 * 2 * 2 * BATCH * (2 * 197**2 + N_LOCAL * 37**2) * HEAD_DIM * heads
-    dtype = "bf16" if ON_GPU else "fp32"
-    timed(both_ways(provider, BATCH, heads), n_bytes=n_bytes, n_flops=n_flops, dtype=dtype)
+    timed(both_ways(provider, BATCH, heads), n_bytes=n_bytes, n_flops=n_flops, dtype=MAIN.dtype)

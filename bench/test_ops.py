@@ -139,10 +139,8 @@ def update_way(provider: str, dtype: torch.dtype = torch.float32) -> Way:
         x.requires_grad_().grad = grad
     options = {"lr": LR, "weight_decay": WEIGHT_DECAY}
     if provider == "ours":
-        pairs = zip(params, teacher), zip(written, low)
-        step = ClipAdamWEMA(
-            params, clip_grad=CLIP, teacher=pairs[0], momentum=MOMENTUM, copies=pairs[1], **options
-        ).step
+        options |= {"clip_grad": CLIP, "momentum": MOMENTUM, "teacher": zip(params, teacher)}
+        step = ClipAdamWEMA(params, copies=zip(written, low), **options).step
     else:
         choice = {"plain": {"foreach": False}, "library": {"fused": True}}.get(provider, {})
         adamw = torch.optim.AdamW(params, **options, **choice).step

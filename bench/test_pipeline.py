@@ -5,10 +5,10 @@ Photographs of 500 x 375 pixels; 2 crops of 224 pixels and 8 of 96 of each, with
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
+from io import BytesIO
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from bench.measure import CORES, DEVICE, ON_GPU, QUICK, require, times_ms
-from bench.test_step import MAIN, NITER_PER_EP, Case, Step, made, over
+from bench.test_step import MAIN, NITER_PER_EP, Case, made, over
 from fastdino.data.augment import MEAN, STD, apply_crop
 from fastdino.data.decode import decode_array, open_image
 from fastdino.data.loader import CropLoader, EpochSampler
-from fastdino.data.params import ViewRecipe, crop_params, draw_crops
+from fastdino.data.params import crop_params, draw_crops
 from fastdino.data.ring import PackedBuffer
 from fastdino.data.sequences import SequenceSource
-from fastdino.data.sources import FolderSource, ImageSource
 from fastdino.train.config import TrainConfig
 from fastdino_kernels import CropTable, PackedImages, multi_crop_augment
 
@@ -36,31 +35,16 @@ RECIPE = TrainConfig().recipe()
 GROUPS = ((RECIPE.globals, 0), (RECIPE.locals, len(RECIPE.globals)))  # views, and the number of the first
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread_per_operation() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs cut from scikit-learn's two photographs."""
+def encoded() -> list[bytes]:
+    """JPEG files, cut from scikit-learn's two photographs."""
     from sklearn.datasets import load_sample_images
 
-    folder, photos = tmp_path_factory.mktemp("images"), load_sample_images().images
-    rng = np.random.default_rng(0)
-    for i in range(N_IMAGES):
-        photo = Image.fromarray(photos[i % 2])
+    rng, files = np.random.default_rng(0), [BytesIO() for _ in range(N_IMAGES)]
+    for i, photo in zip(range(N_IMAGES), cycle(map(Image.fromarray, load_sample_images().images))):
         x, y = (int(rng.integers(0, side + 1)) for side in (photo.width - WIDTH, photo.height - HEIGHT))
-        photo.crop((x, y, x + WIDTH, y + HEIGHT)).save(folder / f"{i:03}.jpg", quality=90)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoded(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(folder.iterdir())]
+        photo.crop((x, y, x + WIDTH, y + HEIGHT)).save(files[i], "JPEG", quality=90)
+    return [file.getvalue() for file in files]
 
 
 @pytest.mark.parametrize("provider", ["ours exact", "ours fast"])
@@ -102,26 +86,19 @@ def pillow_crops(index: int, image: Any) -> list[Any]:
 def albumentations_crops() -> Callable[[int, Any], list[Any]]:
     """With parameters of its own."""
     A = pytest.importorskip("albumentations", reason="albumentations is not installed")
-
-    def view(recipe: ViewRecipe) -> Any:
-        steps = [
-            A.RandomResizedCrop((recipe.size, recipe.size), scale=recipe.scale, interpolation=2),
-            A.HorizontalFlip(p=recipe.flip),
-            A.ColorJitter(0.4, 0.4, 0.2, 0.1, p=recipe.jitter),
-            A.ToGray(p=recipe.gray),
-            A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=recipe.blur),
-            A.Solarize(p=recipe.solarize),
-        ]
-        return A.Compose(steps)
-
-    views = [view(recipe) for recipe in RECIPE.views]
+    views = []
+    for view in RECIPE.views:
+        crop = A.RandomResizedCrop((view.size,) * 2, scale=view.scale, interpolation=2), A.HorizontalFlip(p=view.flip)
+        color = A.ColorJitter(0.4, 0.4, 0.2, 0.1, p=view.jitter), A.ToGray(p=view.gray)
+        blur = A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=view.blur), A.Solarize(p=view.solarize)
+        views.append(A.Compose([*crop, *color, *blur]))
     return lambda _, image: [transform(image=image)["image"] for transform in views]
 
 
 class _Dataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """The original's way: an image's crops in a worker process, and over to the trainer."""
 
-    def __init__(self, source: ImageSource, crops: Callable[[int, Any], list[Any]]) -> None:
+    def __init__(self, source: Sequence[bytes], crops: Callable[[int, Any], list[Any]]) -> None:
         self.source, self.crops = source, crops
 
     def __len__(self) -> int:
@@ -135,9 +112,9 @@ class _Dataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 @pytest.mark.parametrize("workers", sorted({0, CORES}), ids=lambda n: f"{n} worker{'' if n == 1 else 's'}")
 @pytest.mark.parametrize("provider", ["ours fast", "ours exact", "Pillow", "albumentations"])
-def test_loader(provider: str, workers: int, timed: Any, folder: Path) -> None:
+def test_loader(provider: str, workers: int, timed: Any, encoded: list[bytes]) -> None:
     """By threads; others by processes."""
-    source = FolderSource(folder)
+    source = SequenceSource(encoded)
     if provider.startswith("ours"):
         sampler, augment = EpochSampler(N_IMAGES, BATCH, 0), provider.split()[1]
         loader: Any = CropLoader(source, RECIPE, sampler, num_workers=workers, augment=augment)
@@ -156,14 +133,8 @@ def test_loader(provider: str, workers: int, timed: Any, folder: Path) -> None:
         loader.close()
 
 
-@pytest.fixture(scope="module")
-def step(provider: str, case: Case) -> Iterator[Step]:
-    with made(provider, case) as run:
-        yield run
-
-
 @over([("ours graph" if ON_GPU else "ours eager", MAIN)])
-def test_training(provider: str, case: Case, step: Step, timed: Any, encoded: list[bytes]) -> None:
+def test_training(provider: str, case: Case, timed: Any, encoded: list[bytes]) -> None:
     """JPEG files to changed weights; `data_wait`: the share of the time that the step waits for crops."""
     n_steps = 20 if ON_GPU else 3
     source = SequenceSource(encoded * -(-case.batch * n_steps // N_IMAGES))
@@ -182,7 +153,8 @@ def test_training(provider: str, case: Case, step: Step, timed: Any, encoded: li
             torch.cuda.synchronize()
         waits.append(1e3 * waited)
 
-    times = times_ms(run, BUDGET_MS, on_host=True)
+    with made(provider, case) as step:
+        times = times_ms(run, BUDGET_MS, on_host=True)
     share = sum(waits[-len(times) :]) / sum(times)
     timed(run, n_images=n_steps * case.batch, times=times, data_wait=share, **case._asdict())
     loader.close()

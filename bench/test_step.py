@@ -47,12 +47,11 @@ class Case(NamedTuple):
         return step_flops(self.arch, self.batch, self.n_local, self.out_dim)
 
 
-OURS = ("ours graph", "ours compiled", "ours eager")  # most wanted first: a host may end the run
-EVERYONE = (OURS[0], "plain", *OURS[1:], "careful", "careful compiled")
+# Most wanted first: a host may end the run.
+EVERYONE = ("ours graph", "plain", "ours compiled", "ours eager", "careful", "careful compiled")
 if ON_GPU:
     MAIN = Case("vit_small", 8, 64, 65536, "bf16")
-    WIDER = [MAIN._replace(batch=128), MAIN._replace(batch=256)]
-    WIDER += [Case("vit_base", 8, batch, 65536, "bf16") for batch in (64, 128, 256)]
+    WIDER = [Case(arch, 8, n, 65536, "bf16") for arch in ("vit_small", "vit_base") for n in (64, 128, 256)][1:]
     WIDER += [MAIN._replace(n_local=n) for n in (0, 4)]
 else:
     MAIN, WIDER = Case("vit_tiny", 8, 4, 65536, "fp32"), []
@@ -60,14 +59,6 @@ else:
 CASES = [(who, MAIN) for who in EVERYONE] + [(who, case) for case in WIDER for who in ("plain", "ours graph")]
 BUDGET_MS = 4000 if not QUICK else 1000
 HALF = {"bf16": torch.bfloat16, "fp32": None}
-
-
-def free() -> None:
-    """Give back what earlier tests took: memory, and compiled code, of which torch.compile keeps only so much."""
-    gc.collect()
-    if ON_GPU:
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
 
 
 def crops_of(case: Case) -> list[Tensor]:
@@ -87,11 +78,8 @@ def pieces(case: Case) -> dict[str, Any]:
         "teacher": copy.deepcopy(student).requires_grad_(False),
         "loss": DINOLoss(case.out_dim, 2 + case.n_local, 0.04, 0.04, 0, 2).to(DEVICE),
         "schedules": Schedules.of(config, NITER_PER_EP, world_size=1),
-        "niter_per_ep": NITER_PER_EP,
-        "clip_grad": 3.0,
-        "freeze_last_layer": 0,
         "amp_dtype": HALF[case.dtype],
-    }
+    } | {"niter_per_ep": NITER_PER_EP, "clip_grad": 3.0, "freeze_last_layer": 0}
 
 
 Step = Callable[[list[Tensor], int], Tensor]  # (crops, iteration) -> loss
@@ -100,7 +88,10 @@ Step = Callable[[list[Tensor], int], Tensor]  # (crops, iteration) -> loss
 @contextmanager
 def made(provider: str, case: Case) -> Iterator[Step]:
     """A provider's step, alone in the device's memory. Skips the test where it cannot be."""
-    free()
+    gc.collect()  # what earlier tests took, and compiled code, of which torch.compile keeps only so much
+    if ON_GPU:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
     if "compiled" in provider and QUICK and not ON_GPU:
         pytest.skip("Inductor compiles for minutes on a CPU: left out of --quick")
     if provider == "ours graph" and not ON_GPU:
@@ -126,7 +117,7 @@ def made(provider: str, case: Case) -> Iterator[Step]:
 
 @pytest.fixture(scope="module")
 def step(provider: str, case: Case) -> Iterator[Step]:
-    """One for all tests of a case, which pytest runs after each other: what it compiled, a profile finds."""
+    """One for all tests of a case: what it compiled, a profile finds."""
     with made(provider, case) as run:
         yield run
 
@@ -150,33 +141,25 @@ def over(cases: list[tuple[str, Case]]) -> pytest.MarkDecorator:
 def test_step(provider: str, case: Case, step: Step, timed: Any) -> None:
     crops, iteration = crops_of(case), cycle(range(NITER_PER_EP))
     loss, expected = float(step(crops, next(iteration))), expected_loss(case)
-    # fp32: what two correct implementations may differ by in a step (the golden tests' bound). bf16: a quarter of its
-    # rounding.
-    budget = {"fp32": 1e-5, "bf16": 2e-3}[case.dtype]
+    budget = {"fp32": 1e-5, "bf16": 2e-3}[case.dtype]  # the golden tests' bound; a quarter of bf16's rounding
     require(abs(loss - expected) <= budget * expected, f"loss {loss}, expected {expected}")
     facts = case._asdict() | {"n_flops": case.n_flops, "n_images": case.batch}
     timed(lambda: step(crops, next(iteration)), budget_ms=BUDGET_MS, **facts)
 
 
 def hottest(step: Callable[[], object], n_steps: int) -> Record:
-    """The ten kernels (ops, on a CPU) that most time goes into, what is launched, and the busy share of the device."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if ON_GPU else [])
-    with profile(activities=activities) as profiler:
+    """The ten kernels (ops, on a CPU) that most time goes into, and of all the number and ms a step."""
+    with torch.profiler.profile() as profiler:
         for _ in range(n_steps):
             step()
         if ON_GPU:
             torch.cuda.synchronize()
     events = [e for e in profiler.key_averages() if not ON_GPU or e.device_type == torch.autograd.DeviceType.CUDA]
-    ms = {e.key: (e.self_device_time_total if ON_GPU else e.self_cpu_time_total) / 1e3 / n_steps for e in events}
-    calls = {e.key: e.count / n_steps for e in events}
-    ten = sorted(ms, key=ms.__getitem__, reverse=True)[:10]
-    return {
-        "hottest": [{"kernel": name[:120], "ms": ms[name], "calls": calls[name]} for name in ten],
-        "launches_per_step": sum(calls.values()),
-        "device_ms_per_step": sum(ms.values()),
-    }
+    total = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+    found = [(e.key[:120], getattr(e, total) / 1e3 / n_steps, e.count / n_steps) for e in events]
+    _, ms, calls = zip(*found)
+    ten = sorted(found, key=lambda row: row[1], reverse=True)[:10]
+    return {"hottest": ten, "launches_per_step": sum(calls), "device_ms_per_step": sum(ms)}
 
 
 @over([("ours graph" if ON_GPU else "ours eager", MAIN)])
