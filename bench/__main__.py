@@ -19,7 +19,6 @@ HERE = Path(__file__).parent
 TODAY = HERE / "results" / str(datetime.date.today())
 PYTEST = "-o addopts= --import-mode=importlib -q -s --no-header --no-summary --tb=short --benchmark-quiet "
 PYTEST += "--benchmark-autosave --continue-on-collection-errors"
-NOTHING_CHOSEN = 5  # as pytest has it
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -37,11 +36,11 @@ def _measure(args: argparse.Namespace) -> int:
     if code == pytest.ExitCode.INTERRUPTED:
         print(f"\nstopped; what was measured: python -m bench report {out}")
         return 130
-    if code == NOTHING_CHOSEN:
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         print(f"nothing to measure: -k {args.only!r} chose none of it")
-        return NOTHING_CHOSEN
+        return int(code)
     try:
-        print(f"\n{report(read(out), out)}\nwrote {out}")
+        print(f"\n{report(read(out), out, args.readme)}\nwrote {out}")
     except (OSError, ValueError) as error:
         print(f"\nno report: {error}")
     return min(int(code), 1)
@@ -63,6 +62,7 @@ def main() -> int:
         run.add_argument("--continue", dest="go_on", action="store_true", help="leave out what DIR has of this host")
         run.add_argument("--out", type=Path, metavar="DIR", default=TODAY, help="of the results [bench/results/DATE]")
         run.add_argument("-k", dest="only", metavar="WORDS", help="only what pytest's -k chooses")
+        run.add_argument("--readme", type=Path, metavar="FILE", help="put the summary into this file, too")
         run.set_defaults(run=_measure)
     shown = commands.add_parser("report", help="tables and a picture of a folder, and what is missing there")
     shown.add_argument("folder", type=Path, metavar="DIR")

@@ -9,7 +9,6 @@ Axes: N tokens (1 + patches) of a crop, D channels, K prototypes.
 from fastdino.model.archs import ARCHITECTURES, Arch
 
 HIDDEN_DIM, BOTTLENECK_DIM = 2048, 256  # of DINO's head
-GLOBAL_SIDE, LOCAL_SIDE = 224, 96  # pixels
 
 
 def linears(arch: Arch, n: int) -> int:
@@ -33,7 +32,7 @@ def step_flops(name: str, batch: int, n_local: int = 8, out_dim: int = 65536) ->
     arch = ARCHITECTURES[name]
     large, small = (
         linears(arch, n) + attention(arch, n) + head(arch, out_dim)
-        for n in ((side // arch.patch_size) ** 2 + 1 for side in (GLOBAL_SIDE, LOCAL_SIDE))
+        for n in ((side // arch.patch_size) ** 2 + 1 for side in (224, 96))  # pixels
     )
     student, teacher = 2 * large + n_local * small, 2 * large
     return batch * (3 * student + teacher)

@@ -65,8 +65,7 @@ SUMMARY = (  # part, start of the group, what it is
 
 def summary(records: list[Record]) -> str:
     """One table for the README: the first group of each kind, ours beside the fastest other, whoever is faster."""
-    r = next(iter(measured(records).values()))
-    device = f"{r['device']}, {r['threads']} thread{'' if r['threads'] == 1 else 's'}"
+    device = next(iter(measured(records).values()))["device"]
     lines = [f"| {device} | | best other | its speed | ours | times as fast |", "|---|---|---|--:|--:|--:|"]
     for part, start, what in SUMMARY:
         group, rows = next(((g, rows) for g, rows in groups(records, part).items() if g.startswith(start)), ("", []))
