@@ -1,7 +1,8 @@
 """What turns a test into a figure: `timed`, a name for each, and a line on disk the moment it is known.
 
-`pytest bench` shows pytest-benchmark's table and `--benchmark-save` keeps it; `python -m bench` sets $BENCH_OUT, where
-records go. Parametrize `provider` nearest to the function: its id is the provider, the rest of the id is the case.
+`pytest bench` shows pytest-benchmark's table and takes its options (`--benchmark-autosave`, `--benchmark-compare`);
+`python -m bench` sets $BENCH_OUT, where records go. Parametrize `provider` nearest to the function: its id is the
+provider, the rest of the id is the case.
 """
 
 import os
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench.measure import DEVICE, FLUSH_BYTES, ON_GPU, QUICK, UNCHECKED, Timing, environment, host, now, times_ms
-from bench.records import Record, append, measured, read
+from bench.measure import FLUSH_BYTES, ON_GPU, UNCHECKED, ceilings, host, now, spread, times_ms
+from bench.records import Record, append, measured, rate, read
 
-OUT = os.environ.get("BENCH_OUT")
+OUT = Path(os.environ["BENCH_OUT"]) / "results.jsonl" if "BENCH_OUT" in os.environ else None
 CONTINUE = os.environ.get("BENCH_CONTINUE") == "1"  # `python -m bench ... --continue`
 ITERATIONS = 5  # of what is not timed: the last of them replays a graph
+NOTHING_NEW = pytest.StashKey[bool]()
 _playing: Iterator[float] = iter(())
 
 
@@ -30,40 +32,24 @@ def _playback() -> float:
 def identity(item: pytest.Item) -> Record:
     """What a test is called in the records: test_ops.py::test_dino_loss[ours-B2] -> ops/dino_loss B2/ours."""
     part = item.path.stem.removeprefix("test_")
-    what, call = item.originalname.removeprefix("test_"), getattr(item, "callspec", None)  # type: ignore[attr-defined]
-    default = "PyTorch" if part == "ceilings" else "ours"
-    provider = call.params.get("provider", default) if call else default
-    case = call.id.removeprefix(provider).removeprefix("-") if call else ""
-    group = f"{what} {case}".strip()
+    what, call = item.originalname.removeprefix("test_"), item.callspec  # type: ignore[attr-defined]
+    provider = call.params["provider"]
+    group = f"{what} {call.id.removeprefix(provider).removeprefix('-')}".strip()
     return {"name": f"{part}/{group}/{provider}", "part": part, "group": group, "provider": provider}
-
-
-def line(record: Record) -> str:
-    """A record for a reader."""
-    for word in ("failed", "absent", "unchecked"):
-        if word in record:
-            return f"{record['name']:58} {word}: {record[word]}"
-    text = f"{record['name']:58} {record['median_ms']:10.3f} ms"
-    by_flops = record.get("share_of_matmul", 0) > record.get("share_of_copy", 0)
-    rates = [("images_per_s", "images/s"), ("tflops", "TFLOP/s") if by_flops else ("gbps", "GB/s")]
-    rate = next((f"{record[key]:10,.2f} {unit}" for key, unit in rates if key in record), "")
-    return f"{text} {rate}".rstrip()
 
 
 def _keep(record: Record) -> None:
     if OUT:
-        append(Path(OUT), record)
-        print(line(record), flush=True)
+        append(OUT, record)
+        word = next((word for word in ("failed", "absent", "unchecked") if word in record), None)
+        text = f"{word}: {record[word]}" if word else f"{record['median_ms']:10.3f} ms {rate(record)[0]:>16}"
+        print(f"{record['name']:58} {text}".rstrip(), flush=True)
 
 
-def known(folder: Path) -> set[str]:
-    """Names that have a time in a folder, of this host and commit."""
-    if not (folder / "results.jsonl").is_file():
-        return set()
-    return {name for name, record in measured(read(folder)).items() if record.items() >= host().items()}
-
-
-NOTHING_NEW = pytest.StashKey[bool]()
+def known(file: Path) -> set[str]:
+    """Names that have a time in a file, of this host and commit."""
+    records = measured(read(file)) if file.is_file() else {}
+    return {name for name, record in records.items() if record.items() >= host().items()}
 
 
 @pytest.hookimpl(trylast=True)  # what -k leaves
@@ -71,11 +57,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=_playback))
     if OUT and CONTINUE:
-        done = known(Path(OUT))
-        old = [item for item in items if identity(item)["name"] in done]
-        config.hook.pytest_deselected(items=old)
-        config.stash[NOTHING_NEW] = len(old) == len(items) > 0
-        items[:] = [item for item in items if identity(item)["name"] not in done]
+        done = known(OUT)
+        new = [item for item in items if identity(item)["name"] not in done]
+        config.stash[NOTHING_NEW] = bool(items) and not new
+        items[:] = new
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -85,7 +70,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if OUT and not session.config.option.collectonly:
-        append(Path(OUT), {"planned": [identity(item)["name"] for item in session.items], "date": now()})
+        append(OUT, {"planned": [identity(item)["name"] for item in session.items], "date": now()})
 
 
 @pytest.hookimpl(wrapper=True)
@@ -111,71 +96,54 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """No dots between the lines."""
-    if not OUT or report.failed:
-        return None
-    return (report.outcome if report.skipped or report.when == "call" else "", "", "")
+    counts = report.skipped or report.when == "call"
+    return (report.outcome if counts else "", "", "") if OUT and not report.failed else None
 
 
-def rates(timing: Timing, n_bytes: float, n_flops: float, dtype: str, n_images: float) -> Record:
+def rates(median_ms: float, n_bytes: float, n_flops: float, dtype: str, n_images: float) -> Record:
     """What follows from a time: n_bytes that cannot be avoided, n_flops and n_images of a run; 0 where not counted."""
     found: Record = {}
     if n_bytes:
-        gbps = n_bytes / timing.median_ms / 1e6
-        found |= {"floor_bytes": n_bytes, "gbps": gbps, "share_of_copy": gbps / environment()["copy_gbps"]}
+        gbps = n_bytes / median_ms / 1e6
+        found |= {"floor_bytes": n_bytes, "gbps": gbps, "share_of_copy": gbps / ceilings()["copy_gbps"]}
     if n_flops:
-        tflops = n_flops / timing.median_ms / 1e9
-        share = tflops / environment()[f"matmul_{dtype}_tflops"]
-        found |= {"flops": n_flops, "dtype": dtype, "tflops": tflops, "share_of_matmul": share}
-    if n_images:
-        found["images_per_s"] = 1e3 * n_images / timing.median_ms
-    return found
-
-
-Timed = Callable[..., Record]
+        tflops = n_flops / median_ms / 1e9
+        found |= {"flops": n_flops, "tflops": tflops, "share_of_matmul": tflops / ceilings()[f"matmul_{dtype}_tflops"]}
+    return found | ({"images_per_s": 1e3 * n_images / median_ms} if n_images else {})
 
 
 @pytest.fixture
-def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timed:
+def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """Times a run, after the test has checked what it computes, and keeps the record."""
     who = identity(request.node)
     if not UNCHECKED:
-        environment()  # its ceilings are measured while the memory is free
+        ceilings()  # measured while the memory is free
 
     def time_it(
-        run: Callable[[], object],
-        *,
-        n_bytes: float = 0,
-        n_flops: float = 0,
-        dtype: str = "fp32",
-        n_images: float = 0,
-        repeats: int | None = None,
-        warmup: int | None = None,
-        times: list[float] | None = None,
-        extra: Callable[[Timing], Record] | None = None,
-    ) -> Record:
-        """times: milliseconds that were measured already. extra: more fields, from the timing."""
+        run: Callable[[], object], *, n_bytes: float = 0, n_flops: float = 0, dtype: str = "fp32", n_images: float = 0,
+        budget_ms: float = 200, times: list[float] | None = None, **facts: Any,
+    ) -> None:  # fmt: skip
+        """times: milliseconds that were measured already. facts: more fields."""
         global _playing
-        if ON_GPU:
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
         if UNCHECKED:
             for _ in range(0 if times else ITERATIONS):
                 run()
+            if ON_GPU:
+                torch.cuda.synchronize()
             _keep(who | {"unchecked": "it ran; nothing was checked or timed"} | host() | {"date": now()})
-            return {}
-        repeats = repeats or (50 if ON_GPU else 10) // (2 if QUICK else 1)
-        found = times or times_ms(run, repeats, (5 if ON_GPU else 2) if warmup is None else warmup)
-        peak = (torch.cuda.max_memory_allocated(DEVICE) - FLUSH_BYTES) / 2**30 if ON_GPU else None
-        timing = Timing.of(found)
-        record = who | vars(timing) | {"repeats": len(found)} | rates(timing, n_bytes, n_flops, dtype, n_images)
-        if peak is not None:
-            record["peak_gib"] = peak
-        record |= (extra(timing) if extra else {}) | environment() | {"date": now()}
+            return
+        if ON_GPU and not times:
+            torch.cuda.reset_peak_memory_stats()
+        found = times or times_ms(run, budget_ms)
+        record = who | spread(found)
+        record |= rates(record["median_ms"], n_bytes, n_flops, dtype, n_images) | {"dtype": dtype} | facts
+        if ON_GPU and not times:
+            record["peak_gib"] = (torch.cuda.max_memory_allocated() - FLUSH_BYTES) / 2**30
+        record |= host() | ceilings() | {"date": now()}
         _playing = iter([x for ms in found for x in (0.0, ms / 1e3)])
         benchmark.group = f"{who['part']} {who['group']}"
         benchmark.extra_info.update(record)
         benchmark.pedantic(lambda: None, rounds=len(found))
         _keep(record)
-        return record
 
     return time_it

@@ -56,13 +56,6 @@ def count(prefix: Path, facts: list[str], predicted: tuple[float, float] | None 
     return found | {f"PREDICTED ms, {name}": ms for name, ms in zip(("ideal", "expected"), predicted or ())}
 
 
-def append(file: Path, record: Record) -> None:
-    """Add a line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lines:
-        lines.write(json.dumps(record) + "\n")
-
-
 def table(records: list[Record]) -> str:
     """A row per figure, a column per record."""
     names = dict.fromkeys(name for record in records for name in record)

@@ -80,7 +80,6 @@ mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests) # no 
 
 part proof $((start + 2 * compile / 3 + 5)) python -m pytest -v -m gpu -k "$proof" "${proofs[@]}"
 measure main $((start + compile + 17)) step -k "graph and vit_small and 2+8 and B64" # and its profile
-measure ceilings $((start + 8)) ceilings
 part tests 60 python -m pytest -v -m gpu -k "not $proof" --continue-on-collection-errors "${gpu_tests[@]}"
 measure ops $((start + 8 * 5 + 10)) ops -k "not (clip and compiled)" # 8 small functions to compile
 measure attention $((start + 15)) attention
@@ -91,7 +90,7 @@ measure compiled $((start + 5 * compile / 2 + 20)) step -k "compiled and B64"
 measure careful $((start + 20)) step -k "careful and B64"
 measure jpeg $((start + compile / 2 + 30)) pipeline -k "training or kernels"
 part doctor 20 python -m fastdino.cli doctor
-measure step $((8 * compile + 200)) step # other batches and crops, eager, peers: as many as there is time for
+measure step $((8 * compile + 200)) step # other batches and crops, eager: as many as there is time for
 measure adamw 300 ops # compiled over 158 tensors: minutes
 run report "$report" python -m bench report "$out" || failed=1
 [ "$failed" -eq 0 ] || exit 1

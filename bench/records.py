@@ -7,17 +7,18 @@ line `{"planned": [names]}` opens each run, so that one that was killed can say 
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
 
 
-def append(folder: Path, record: Record) -> None:
-    """Add a line to the folder's results."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "results.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+def append(file: Path, record: Record) -> None:
+    """Add a line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
+        lines.write(json.dumps(record) + "\n")
 
 
 def read(path: Path) -> list[Record]:
@@ -25,10 +26,8 @@ def read(path: Path) -> list[Record]:
     file = path / "results.jsonl" if path.is_dir() else path
     records = []
     for text in file.read_text().splitlines():
-        try:
+        with suppress(json.JSONDecodeError):
             records.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
     return records
 
 
@@ -58,17 +57,23 @@ def groups(records: list[Record], part: str) -> dict[str, list[Record]]:
     return found
 
 
-BASELINES = ("plain", "Pillow")  # providers that the others of a group are compared with
-
-
-def times_baseline(record: Record, group: list[Record]) -> float | None:
-    """How many times as fast as the group's baseline; None where there is none."""
-    baseline = next((r for r in group if r["provider"] in BASELINES and "median_ms" in r), None)
-    if baseline is None or "median_ms" not in record:
-        return None
-    return float(baseline["median_ms"] / record["median_ms"])
+def fastest(group: list[Record], ours: bool) -> Record | None:
+    """Of the providers of a group that are ours, or of all others; None where there is none."""
+    found = [r for r in group if "median_ms" in r and r["provider"].startswith("ours") == ours]
+    return min(found, key=lambda r: float(r["median_ms"]), default=None)
 
 
 def number(x: float) -> str:
     """Three digits, whatever the size."""
     return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x)))) if x else 0}f}"
+
+
+def rate(record: Record) -> tuple[str, str]:
+    """(what is done per second, share of the ceiling that is nearer), for a reader."""
+    copy, matmul = record.get("share_of_copy", 0.0), record.get("share_of_matmul", 0.0)
+    share = f"{max(copy, matmul):.0%} of {'copy' if copy > matmul else 'matmul'}" if copy or matmul else ""
+    if "images_per_s" in record:
+        return f"{number(record['images_per_s'])} images/s", share
+    if not share:
+        return "", ""
+    return (f"{number(record['gbps'])} GB/s" if copy > matmul else f"{number(record['tflops'])} TFLOP/s"), share

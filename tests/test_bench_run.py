@@ -1,4 +1,4 @@
-"""A run from command to pictures: records on disk as they are known, a red check without a number, what is absent."""
+"""A run from command to report: records on disk as they are known, a red check without a number, what is absent."""
 
 import json
 import os
@@ -10,13 +10,17 @@ import pytest
 
 from bench.conftest import known
 from bench.measure import host
+from bench.picture import throughput
 from bench.records import append, latest, measured, missing, read
 from bench.report import put_into, report, summary
+from bench.test_ops import BATCHES, K
 
 pytest.importorskip("pytest_benchmark", reason="the benchmarks run under pytest-benchmark: the extra `bench`")
 
 ROOT = Path(__file__).parent.parent
-FIELDS = ("device", "power_limit", "driver", "torch", "triton", "xformers", "commit", "date", "group")
+GROUP = f"center_update B{BATCHES[0]} K{K}"
+WORDS = f"center_update and B{BATCHES[0]}"  # choose it
+FIELDS = ("device", "threads", "power_limit", "driver", "torch", "triton", "xformers", "commit", "date", "group")
 FIELDS += ("copy_gbps", "matmul_bf16_tflops", "matmul_fp32_tflops", "p20_ms", "p80_ms")
 
 
@@ -32,16 +36,38 @@ def bench(*words, **environment):
 def run(tmp_path_factory):
     """`python -m bench ops --quick` of one op."""
     folder = tmp_path_factory.mktemp("run")
-    return bench("ops", "--quick", "--out", str(folder), "-k", "ema_update"), folder
+    return bench("ops", "--quick", "--out", str(folder), "-k", WORDS), folder
 
 
-def test_a_run_ends_in_a_table_and_pictures(run):
+def test_a_run_ends_in_a_table(run):
     done, folder = run
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| ema_update | ours |" in done.stdout
-    assert "not measured for two batch sizes" in done.stdout  # and what cannot be drawn is said
-    assert (folder / "ops.png").stat().st_size > 10_000
+    assert f"| {GROUP} | ours |" in done.stdout
+    assert "Not drawn: throughput (no step and no loader was measured)." in done.stdout
     assert (folder / "report.md").read_text().strip() in done.stdout
+
+
+def record(provider, median_ms, part="step", group="step A"):
+    spread = {"median_ms": median_ms, "p20_ms": median_ms, "p80_ms": median_ms, "images_per_s": 1e3 / median_ms}
+    where = {"name": f"{part}/{group}/{provider}", "part": part, "group": group, "provider": provider}
+    return where | spread | {"device": "GPU", "threads": 2, "torch": "2", "commit": "1", "date": "2026-11-25T00:00"}
+
+
+def test_ours_is_compared_with_the_fastest_other_of_the_same_group():
+    rows = [record("plain", 90.0), record("ours eager", 50.0), record("library", 40.0), record("ours graph", 80.0)]
+    rows += [record("ours eager", 1.0, group="step B"), record("library", 2.0, group="step B")]
+    (row,) = summary(rows).splitlines()[2:]
+    assert row == "| training step | A | library | 25.0 images/s | 20.0 images/s (eager) | 0.80 |"
+
+
+def test_the_picture_shows_the_step_with_most_providers(tmp_path):
+    loader = record("ours fast", 5.0, part="pipeline", group="loader 0 workers")
+    rows = [record("ours eager", 1.0, group="step B"), record("plain", 90.0), record("ours eager", 50.0), loader]
+    assert throughput(rows, tmp_path / "a.svg") is None
+    words = (tmp_path / "a.svg").read_text()
+    assert "<!-- A -->" in words
+    assert "<!-- B -->" not in words
+    assert "<!-- 20.0 -->" in words
 
 
 def test_every_record_says_where_it_was_measured(run):
@@ -52,47 +78,48 @@ def test_every_record_says_where_it_was_measured(run):
 
 
 def test_who_is_absent_is_named_with_the_reason(run):
-    absent = latest(read(run[1]))["ops/ema_update/compiled"]
+    absent = latest(read(run[1]))[f"ops/{GROUP}/compiled"]
     assert "Inductor" in absent["absent"]
     assert "median_ms" not in absent
 
 
 def test_a_run_that_was_killed_keeps_what_it_had_and_says_what_it_lacks(run, tmp_path):
     lines = (run[1] / "results.jsonl").read_text().splitlines()
-    (tmp_path / "results.jsonl").write_text("\n".join([*lines[:3], lines[3][:40]]))
+    (tmp_path / "results.jsonl").write_text("\n".join([*lines[:2], lines[2][:40]]))
     records = read(tmp_path)
-    assert len(measured(records)) == 2
-    assert "ops/ema_update/foreach lerp" in missing(records)
-    assert "Missing: ops/ema_update/foreach lerp was planned and not measured." in report(records, tmp_path)
+    assert len(measured(records)) == 1
+    assert f"ops/{GROUP}/plain" in missing(records)
+    assert f"Missing: ops/{GROUP}/plain was planned and not measured." in report(records, tmp_path)
 
 
 def test_a_run_goes_on_with_what_is_not_known(run, tmp_path):
     lines = (run[1] / "results.jsonl").read_text().splitlines()
-    kept = [line for line in lines if json.loads(line).get("name") != "ops/ema_update/ours"]
+    kept = [line for line in lines if json.loads(line).get("name") != f"ops/{GROUP}/ours"]
     (tmp_path / "results.jsonl").write_text("\n".join(kept) + "\n")
-    options = ("ops", "--quick", "--continue", "--out", str(tmp_path), "-k", "ema_update and not compiled")
+    options = ("ops", "--quick", "--continue", "--out", str(tmp_path), "-k", f"{WORDS} and not compiled")
     assert bench(*options).returncode == 0
     planned, *measured_now = read(tmp_path)[len(kept) :]
-    assert planned["planned"] == [record["name"] for record in measured_now] == ["ops/ema_update/ours"]
+    assert planned["planned"] == [record["name"] for record in measured_now] == [f"ops/{GROUP}/ours"]
     done = bench(*options)
     assert done.returncode == 0, done.stdout  # and not 5, as where -k chooses nothing
     assert len(read(tmp_path)) == len(kept) + 3  # a line of what is planned: nothing
 
 
 def test_known_is_what_was_timed_by_this_commit_on_this_device(tmp_path):
-    assert known(tmp_path) == set()
-    append(tmp_path, {"name": "a", "median_ms": 1.0} | host())
-    append(tmp_path, {"name": "b", "median_ms": 1.0} | host() | {"commit": "another"})
-    append(tmp_path, {"name": "c", "median_ms": 1.0} | host() | {"device": "another"})
-    append(tmp_path, {"name": "d", "failed": "error 1"} | host())
-    assert known(tmp_path) == {"a"}
+    file = tmp_path / "results.jsonl"
+    assert known(file) == set()
+    append(file, {"name": "a", "median_ms": 1.0} | host())
+    append(file, {"name": "b", "median_ms": 1.0} | host() | {"commit": "another"})
+    append(file, {"name": "c", "median_ms": 1.0} | host() | {"device": "another"})
+    append(file, {"name": "d", "failed": "error 1"} | host())
+    assert known(file) == {"a"}
 
 
 def test_where_values_mean_nothing_it_all_runs_and_no_time_is_kept(tmp_path):
     """On a device that computes nothing: $BENCH_UNCHECKED."""
-    done = bench("ops", "--quick", "--out", str(tmp_path), "-k", "ema_update and ours", BENCH_UNCHECKED="1")
+    done = bench("ops", "--quick", "--out", str(tmp_path), "-k", f"{WORDS} and ours", BENCH_UNCHECKED="1")
     assert done.returncode == 0, done.stdout
-    record = latest(read(tmp_path))["ops/ema_update/ours"]
+    record = latest(read(tmp_path))[f"ops/{GROUP}/ours"]
     assert "nothing was checked or timed" in record["unchecked"]
     assert not measured(read(tmp_path))
     assert not {key for key in record if key.endswith(("_ms", "_us", "gbps", "tflops", "_s"))}
@@ -101,36 +128,34 @@ def test_where_values_mean_nothing_it_all_runs_and_no_time_is_kept(tmp_path):
 def test_a_red_check_prints_no_number_and_ends_the_run_red(tmp_path):
     """Of a benchmark in which our average does nothing."""
     code = "import bench.test_ops as ops, torch, pytest\nfrom bench.test_ops import *\n"
-    code += "ops.ema_update_ = lambda teacher, student, momentum: None\n"
+    code += "ops.center_update_ = lambda center, teacher, momentum: None\n"
     wrong = tmp_path / "test_ops.py"
     wrong.write_text(code)
     conftest = "from bench.conftest import *\n"
     (tmp_path / "conftest.py").write_text(conftest)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "BENCH_OUT": str(tmp_path / "out"), "BENCH_QUICK": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-summary", "-k", "ema_update and ours", str(wrong)]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-summary", "-k", f"{WORDS} and ours", str(wrong)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 1, done.stdout
     assert ": in check" in done.stdout  # where it was found
-    record = latest(read(tmp_path / "out"))["ops/ema_update/ours"]
+    record = latest(read(tmp_path / "out"))[f"ops/{GROUP}/ours"]
     assert "not timed" in record["failed"]
     assert "median_ms" not in record
     with pytest.raises(ValueError, match="expected a record with a time"):
         report(read(tmp_path / "out"), tmp_path)
 
 
-def test_pytest_benchmark_has_the_same_times(tmp_path):
-    """`pytest bench` without our command: its own table and files."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    file = tmp_path / "saved.json"
-    words = ["-k", "ema_update and ours", f"--benchmark-json={file}", str(ROOT / "bench" / "test_ops.py")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "BENCH_QUICK": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    (saved,) = json.loads(file.read_text())["benchmarks"]
-    assert 1e3 * saved["stats"]["median"] == pytest.approx(saved["extra_info"]["median_ms"], rel=1e-6)
+def test_pytest_benchmark_saves_and_compares_the_same_times(run):
+    (file,) = run[1].glob("*/0001_*.json")
+    saved = {x["extra_info"]["name"]: x for x in json.loads(file.read_text())["benchmarks"]}
+    assert saved.keys() == measured(read(run[1])).keys()
+    for x in saved.values():
+        assert 1e3 * x["stats"]["median"] == pytest.approx(x["extra_info"]["median_ms"], rel=1e-6)
+    command = [sys.executable, "-m", "pytest_benchmark", f"--storage=file://{run[1]}", "compare", "--columns=median"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"test_center_update[ours-B{BATCHES[0]} K{K}]" in done.stdout
 
 
 def test_the_summary_goes_between_its_markers(run, tmp_path):

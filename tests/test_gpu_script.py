@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["proof", "main", "ceilings", "tests", "ops", "attention", "base", "batch", "plain", "compiled", "careful"]
-ORDER += ["jpeg", "doctor", "step", "adamw", "report"]
+ORDER = ["proof", "main", "tests", "ops", "attention", "base", "batch", "plain", "compiled", "careful", "jpeg"]
+ORDER += ["doctor", "step", "adamw", "report"]
 
 PYTHON = """#!/bin/bash
 (IFS='|'; echo "$*" >> "$STUB/calls")
