@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdino.data.augment import STD, apply_crop
+from fastdino.data.augment import IMAGENET_STD, apply_crop
 from fastdino.data.decode import decode
 from fastdino.data.loader import CropLoader, EpochSampler, center_views, useful_workers
 from fastdino.data.params import MultiCropRecipe, ViewRecipe, crop_params, draw_crops
@@ -361,7 +361,7 @@ def test_crops_made_on_a_gpu_are_pillows(photo_folder, augment):
     source, device = FolderSource(photo_folder), torch.device("cuda", torch.cuda.current_device())
     expected = batches(source, augment="exact")
     got = batches(source, workers=2, device=device, augment=augment)
-    std = torch.tensor(STD)[:, None, None]
+    std = torch.tensor(IMAGENET_STD)[:, None, None]
     bound = {"exact": 0.01, "fast": 1.5}[augment]
     for one, two in zip(expected, got, strict=True):
         for ours, theirs in zip(two.crops(device), one.crops(torch.device("cpu")), strict=True):
