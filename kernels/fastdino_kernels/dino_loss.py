@@ -469,10 +469,10 @@ _dino_loss.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _softmax(logits: Tensor, temp: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits - top) / temp, its softmax, and its log-sum-exp, which needs no second exponential: the top's is 1."""
+    """(logits - top) / temp, its softmax, and the logarithm of the top's, which is -log-sum-exp."""
     rows = (logits - reference.promote(logits.amax(-1, keepdim=True))).div_(temp)
     probs = rows.softmax(-1)
-    return rows, probs, -probs.amax(-1).log()
+    return rows, probs, probs.amax(-1).log()
 
 
 @torch.no_grad()
@@ -488,22 +488,23 @@ def _library_loss(
     """The kernels' formulas in library calls: (loss, teacher entropy, losses (B,)); fills grad, or student as grad."""
     (n_student, n_images, n_prototypes), n_teacher = student.shape, len(teacher)
     compared, n_pairs = reference.compared_views(student, teacher), _n_pairs(n_student, n_teacher)
+    weights = compared / -n_pairs
     per_image, entropies = compared.new_empty(n_images), compared.new_empty(n_images)
     n_at_once = max(1, CHUNK // (n_student * n_prototypes) if on_host(student) else n_images)
     for first in range(0, n_images, n_at_once):
         images = slice(first, first + n_at_once)
-        rows, probs, log_totals = _softmax(student[:, images], student_temp)
+        rows, probs, log_top = _softmax(student[:, images], student_temp)
         logits = reference.promote(teacher[:, images]) - reference.promote(center)
-        teacher_rows, teacher_probs, teacher_log_totals = _softmax(logits, teacher_temp)
-        cross_entropy = log_totals - torch.einsum("tbk,vbk->tvb", teacher_probs, rows)
-        entropy = teacher_log_totals - (teacher_probs * teacher_rows).sum(-1)
-        # 0 * x is NaN where x is not finite, and these two hold every logit.
-        zero_or_nan = 0 * (cross_entropy.sum((0, 1)) + entropy.sum(0))
-        per_image[images] = torch.einsum("tv,tvb->b", compared, cross_entropy) / n_pairs + zero_or_nan
-        entropies[images] = compared.sum(1) @ entropy / n_pairs
+        teacher_rows, teacher_probs, teacher_log_top = _softmax(logits, teacher_temp)
+        dots = torch.bmm(teacher_probs.transpose(0, 1), rows.permute(1, 2, 0))  # (images, T, V)
+        minus_cross_entropy = (dots + log_top.t()[:, None]).flatten(1)
+        entropy = weights.sum(1) @ ((teacher_probs * teacher_rows).sum(-1) + teacher_log_top)
+        zero_or_nan = 0 * (minus_cross_entropy.sum(1) + entropy)  # NaN if any logit is infinite or NaN
+        per_image[images] = minus_cross_entropy @ weights.flatten() + zero_or_nan
+        entropies[images] = entropy
         factor = grad_loss / (student_temp * n_images * n_pairs) + zero_or_nan
         probs.mul_(compared.sum(0)[:, None, None]).sub_(teacher_probs.sum(0))
-        probs[:n_teacher] += teacher_probs[:n_student]
+        probs[:n_teacher].add_(teacher_probs[:n_student])
         grad[:, images] = probs.mul_(factor[:, None])  # all that reads these logits has run
     return per_image.mean(), entropies.mean(), per_image
 
