@@ -125,7 +125,8 @@ def train_dino(
     instead of one and one; the teacher sees the globals only; the loss is taken over all pairs of different views with
     student and teacher in their own places (the article swaps them); gradients are cleared; the center moves by the
     teacher's globals only; `num_epochs` is a number, not something with a length.
-    Raises ValueError for a temperature that is not positive, a momentum outside [0, 1], or images of another kind.
+    Raises ValueError for a temperature that is not positive, a momentum outside [0, 1], images of another kind, a
+    loader without a batch or a batch without an image.
     """
     losses = []
     dino.train()
@@ -154,6 +155,8 @@ def train_dino(
 
 def _images(batch: Any) -> Sequence[Image.Image] | Tensor:
     """A batch as a loader yields it: images, or (images, labels)."""
-    is_pair = isinstance(batch, (tuple, list)) and len(batch) > 0 and not isinstance(batch[0], (Image.Image, Tensor))
-    is_pair = is_pair or (isinstance(batch, (tuple, list)) and isinstance(batch[0], Tensor) and batch[0].ndim == 4)
-    return batch[0] if is_pair else batch
+    if not isinstance(batch, (tuple, list)) or not batch:
+        return batch
+    first = batch[0]
+    is_image = isinstance(first, Image.Image) or (isinstance(first, Tensor) and first.ndim < 4)
+    return batch if is_image else first

@@ -125,7 +125,17 @@ def test_an_arch_may_be_a_name_or_a_backbone():
         DINO(small, small).teacher_update(2)
 
 
-def test_train_dino_refuses_nothing_to_train_on():
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "data_loader: expected at least one batch, got none"),
+        ([torch.zeros(0, 3, 64, 64)], "images: expected at least one, got none"),
+        ([[]], "images: expected at least one, got none"),
+        ([([], torch.zeros(0))], "images: expected at least one, got none"),
+    ],
+    ids=["no batch", "tensor of no images", "list of no images", "no images and no labels"],
+)
+def test_train_dino_refuses_nothing_to_train_on(loader, message):
     dino = DINO(small, small)
-    with pytest.raises(ValueError, match="at least one batch, got none"):
-        train_dino(dino, [], torch.optim.SGD(dino.student.parameters(), lr=0.1), "cpu", 1)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        train_dino(dino, loader, torch.optim.SGD(dino.student.parameters(), lr=0.1), "cpu", 1)

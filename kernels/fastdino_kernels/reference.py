@@ -29,9 +29,10 @@ def cross_entropy_pairs(
     return cross_entropy, teacher_entropy
 
 
-def different_views(n_teacher_views: int, n_student_views: int, device: torch.device) -> Tensor:
-    """(T, V) bool: teacher view t is compared with student view v unless they are the same crop."""
-    return ~torch.eye(n_teacher_views, n_student_views, dtype=torch.bool, device=device)
+def compared_views(student: Tensor, teacher: Tensor) -> Tensor:
+    """(T, V), the weights of the pairs: 1, or 0 where the two are the same crop."""
+    dtype = promote(student[:0]).dtype
+    return 1 - torch.eye(teacher.shape[0], student.shape[0], dtype=dtype, device=student.device)
 
 
 def one_if_finite(*tensors: Tensor) -> Tensor:
@@ -51,31 +52,11 @@ def dino_loss_with_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss (), teacher_entropy (), per_image (B,)); the last two without a gradient."""
     cross_entropy, entropy = cross_entropy_pairs(student, teacher.detach(), center.detach(), student_temp, teacher_temp)
-    pairs = different_views(teacher.shape[0], student.shape[0], student.device)
-    compared = cross_entropy[pairs] * one_if_finite(student, teacher, center)  # (n_pairs, B)
-    teacher_entropy = entropy[:, None].expand_as(cross_entropy)[pairs].mean() * one_if_finite(teacher, center)
-    return compared.mean(), teacher_entropy, compared.mean(0).detach()
-
-
-@torch.no_grad()
-def dino_loss_and_grad_(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor,
-    student_temp: float | Tensor,
-    teacher_temp: float | Tensor,
-    grad_loss: float | Tensor,
-) -> Tensor:
-    """The loss; student becomes grad_loss * d loss / d student, by the formula at the head of `dino_loss.py`."""
-    loss = dino_loss(student, teacher, center, student_temp, teacher_temp)
-    student_probs = torch.softmax(promote(student) / student_temp, dim=-1)  # (V, B, K)
-    teacher_probs = torch.softmax((promote(teacher) - promote(center)) / teacher_temp, dim=-1)  # (T, B, K)
-    pairs = different_views(teacher.shape[0], student.shape[0], student.device).to(student_probs.dtype)
-    targets = torch.einsum("tv,tbk->vbk", pairs, teacher_probs)
-    grad = pairs.sum(0)[:, None, None] * student_probs - targets
-    scale = grad_loss / (student_temp * student.shape[1] * pairs.sum()) * one_if_finite(student, teacher, center)
-    student.copy_(grad * scale)
-    return loss
+    compared = compared_views(student, teacher)
+    n_pairs = compared.sum()
+    per_image = torch.einsum("tv,tvb->b", compared, cross_entropy) / n_pairs * one_if_finite(student, teacher, center)
+    entropies = torch.einsum("tv,tb->b", compared, entropy) / n_pairs * one_if_finite(teacher, center)
+    return per_image.mean(), entropies.mean(), per_image.detach()
 
 
 def batch_center(teacher: Tensor) -> Tensor:

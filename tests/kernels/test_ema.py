@@ -90,10 +90,12 @@ def test_ema_at_the_ends_of_momentum(momentum: float, device: torch.device) -> N
     assert torch.equal(teacher, expected)
 
 
-def test_ema_of_nothing(device: torch.device) -> None:
+def test_ema_passes_over_tensors_without_elements(device: torch.device) -> None:
     ema_update_([], [], 0.5)
-    empty = torch.empty(0, 3, device=device)
-    ema_update_([empty], [empty.clone()], 0.5)
+    for shapes in ([(0, 3)], [(0, 3), (5,), (0,)], [(5,), (0, 3), (7,)]):
+        teacher = [torch.zeros(shape, device=device) for shape in shapes]
+        ema_update_(teacher, [torch.ones_like(x) for x in teacher], 0.25)
+        assert [x.tolist() for x in teacher] == [torch.full(shape, 0.75).tolist() for shape in shapes]
 
 
 def test_ema_of_parameters_and_of_fp64(device: torch.device) -> None:

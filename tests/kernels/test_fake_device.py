@@ -21,12 +21,13 @@ def test_the_fake_device_refuses_what_it_should(fakegpu):
 
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["float", "tensor"])
-def test_loss_backward_and_center_do_not_synchronise(fakegpu, on_device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["kernels", "reference"])
+def test_loss_backward_and_center_do_not_synchronise(fakegpu, dtype, on_device):
     def scalar(value: float) -> float | torch.Tensor:
         return torch.full((), value, device=fakegpu) if on_device else value
 
-    student = torch.randn(10, 4, 512, device=fakegpu, dtype=torch.bfloat16, requires_grad=True)
-    teacher = torch.randn(2, 4, 512, device=fakegpu, dtype=torch.bfloat16)
+    student = torch.randn(10, 4, 512, device=fakegpu, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(2, 4, 512, device=fakegpu, dtype=dtype)
     center = torch.zeros(512, device=fakegpu)
     stats = dino_loss_with_stats(student, teacher, center, scalar(0.1), scalar(0.04))
     (stats.loss * scalar(1024.0)).backward()
