@@ -148,8 +148,7 @@ class TrainConfig:
         except ValueError as error:
             raise ValueError(f"--arch: {error}") from error
         for f in fields(self):
-            choices, value = f.metadata["choices"], getattr(self, f.name)
-            choices = choices() if callable(choices) else choices
+            choices, value = _choices(f), getattr(self, f.name)
             if not _is_a(value, f):
                 raise ValueError(f"--{f.name}: expected {_kind(f)}, got {value!r}")
             if choices and value not in choices:
@@ -290,6 +289,12 @@ def _shown(default: Any) -> str:
     return _words(default) if isinstance(default, tuple) else str(default)
 
 
+def _choices(f: Field[Any]) -> Sequence[str]:
+    """The names that a flag takes; none where it takes anything."""
+    choices = f.metadata["choices"] or ()
+    return list(choices() if callable(choices) else choices)
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per field, in its group; flags not given leave nothing behind."""
     groups: dict[str, Any] = {}
@@ -298,12 +303,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
         default = "" if f.default is None else f" [{_shown(f.default)}]"
+        text, choices = f.metadata["help"], _choices(f)
+        text += "" if all(name in text for name in choices) else f" ({', '.join(choices)})"
         names = [f"--{f.name}"] + (["--local-rank"] if f.name == "local_rank" else [])
         group.add_argument(
             *names,
             dest=f.name,
             default=argparse.SUPPRESS,
-            help=(f.metadata["help"] + default).replace("%", "%%"),
+            help=(text + default).replace("%", "%%"),
             **_parsing(f),
         )
 
