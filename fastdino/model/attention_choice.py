@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from fastdino.capture import StuckCapture, capture
 from fastdino.errors import reason
 from fastdino.model.attention import BACKENDS, AttentionOp, Backend, Packing, use_backend
 from fastdino.model.multicrop import MultiCropWrapper
@@ -86,13 +87,7 @@ def _captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         for _ in range(WARM_UP):
             work()
     current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            work()
-    finally:
-        torch.cuda.set_stream(current)  # a capture that fails leaves its own stream the current one
-    return graph
+    return capture(work, side, torch.device("cuda", torch.cuda.current_device()))
 
 
 def _time_ms(work: Callable[[], object]) -> float:
@@ -210,6 +205,8 @@ def choose(
             return missing
         try:
             return _time_ms(work.of(BACKENDS[name]))
+        except StuckCapture:
+            raise
         except Exception as error:
             return f"{name} does not run here: {reason(error)}"
 

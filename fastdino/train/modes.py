@@ -13,14 +13,13 @@ before anything has changed: a first iteration is compiled and computed before i
 captured before it is replayed.
 """
 
-import gc
-import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastdino.capture import StuckCapture, capture
 from fastdino.errors import TrainingError, reason
 from fastdino.train import distributed, memory
 from fastdino.train.optim import Update
@@ -29,7 +28,6 @@ from fastdino.train.schedules import Row, ScheduleTable
 
 MODES = ("eager", "compiled", "graph")
 WARM_UP = 3  # iterations on a side stream before a capture, which wants everything allocated and compiled
-PROBE_BYTES = 32 * 2**20  # larger than what PyTorch's allocator takes from a block that it shares
 
 # Crops and the schedules' row -> what an objective's `evaluate` returns.
 Forward = Callable[[Sequence[Tensor], Row], tuple[Tensor, tuple[Tensor, ...], Tensor]]
@@ -58,44 +56,11 @@ def why_no_graph(device: torch.device, capturable: bool) -> str | None:
     return None if capturable else "adamw without fp16's GradScaler: other optimizers ask the host"
 
 
-def _memory_comes_back(device: torch.device) -> bool:
-    """Whether PyTorch's allocator gives a block back to the device once nobody needs it."""
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved(device)
-    torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved(device) <= before
-
-
-def _leaves_capture(device: torch.device, pool: Any) -> bool:
-    """Bring the allocator out of a capture that CUDA refused to end; whether that worked.
-
-    PyTorch before 2.12 leaves it there (pytorch pull request 180395): it would go on to put everything into the
-    graph's memory and never reuse what two streams have touched. What it forgets is done here.
-    """
-    gc.collect()
-    if _memory_comes_back(device):
-        return True
-    try:
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-        torch._C._cuda_releasePool(device.index, pool)
-        return _memory_comes_back(device)
-    except (AttributeError, RuntimeError):
-        return False
-
-
 class _Failure(NamedTuple):
-    """Of an iteration on one process. fatal: why no slower mode would help, in words; None where one might."""
+    """Of an iteration on one process. fatal: whether no slower mode would help."""
 
     reason: str
-    fatal: str | None
-
-
-NO_MEMORY = "memory ran out"
-STUCK = (
-    f"PyTorch {torch.__version__} cannot go on after a capture that failed (pytorch pull request 180395). "
-    "Try --step compiled, or a newer PyTorch"
-)
+    fatal: bool
 
 
 class Modes:
@@ -182,48 +147,40 @@ class Modes:
 
     def _capture(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
         """The iteration as a graph; None where that failed, and the mode has fallen back."""
-        device, pool = self._step.device, torch.cuda.graph_pool_handle()
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-        self._step.drop_gradients()
-        error = None
+        self._step.drop_gradients()  # the next ones live in the graph's memory
+        graph, error = None, None
         try:
-            # thread_local: the loader's threads allocate and copy meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._iterate(self._static)
+            graph = capture(lambda: self._iterate(self._static), stream, self._step.device)
         except Exception as raised:
             error = raised
-            torch.cuda.set_stream(current)  # a capture that cannot be ended leaves its own stream the current one
             self._step.drop_gradients()
-            traceback.clear_frames(raised.__traceback__)  # they hold the capture's tensors
-            graph.reset()
-        stuck = error is not None and not _leaves_capture(device, pool)
-        if words := self._failure(error, STUCK if stuck else None):
+        if words := self._failure(error):
             self._fall_back(words, "compiled")
             return None
         return graph
 
-    def _failure(self, error: Exception | None, fatal: str | None = None) -> str | None:
+    def _failure(self, error: Exception | None) -> str | None:
         """Why the mode has failed, on whichever process; None where all went well.
 
-        fatal: why this process cannot fall back. Raises where one cannot, on all of them: the error itself where
-        memory ran out, else TrainingError. Raises it alone where the others wait in the forward pass.
+        Where one cannot fall back, all of them end: raises the error itself where memory ran out, else TrainingError.
+        Raises it at once where the others wait in the forward pass.
         """
-        mine = None
+        mine, short = None, False
         if error is not None:
-            fatal = NO_MEMORY if memory.shortage(error) else fatal
-            if self._meets_others or (fatal == NO_MEMORY and distributed.is_alone()):
+            if self._meets_others:
                 raise error
-            mine = _Failure(reason(error), fatal)
+            short, stuck = memory.shortage(error) is not None, isinstance(error, StuckCapture)
+            mine = _Failure(str(error) if stuck else reason(error), short or stuck)
         failures = [(rank, failure) for rank, failure in enumerate(distributed.gather(mine)) if failure is not None]
         if not failures:
             return None
         rank, failure = next(((r, f) for r, f in failures if f.fatal), failures[0])
-        where = "" if distributed.is_alone() else f", on process {rank}"
-        if failure.fatal is None:
-            return failure.reason + where
-        if error is not None and fatal == NO_MEMORY:
+        words = failure.reason + ("" if distributed.is_alone() else f", on process {rank}")
+        if not failure.fatal:
+            return words
+        if error is not None and short:
             raise error
-        raise TrainingError(f"{self.name} failed ({failure.reason}{where}): {failure.fatal}") from error
+        raise TrainingError(f"{self.name} failed: {words}") from error
 
     def _fall_back(self, words: str, mode: str) -> None:
         self._say(f"step: {self.name if mode == 'compiled' else 'compiled'} failed ({words}); using {mode}")

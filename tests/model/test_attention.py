@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fastdino import VisionTransformer
+from fastdino import VisionTransformer, capture
 from fastdino.model import attention, attention_choice
 from fastdino.model.attention import BACKENDS, Backend, Packing
 from fastdino.model.attention_choice import Choice, choose
@@ -273,11 +273,15 @@ class FakeCuda:
         self.main, self.side = make_stream(), make_stream()
         self.current = self.main
         for name, value in {
-            "current_stream": lambda: self.current,
+            "current_stream": lambda device=None: self.current,
             "Stream": lambda: self.side,
             "stream": self.stream,
             "set_stream": lambda stream: setattr(self, "current", stream),
-            "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: self.log.append("replay")),
+            "CUDAGraph": lambda: types.SimpleNamespace(
+                replay=lambda: self.log.append("replay"), reset=lambda: self.log.append("reset")
+            ),
+            "graph_pool_handle": lambda: (0, 1),
+            "current_device": lambda: 0,
             "graph": self.graph,
             "Event": lambda enable_timing: types.SimpleNamespace(
                 record=lambda: self.log.append("record"),
@@ -294,7 +298,7 @@ class FakeCuda:
         self.current = before
 
     @contextmanager
-    def graph(self, graph, stream, capture_error_mode):
+    def graph(self, graph, pool, stream, capture_error_mode):
         """As PyTorch's: where the capture's end raises, the capture's stream stays the current one."""
         assert capture_error_mode == "thread_local"
         self.current = stream
@@ -316,9 +320,21 @@ def test_time_is_the_median_over_replays_of_a_graph(monkeypatch):
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     cuda = FakeCuda(monkeypatch, fails="capture is over")
+    monkeypatch.setattr(capture, "_leaves_capture", lambda device, pool: True)
     with pytest.raises(RuntimeError, match="capture is over"):
         attention_choice._time_ms(lambda: None)
     assert cuda.current is cuda.main
+    assert cuda.log == ["reset"]
+
+
+def test_a_capture_that_pytorch_cannot_leave_ends_the_choice(monkeypatch, fresh):
+    """Another backend must not be taken instead: the allocator would never reuse memory again."""
+    FakeCuda(monkeypatch, fails="capture is over")
+    monkeypatch.setattr(capture, "_leaves_capture", lambda device, pool: False)
+    monkeypatch.setattr(attention_choice, "why_not", lambda *_: None)
+    monkeypatch.setattr(attention_choice._Workload, "of", lambda self, backend: lambda: None)
+    with pytest.raises(capture.StuckCapture, match=r"capture is over; PyTorch .* cannot go on after a capture"):
+        choose(STUDENT, 6, 64, "cuda", torch.bfloat16)
 
 
 TWO_RANKS = """

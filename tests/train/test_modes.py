@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from train_steps import make_crops, make_step
 
+from fastdino import capture
 from fastdino.errors import TrainingError, reason
 from fastdino.train import memory, modes
 
@@ -29,7 +30,7 @@ class FakeCuda:
 
     fails: what a capture ends with: None; "body", an error inside of it that the capture survives; "end", one after
     which CUDA refuses to end it, too. cause: that error's message. leaks: the allocator then stays in the capture, as
-    before PyTorch 2.12. repairable: whether what PyTorch forgets can be done by hand.
+    in PyTorch 2.11. repairable: whether what PyTorch forgets can be done by hand.
     """
 
     def __init__(self, fails=None, cause=NOT_ALLOWED, leaks=False, repairable=True):
@@ -71,8 +72,8 @@ class FakeCuda:
 
     def empty(self, real_empty, *size, **options):
         """Memory of the device is taken by nobody but the probe."""
-        if size == (modes.PROBE_BYTES,):
-            self.reserved += modes.PROBE_BYTES
+        if size == (capture.PROBE_BYTES,):
+            self.reserved += capture.PROBE_BYTES
         return real_empty(*size, **options)
 
     def set_stream(self, stream):

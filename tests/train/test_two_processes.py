@@ -35,7 +35,7 @@ def test_a_mode_that_fails_on_one_is_left_by_both(seen):
 
 def test_memory_that_ends_on_one_ends_both(seen):
     zero, one = (result["memory_short_on_one"]["error"] for result in seen)
-    assert zero == "TrainingError: compiled failed (OutOfMemoryError: CUDA out of memory, on process 1): memory ran out"
+    assert zero == "TrainingError: compiled failed: OutOfMemoryError: CUDA out of memory, on process 1"
     assert one == "OutOfMemoryError: CUDA out of memory."
 
 
