@@ -13,6 +13,7 @@ from fastdino.errors import TrainingError, UserError
 from fastdino.train.interrupt import Stop
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
+READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 RETRY_EVERY = 5.0  # seconds between tries on a full disk
 
 
@@ -62,6 +63,8 @@ class RunFolder:
                 f"--output_dir: another run is writing into {self.path}; wait for it, stop it, or take another folder"
             ) from error
         except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno in READ_ONLY:
+                raise UserError(f"--output_dir: {self.path} is not writable: {error.strerror}") from error
             self._say(f"{self.path} cannot be locked ({error}): see to it that no other run writes there")
 
     def make(self) -> None:

@@ -70,46 +70,47 @@ class Run:
 
     def train(self) -> TrainResult:
         """From the first iteration that is left to the last, or until somebody stops it."""
-        started = time.perf_counter()
+        with self.stop.listening():
+            started = time.perf_counter()
+            sinks = self._open_sinks()
+            try:
+                self._train_epochs(sinks)
+            except BaseException:
+                with suppress(TrainingError):  # of a sink: what ended the run is what has to be said
+                    sinks.close()
+                raise
+            sinks.close()
+            result = TrainResult(
+                epochs=self.epochs,
+                before=self.judge.before,
+                after=self.judge.latest,
+                seconds=time.perf_counter() - started,
+                interrupted=self.epochs < self.config.epochs,
+                signal=self.stop.signal,
+                backbone=self.parts.backbone,
+            )
+            if self.process.is_main:
+                conclude(self.parts, result, self.iteration - self.epochs * self.niter, self.console.say)
+            distributed.barrier()
+            return result
+
+    def _train_epochs(self, sinks: Sinks) -> None:
         config = self.config
-        sinks = self._open_sinks()
-        try:
-            with self.stop.listening():
-                introduce(self.parts, self.console.say)
-                self.judge.start(self.log)
-                self.console.start(config.epochs * self.niter, self.iteration, config.epochs)
-                while self.epochs < config.epochs and not distributed.any_of(self.stop.requested, self.process.device):
-                    meter = self._train_epoch(sinks)
-                    if self.iteration == (self.epochs + 1) * self.niter and self._finish_epoch(meter, sinks):
-                        continue
-                    if self.process.is_main:
-                        self.parts.save(self.epochs, self.iteration, {"meter": meter.state()})
-                if self.resumed.epoch == config.epochs:  # when nothing was left to do
-                    self.judge.evaluate("of the finished run")
-        except BaseException:
-            with suppress(TrainingError):  # of a sink: what ended the run is what has to be said
-                sinks.close()
-            raise
-        finally:
-            self.parts.loader.close()
-        sinks.close()
-        seconds = time.perf_counter() - started
-        result = TrainResult(
-            epochs=self.epochs,
-            before=self.judge.before,
-            after=self.judge.latest,
-            seconds=seconds,
-            interrupted=self.epochs < config.epochs,
-            signal=self.stop.signal,
-            backbone=self.parts.backbone,
-        )
-        if self.process.is_main:
-            conclude(self.parts, result, self.iteration - self.epochs * self.niter, self.console.say)
-        distributed.barrier()
-        return result
+        introduce(self.parts, self.console.say)
+        self.judge.start(self.log)
+        self.console.start(config.epochs * self.niter, self.iteration, config.epochs)
+        while self.epochs < config.epochs and not distributed.any_of(self.stop.requested, self.process.device):
+            meter = self._train_epoch(sinks)
+            if self.iteration == (self.epochs + 1) * self.niter and self._finish_epoch(meter, sinks):
+                continue
+            if self.process.is_main:
+                self.parts.save(self.epochs, self.iteration, {"meter": meter.state()})
+        if self.resumed.epoch == config.epochs:  # when nothing was left to do
+            self.judge.evaluate("of the finished run")
 
     def close(self) -> None:
         """Let go of the graph, before the process group goes, and of the folder."""
+        self.parts.loader.close()
         self.parts.step.close()
         self.folder.unlock()
 
