@@ -23,6 +23,7 @@ from fastdino.cli import main
 from fastdino.data.digits import load_digits
 from fastdino.data.sequences import SequenceSource
 from fastdino.data.sources import ImageSource
+from fastdino.errors import UserError
 from fastdino.train import build, loop  # noqa: F401
 from fastdino.train.checkpoint import load_checkpoint
 
@@ -101,18 +102,23 @@ def entries(folder: Path) -> list[dict[str, Any]]:
 
 def differences(expected: Path, found: Path) -> list[str]:
     """What a run that was cut and resumed leaves otherwise than one that never was, in words."""
-    words = []
-    one, other = load_checkpoint(expected / "checkpoint.pth"), load_checkpoint(found / "checkpoint.pth")
-    words += [f"{name} differs" for name in _tensors_that_differ(one, other)]
+    words = _checkpoints_that_differ(expected / "checkpoint.pth", found / "checkpoint.pth")
     if entries(expected) != entries(found):
         words.append(f"log.txt has the epochs {[entry['epoch'] for entry in entries(found)]}, or other numbers")
     for kept in sorted(expected.glob("checkpoint????.pth")):
-        if not (found / kept.name).is_file():
-            words.append(f"{kept.name} is missing")
-        elif _tensors_that_differ(load_checkpoint(kept), load_checkpoint(found / kept.name)):
-            words.append(f"{kept.name} differs")
+        words += _checkpoints_that_differ(kept, found / kept.name)
     allowed = {path.name for path in expected.iterdir()}
     return words + [f"{path.name} was left" for path in found.iterdir() if path.name not in allowed]
+
+
+def _checkpoints_that_differ(expected: Path, found: Path) -> list[str]:
+    try:
+        return [
+            f"{found.name}: {name} differs"
+            for name in _tensors_that_differ(load_checkpoint(expected), load_checkpoint(found))
+        ]
+    except UserError as error:
+        return [str(error)]
 
 
 def _tensors_that_differ(one: Any, other: Any, name: str = "") -> list[str]:
