@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from fastdino.model import DINOHead, MultiCropWrapper
 from fastdino.model.archs import ARCHITECTURES, timm_backbone
 from fastdino.objectives import DINOLoss
 from fastdino.train import distributed
-from fastdino.train.checkpoint import load_checkpoint, restore, save_checkpoint
+from fastdino.train.checkpoint import save_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.distributed import Process
 from fastdino.train.folder import RunFolder
 from fastdino.train.modes import why_no_graph
 from fastdino.train.optim import is_fused
 from fastdino.train.precision import amp_dtype
+from fastdino.train.resume import Resumed, in_words, resume
 from fastdino.train.schedules import Schedules
 from fastdino.train.sinks import Sink
 from fastdino.train.step import TrainStep
@@ -39,24 +40,6 @@ class Own:
     val_dataset: Any = None
     backbone: nn.Module | None = None
     callbacks: Sequence[Sink] = ()
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where a run begins. epoch: finished ones. iteration: steps done.
-
-    progress: entry, the last finished epoch's line of the log, or meter, the numbers of an epoch not finished.
-    """
-
-    epoch: int = 0
-    iteration: int = 0
-    progress: Mapping[str, Any] = field(default_factory=dict)
-
-
-def in_words(epochs: int, steps: int) -> str:
-    """How far a run is."""
-    done = f"{epochs} epoch{'' if epochs == 1 else 's'}"
-    return f"{done} and {steps} steps" if steps else done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +84,7 @@ class Parts:
     def save(self, epoch: int, iteration: int | None = None, progress: Mapping[str, Any] = {}) -> None:
         """Write checkpoint.pth. epoch: finished epochs; iteration: steps done, where the last epoch is not finished.
 
-        progress: what the run has to know besides, see `Resumed`.
+        progress: the entry or the meter of `Resumed`.
         """
         step = self.step
 
@@ -116,7 +99,7 @@ class Parts:
                 config=self.config,
                 scaler=step.update.scaler,
                 iteration=iteration,
-                progress=progress,
+                progress={**progress, "niter": self.niter, "n_images": len(self.source)},
             )
 
         self.folder.write(self.folder.checkpoint.name, write)
@@ -130,35 +113,6 @@ class Parts:
         is_due = every and (epochs - 1) % every == 0
         if is_due and not (kept.exists() and kept.stat().st_mtime >= saved.stat().st_mtime):
             self.folder.write(kept.name, lambda path: files.copy(saved, path))
-
-
-def resume(config: TrainConfig, folder: RunFolder, step: TrainStep, niter: int) -> Resumed:
-    """Restore the folder's checkpoint, where there is one, into the step.
-
-    Raises UserError where it cannot be read, or is of another run.
-    """
-    if not (config.resume and folder.checkpoint.is_file()):
-        return Resumed()
-    checkpoint = load_checkpoint(folder.checkpoint)
-    try:
-        restore(
-            checkpoint,
-            student=step.student,
-            teacher=step.teacher,
-            optimizer=step.update.optimizer,
-            loss=step.loss,
-            scaler=step.update.scaler,
-        )
-    except UserError as error:
-        raise UserError(f"cannot resume from {folder.checkpoint} (--resume false starts anew): {error}") from error
-    step.run.refresh()
-    epoch = int(checkpoint["epoch"])
-    first = epoch * niter
-    iteration = int(checkpoint.get("iteration", first))
-    folder.holds = f"{folder.checkpoint} holds {in_words(epoch, iteration - first)}"
-    if not first <= iteration <= first + niter:
-        return Resumed(epoch, first)
-    return Resumed(epoch, iteration, checkpoint.get("progress", {}))
 
 
 def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder, say: Callable[[str], object]) -> Parts:
@@ -185,7 +139,7 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
         config=config,
         process=process,
         folder=folder,
-        resumed=resume(config, folder, step, len(sampler)),
+        resumed=resume(config, folder, step, len(sampler), len(source)),
         source=source,
         held_out=held_out,
         sampler=sampler,

@@ -1,10 +1,8 @@
 """A training run: iterate, evaluate, save, stop. Its parts come from `build`, its numbers go to `sinks`."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from fastdino.train.interrupt import Interrupted, Stop
 from fastdino.train.judge import Judge
 from fastdino.train.meter import Meter
 from fastdino.train.result import TrainResult
+from fastdino.train.resume import arguments
 from fastdino.train.sinks import Curves, LogFile, Sinks, asked_loggers
 from fastdino.train.words import conclude, introduce, remark
 
@@ -130,12 +129,11 @@ class Run:
     def _open_folder(self) -> None:
         """Make it, and bring to its end the saving of an epoch that was cut short."""
         self.folder.make()
-        self.folder.replace("args.json", json.dumps(asdict(self.config), indent=2) + "\n")
+        self.folder.replace("args.json", arguments(self.folder.path, self.config, self.resumed))
         self.log.mend()
-        entry = self.resumed.progress.get("entry")
-        if entry and entry not in self.log.read():
-            self.log.epoch(entry)
-        if self.resumed.iteration == self.resumed.epoch * self.niter > 0:
+        if entry := self.resumed.entry:
+            if entry not in self.log.read():
+                self.log.epoch(dict(entry))
             self.parts.keep(self.resumed.epoch)
 
     def _next(self, batches: Iterator[Batch], meter: Meter) -> Batch | None:
@@ -157,8 +155,8 @@ class Run:
         parts, device, epoch = self.parts, self.process.device, self.epochs
         meter = Meter(parts.step.metric_names)
         first_batch = self.iteration - epoch * self.niter
-        if first_batch and "meter" in self.resumed.progress:
-            meter.restore(self.resumed.progress["meter"])
+        if first_batch and self.resumed.meter:
+            meter.restore(self.resumed.meter)
         parts.sampler.seek(epoch, first_batch)
         batches = iter(parts.loader)
         pending: list[Sequence[Tensor]] = []

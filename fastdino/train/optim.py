@@ -212,6 +212,15 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
 FUSED = {"adamw"}
 
 
+def state_names(optimizer: str) -> set[str]:
+    """What an optimizer keeps of each parameter, as its state_dict names it. optimizer: a name of OPTIMIZERS."""
+    param = nn.Parameter(torch.zeros(1))
+    param.grad = torch.zeros(1)
+    made = OPTIMIZERS[optimizer]([{"params": [param]}])
+    made.step()
+    return set(made.state[param])
+
+
 def is_fused(optimizer: str, amp_dtype: torch.dtype | None) -> bool:
     """Whether a step takes FusedUpdate: not with fp16, whose scaler may skip the optimizer but never the EMA."""
     return optimizer in FUSED and amp_dtype != torch.float16

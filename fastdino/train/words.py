@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from fastdino.eval.attention_maps import draw_samples
-from fastdino.train.build import Parts, in_words
+from fastdino.train.build import Parts
 from fastdino.train.config import command_line
 from fastdino.train.result import TrainResult
+from fastdino.train.resume import HARMLESS, in_words, shown
 
 MUCH_WAITING = 0.1  # warn when loading takes more than this share of an epoch
 SHORT_EPOCH = 10.0  # seconds: in less, the first batch is most of the waiting
@@ -41,9 +42,25 @@ def introduce(parts: Parts, say: Say) -> None:
         f"{processes}, {precision}, {workers}{fewer}"
     )
     say(f"step    {step.mode}" + (f"; attention {step.attention}" if step.attention else ""))
-    if resumed := parts.resumed.iteration:
-        done = in_words(parts.resumed.epoch, resumed - parts.resumed.epoch * parts.niter)
-        say(f"resumed {parts.folder.checkpoint} after {done}")
+    if parts.resumed.iteration or parts.resumed.again:
+        _tell_of_resume(parts, say)
+
+
+def _tell_of_resume(parts: Parts, say: Say) -> None:
+    """Where it goes on, and in one block what is not as it was."""
+    resumed, epochs = parts.resumed, parts.config.epochs
+    say(f"resumed {parts.folder.checkpoint} after {in_words(resumed.epoch, resumed.iteration % parts.niter)}")
+    if resumed.again:
+        say(f"        {resumed.again}")
+    for i, change in enumerate(shown(resumed.changes, resumed.changes.keys() - HARMLESS)):
+        say(f"{'        ' if i else 'changed '}{change}")
+    if harmless := [name for name in resumed.changes if name in HARMLESS]:
+        say(f"        --{', --'.join(harmless)} changed, too, which makes no difference to what is learned")
+    if resumed.epoch >= epochs:
+        say(
+            f"        nothing is left to train: {in_words(resumed.epoch)} of {epochs} are done. A larger --epochs trains on,"
+        )
+        say("        another --output_dir or --resume false starts anew")
 
 
 def remark(parts: Parts, seconds: float, data_wait: float, bad: Sequence[str], say: Say) -> None:
