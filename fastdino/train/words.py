@@ -57,10 +57,8 @@ def _tell_of_resume(parts: Parts, say: Say) -> None:
     if harmless := [name for name in resumed.changes if name in HARMLESS]:
         say(f"        --{', --'.join(harmless)} changed, too, which makes no difference to what is learned")
     if resumed.epoch >= epochs:
-        say(
-            f"        nothing is left to train: {in_words(resumed.epoch)} of {epochs} are done. A larger --epochs trains on,"
-        )
-        say("        another --output_dir or --resume false starts anew")
+        say(f"        nothing is left to train: {in_words(resumed.epoch)} of {epochs} are done")
+        say("        a larger --epochs trains on, another --output_dir or --resume false starts anew")
 
 
 def remark(parts: Parts, seconds: float, data_wait: float, bad: Sequence[str], say: Say) -> None:
