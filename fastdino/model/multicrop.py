@@ -15,10 +15,16 @@ class MultiCropWrapper(nn.Module):
 
     backbone: (n, 3, H, W) -> (n, D), see `archs`. head: (n, D) -> (n, K). packed: a backbone that packs takes crops of
     all resolutions in one pass; else, and with any other backbone, there is a pass per run of equally large crops.
+    As in the original, a linear classifier `fc` or `head` of the backbone becomes an identity, in the backbone itself;
+    but not one that makes the features which the backbone's embed_dim declares.
     """
 
     def __init__(self, backbone: Any, head: nn.Module, packed: bool = True) -> None:
         super().__init__()
+        for name in ("fc", "head"):
+            layer = getattr(backbone, name, None)
+            if isinstance(layer, nn.Linear) and layer.out_features != getattr(backbone, "embed_dim", None):
+                setattr(backbone, name, nn.Identity())
         self.backbone = backbone
         self.head = head
         self.packed = packed and getattr(backbone, "packs", False)
