@@ -8,6 +8,7 @@ itself what to compute again. Same kernels, same inputs: the gradients' bits do 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ Recipe = Callable[[], Tensor]
 _RECIPES = WeakTensorKeyDictionary()  # of tensors that `recomputed` returned, for as long as somebody holds them
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """function(*inputs), for `keep_recipes`. It must not draw random numbers."""
     y = function(*inputs)
     if not torch.compiler.is_compiling() and y.requires_grad:

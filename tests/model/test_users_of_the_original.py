@@ -84,8 +84,10 @@ def test_one_tensor_and_a_list_of_it_are_the_same_in_training_too(mode):
 
 def test_nothing_stays_behind_of_a_forward_pass_without_a_backward_pass():
     vit = VisionTransformer([32], 8, embed_dim=24, depth=3, num_heads=3)
+    seen = watch(vit.norm)
     features = vit(torch.randn(2, 3, 32, 32))
-    del features
+    assert seen
+    del features, seen, vit
     gc.collect()
     assert len(_RECIPES) == 0
 
