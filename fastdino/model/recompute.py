@@ -8,7 +8,7 @@ itself what to compute again. Same kernels, same inputs: the gradients' bits do 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,13 +29,16 @@ def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 def _pack(x: Tensor) -> Tensor | Recipe:
-    recipe: Recipe | None = _RECIPES.get(x)
-    if recipe is None and x._base is not None and (whole := _RECIPES.get(x._base)):
-        # A linear map of (B, N, D) keeps its input as (B * N, D).
-        if x.numel() == x._base.numel() and x.is_contiguous():
-            shape = x.shape
-            return lambda: whole().view(shape)
-    return recipe or x
+    if recipe := _RECIPES.get(x):
+        return cast(Recipe, recipe)
+    base = x._base  # A linear map of (B, N, D) keeps its input as (B * N, D).
+    if base is not None and base.numel() == x.numel() and x.is_contiguous() and (recipe := _RECIPES.get(base)):
+        return partial(_viewed, recipe, x.shape)
+    return x
+
+
+def _viewed(recipe: Recipe, shape: torch.Size) -> Tensor:
+    return recipe().view(shape)
 
 
 def _unpack(kept: Tensor | Recipe) -> Tensor:
