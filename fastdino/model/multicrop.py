@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from fastdino.model.attention import Packing
 
 
+def _features(output: Any) -> Tensor:
+    """What a backbone returns, or, as of the XCiTs of torch.hub in training, the first of several things."""
+    features: Tensor = output[0] if isinstance(output, tuple) else output
+    return features
+
+
 class MultiCropWrapper(nn.Module):
     """Backbone and head over all crops at once.
 
@@ -48,7 +54,7 @@ class MultiCropWrapper(nn.Module):
         """V crops (B, 3, H, W), or one tensor of them -> (V * B, K), crop-major."""
         views = [crops] if isinstance(crops, Tensor) else crops
         runs = [torch.cat(list(run)) for _, run in groupby(views, key=lambda x: x.shape[-2:])]
-        features = self.backbone(runs) if self.packed else torch.cat([self.backbone(run) for run in runs])
+        features = self.backbone(runs) if self.packed else torch.cat([_features(self.backbone(run)) for run in runs])
         if torch.is_autocast_enabled(features.device.type):  # as in the original; autocast then decides per op
             features = features.float()
         return self.head(features)

@@ -189,8 +189,9 @@ class VisionTransformer(nn.Module):
     (B, N, D), `block(x)`, `block(x, return_attention=True)` and `block.attn(x)` return what they do there, and a
     smaller `patch_embed.proj.stride` gives overlapping patches, whose positions are interpolated. What differs: a hook
     on `attn` sees None for the probabilities unless it is called for them; one on `patch_embed.proj` is called only
-    where patches overlap; `attn_drop`, `proj_drop`, `pos_drop` and a module `drop_path` are not there; given a list, as
-    in training, tokens are packed (M, D), and the last block ends with CLS alone.
+    where patches overlap; `attn_drop`, `proj_drop`, `pos_drop` and a module `drop_path` are not there; qkv_bias and the
+    norms' epsilon are those of the original's vit_*, not of its class; given a list, as in training, tokens are packed
+    (M, D), and the last block ends with CLS alone.
     """
 
     packs = True

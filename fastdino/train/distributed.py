@@ -87,10 +87,10 @@ def launched() -> Launched:
     return Launched()
 
 
-def _cannot_meet(error: Exception) -> str:
-    """Why, and what to do about it."""
+def _why_apart(dist_url: str, error: Exception) -> str:
+    """Why processes cannot meet, and what to do about it."""
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if not missing:
+    if not missing or not dist_url.startswith("env://"):
         return reason(error)
     return (
         f"{' and '.join(missing)} not set; torchrun sets them, for srun export "
@@ -118,7 +118,8 @@ def start(device: str, dist_url: str) -> Process:
                 device_id=process.device if on_gpu else None,  # else NCCL guesses it at the first barrier
             )
         except (ValueError, dist.DistError) as error:
-            raise UserError(f"--dist_url: the {world_size} processes cannot meet: {_cannot_meet(error)}") from error
+            why = _why_apart(dist_url, error)
+            raise UserError(f"--dist_url: the {world_size} processes cannot meet: {why}") from error
         _HostGroup.group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
     return process
 

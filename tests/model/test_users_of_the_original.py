@@ -133,6 +133,9 @@ def test_the_wrapper_takes_the_classifier_off():
     assert wrapper([torch.randn(2, 3, side, side) for side in (16, 16, 8)]).shape == (6, 5)
     vit = VisionTransformer([16], 8, num_classes=10, embed_dim=24, depth=1, num_heads=3)
     assert MultiCropWrapper(vit, nn.Identity())(torch.randn(2, 3, 16, 16)).shape == (2, 24)
+    backbone = ResNet()
+    backbone.fc.forward = lambda features: (features, features)  # as an XCiT in training
+    assert MultiCropWrapper(nn.Sequential(backbone), nn.Identity())(torch.randn(2, 3, 16, 16)).shape == (2, 6)
     own = ResNet()
     own.embed_dim = 10  # it says itself that fc makes its features
     assert MultiCropWrapper(own, nn.Identity())(torch.randn(2, 3, 16, 16)).shape == (2, 10)

@@ -86,13 +86,16 @@ def test_processes_that_cannot_meet_are_one_line(monkeypatch, by):
         distributed.start("cpu", "env://")
 
 
-def test_a_meeting_place_that_is_taken_is_one_line(monkeypatch):
+@pytest.mark.parametrize("url", ["env://", "tcp://here:29500"])
+def test_a_meeting_place_that_is_taken_is_one_line(monkeypatch, url):
     error = torch.distributed.DistNetworkError("The server socket has failed to listen\nport: 29500")
     monkeypatch.setattr(distributed.dist, "init_process_group", mock.Mock(side_effect=error))
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
+        if url != "env://":
+            monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="the 2 processes cannot meet: DistNetworkError: The server socket has failed"):
-        distributed.start("cpu", "env://")
+        distributed.start("cpu", url)
 
 
 class Ended(BaseException):
