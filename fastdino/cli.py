@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -116,7 +117,8 @@ def _train(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     check_images(vars(args), launched().world_size)
-    return EXIT_INTERRUPTED if train(config).interrupted else 0
+    result = train(config)
+    return 128 + (result.signal or signal.SIGINT) if result.interrupted else 0
 
 
 def _backbone(args: argparse.Namespace):  # type: ignore[no-untyped-def]

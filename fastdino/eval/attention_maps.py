@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastdino import files
 from fastdino.data.augment import center_view, normalize
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.sources import ImageSource
@@ -53,7 +54,7 @@ def draw_attention(
     for ax in axes.flat:
         ax.set_axis_off()
     figure.suptitle("attention of the CLS token, last block", fontsize=10)
-    figure.savefig(path)
+    files.replace(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
 
 
 def draw_samples(backbone: Any, source: ImageSource, n_images: int, path: Path, resize: int, size: int) -> str | None:

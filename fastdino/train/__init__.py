@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdino.train.loop import TrainResult
+    from fastdino.train.result import TrainResult
 
 
 def train(

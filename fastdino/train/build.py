@@ -1,20 +1,20 @@
 """What a run is made of, from its arguments: images, networks, the step, the loader. Nothing here writes."""
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastdino import files
 from fastdino.data.digits import load_digits
 from fastdino.data.loader import CropLoader, EpochSampler, useful_workers
 from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource, open_source
 from fastdino.errors import UserError
-from fastdino.eval import EVALUATIONS, EvalSettings
 from fastdino.model import DINOHead, MultiCropWrapper
 from fastdino.model.archs import ARCHITECTURES, timm_backbone
 from fastdino.objectives import DINOLoss
@@ -22,6 +22,7 @@ from fastdino.train import distributed
 from fastdino.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.distributed import Process
+from fastdino.train.folder import RunFolder
 from fastdino.train.modes import why_no_graph
 from fastdino.train.optim import is_fused
 from fastdino.train.precision import amp_dtype
@@ -40,6 +41,24 @@ class Own:
     callbacks: Sequence[Sink] = ()
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run begins. epoch: finished ones. iteration: steps done.
+
+    progress: entry, the last finished epoch's line of the log, or meter, the numbers of an epoch not finished.
+    """
+
+    epoch: int = 0
+    iteration: int = 0
+    progress: Mapping[str, Any] = field(default_factory=dict)
+
+
+def in_words(epochs: int, steps: int) -> str:
+    """How far a run is."""
+    done = f"{epochs} epoch{'' if epochs == 1 else 's'}"
+    return f"{done} and {steps} steps" if steps else done
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """Of one process. step holds the networks and the loss, on the device; sampler deals out the images."""
@@ -51,6 +70,8 @@ class Parts:
     sampler: EpochSampler
     step: TrainStep
     loader: CropLoader
+    folder: RunFolder
+    resumed: Resumed
     is_built_in: bool
     """Whether the backbone is config.arch, and not one of the caller's own."""
 
@@ -77,81 +98,70 @@ class Parts:
         backbone: nn.Module = self.step.teacher.backbone
         return backbone
 
-    @property
-    def folder(self) -> Path:
-        """Where everything is written."""
-        return Path(self.config.output_dir)
+    def save(self, epoch: int, iteration: int | None = None, progress: Mapping[str, Any] = {}) -> None:
+        """Write checkpoint.pth. epoch: finished epochs; iteration: steps done, where the last epoch is not finished.
 
-    @property
-    def checkpoint(self) -> Path:
-        """The last one."""
-        return self.folder / "checkpoint.pth"
-
-    def evaluate(self) -> dict[str, float]:
-        """The numbers of all evaluations, by name; none without labels."""
-        if self.source.labels is None:
-            return {}
-        resize, size = self.config.eval_size
-        settings = EvalSettings(
-            resize=resize,
-            size=size,
-            limit=self.config.knn_images,
-            num_workers=self.loader.num_workers if self.config.data_path else 0,
-            k=self.config.knn_k,
-        )
-        found: dict[str, float] = {}
-        for evaluation in EVALUATIONS.values():
-            found |= evaluation(self.backbone, self.source, self.held_out, settings)
-        return found
-
-    def resume(self) -> int:
-        """Restore the output folder's checkpoint, where there is one; the iteration to go on from.
-
-        Raises UserError where it cannot be read, or is of another run.
+        progress: what the run has to know besides, see `Resumed`.
         """
-        if not (self.config.resume and self.checkpoint.is_file()):
-            return 0
-        checkpoint = load_checkpoint(self.checkpoint)
         step = self.step
-        try:
-            restore(
-                checkpoint,
+
+        def write(path: Path) -> None:
+            save_checkpoint(
+                path,
                 student=step.student,
                 teacher=step.teacher,
                 optimizer=step.update.optimizer,
                 loss=step.loss,
-                scaler=step.update.scaler,
-            )
-        except UserError as error:
-            raise UserError(f"cannot resume from {self.checkpoint} (--resume false starts anew): {error}") from error
-        step.run.refresh()
-        first = int(checkpoint["epoch"]) * self.niter
-        iteration = int(checkpoint.get("iteration", first))
-        return iteration if first <= iteration < first + self.niter else first
-
-    def save(self, epoch: int, iteration: int | None = None) -> None:
-        """Write checkpoint.pth, and every saveckp_freq epochs the one that stays. epoch: finished epochs.
-
-        iteration: steps done, inside of an epoch.
-        """
-        paths = [self.checkpoint]
-        if iteration is None and self.config.saveckp_freq and (epoch - 1) % self.config.saveckp_freq == 0:
-            paths.append(self.folder / f"checkpoint{epoch - 1:04}.pth")
-        for path in paths:
-            save_checkpoint(
-                path,
-                student=self.step.student,
-                teacher=self.step.teacher,
-                optimizer=self.step.update.optimizer,
-                loss=self.step.loss,
                 epoch=epoch,
                 config=self.config,
-                scaler=self.step.update.scaler,
+                scaler=step.update.scaler,
                 iteration=iteration,
+                progress=progress,
             )
 
+        self.folder.write(self.folder.checkpoint.name, write)
+        self.folder.holds = f"{self.folder.checkpoint} holds " + in_words(
+            epoch, (iteration or epoch * self.niter) - epoch * self.niter
+        )
 
-def assemble(config: TrainConfig, process: Process, own: Own, say: Callable[[str], object]) -> Parts:
+    def keep(self, epochs: int) -> None:
+        """Every saveckp_freq epochs a copy of checkpoint.pth that stays, unless it is there. epochs: finished ones."""
+        every, saved, kept = self.config.saveckp_freq, self.folder.checkpoint, self.folder.kept(epochs - 1)
+        is_due = every and (epochs - 1) % every == 0
+        if is_due and not (kept.exists() and kept.stat().st_mtime >= saved.stat().st_mtime):
+            self.folder.write(kept.name, lambda path: files.copy(saved, path))
+
+
+def resume(config: TrainConfig, folder: RunFolder, step: TrainStep, niter: int) -> Resumed:
+    """Restore the folder's checkpoint, where there is one, into the step.
+
+    Raises UserError where it cannot be read, or is of another run.
+    """
+    if not (config.resume and folder.checkpoint.is_file()):
+        return Resumed()
+    checkpoint = load_checkpoint(folder.checkpoint)
+    try:
+        restore(
+            checkpoint,
+            student=step.student,
+            teacher=step.teacher,
+            optimizer=step.update.optimizer,
+            loss=step.loss,
+            scaler=step.update.scaler,
+        )
+    except UserError as error:
+        raise UserError(f"cannot resume from {folder.checkpoint} (--resume false starts anew): {error}") from error
+    step.run.refresh()
+    epoch = int(checkpoint["epoch"])
+    first = epoch * niter
+    iteration = int(checkpoint.get("iteration", first))
+    folder.holds = f"{folder.checkpoint} holds {in_words(epoch, iteration - first)}"
+    if not first <= iteration <= first + niter:
+        return Resumed(epoch, first)
+    return Resumed(epoch, iteration, checkpoint.get("progress", {}))
+
+
+def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder, say: Callable[[str], object]) -> Parts:
     """All parts of a run, and `say` for what the step has to tell. Raises UserError where they cannot be had."""
     source, held_out = open_sources(config, own.dataset, own.val_dataset)
     sampler = EpochSampler(len(source), config.batch_size_per_gpu, config.seed, process.rank, process.world_size)
@@ -174,6 +184,8 @@ def assemble(config: TrainConfig, process: Process, own: Own, say: Callable[[str
     return Parts(
         config=config,
         process=process,
+        folder=folder,
+        resumed=resume(config, folder, step, len(sampler)),
         source=source,
         held_out=held_out,
         sampler=sampler,

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import pathlib
 import pickle
 import warnings
@@ -15,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastdino.errors import UserError
+from fastdino import files
+from fastdino.errors import TrainingError, UserError
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import heads_of
 from fastdino.train import distributed
 from fastdino.train.config import TrainConfig
+from fastdino.train.finite import ADVICE, first_nonfinite
 
 # What the original's checkpoints hold beside tensors: `args`, and learning rates as NumPy scalars (from its
 # schedules), pickled under one module name by NumPy 1 and another by NumPy 2. None of them can run code.
@@ -78,11 +79,13 @@ def save_checkpoint(
     config: TrainConfig,
     scaler: torch.amp.GradScaler | None = None,
     iteration: int | None = None,
+    progress: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint with exactly the original's keys. epoch: finished epochs.
+    """Write a checkpoint with the original's keys. epoch: finished epochs.
 
-    iteration: steps done, for a run stopped inside an epoch; the one key the original does not know, and ignores.
-    A process killed meanwhile leaves the previous file as it was.
+    Keys that the original does not know, and ignores: iteration, steps done of a run stopped inside an epoch; progress,
+    plain values that the run has to know besides.
+    Raises TrainingError where a number in it is not finite, and OSError; the previous file is as it was then.
     """
     bare = student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
     # The original wraps the teacher, too, where there is a BatchNorm; read under other names, it would stay random.
@@ -99,9 +102,11 @@ def save_checkpoint(
         content["fp16_scaler"] = scaler.state_dict()
     if iteration is not None:
         content["iteration"] = iteration
-    partial = path.with_suffix(".partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
+    if progress:
+        content["progress"] = dict(progress)
+    if name := first_nonfinite(content):
+        raise TrainingError(f"{name} holds numbers that are not finite, and was not saved. {ADVICE}")
+    files.replace(path, lambda file: torch.save(content, file))
 
 
 def first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:

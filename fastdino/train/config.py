@@ -134,6 +134,7 @@ class TrainConfig:
     wandb: str | None = flag(None, "Run", "project of Weights & Biases that is told the numbers, too")
     mlflow: str | None = flag(None, "Run", "experiment of MLflow that is told the numbers, too")
     saveckp_freq: int = flag(20, "Run", "epochs between the checkpoints that are kept; 0 keeps the last only")
+    disk_wait: float = flag(10.0, "Run", "minutes that a full disk is waited for before the run ends")
     resume: bool = flag(True, "Run", "go on from output_dir/checkpoint.pth where there is one")
     seed: int = flag(0, "Run", "seed of weights, order, crops and drop-path")
     device: str = flag("auto", "Run", "auto, cpu, cuda or cuda:N")
@@ -169,7 +170,7 @@ class TrainConfig:
             warmup_teacher_temp teacher_temp global_crops_size local_crops_size"""
         not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
             freeze_last_layer local_crops_number num_workers knn_freq knn_images eval_resize attention_images
-            saveckp_freq"""
+            saveckp_freq disk_wait"""
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}: expected a value above 0, got {getattr(self, name)}")

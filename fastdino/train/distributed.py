@@ -1,6 +1,7 @@
 """Several processes: who am I, and the few collectives that training needs. Everything works with one process too."""
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdino.errors import UserError, reason
+from fastdino.errors import TrainingError, UserError, reason
 
 T = TypeVar("T")
 
@@ -188,6 +189,19 @@ def gather(value: T) -> list[T]:
     values: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_HostGroup.group)
     return values
+
+
+def main_first(do: Callable[[], object]) -> None:
+    """Do something on the main process; where that raises UserError or TrainingError, raise it on all."""
+    failed: Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            do()
+        except (UserError, TrainingError) as error:
+            failed = error
+    for raised in gather(failed):
+        if raised:
+            raise raised
 
 
 def barrier() -> None:

@@ -1,7 +1,8 @@
 """The numbers of an epoch as they come, and the entries that sinks are told of them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +14,34 @@ from fastdino.train.sinks import Entry
 class Meter:
     """Means of a step's metrics over an epoch, and how its time was spent.
 
-    names: of the metrics. To add to: waited, seconds spent waiting for data; n_images, of all processes.
+    names: of the metrics. To add to: waited, seconds spent waiting for data; n_images, of all processes;
+    bad, lines about unreadable images.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names, self.sums = names, np.zeros(len(names))
         self.n_steps = self.n_images = 0
         self.waited = 0.0
+        self.bad: dict[str, None] = {}
         self.started = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint inside of an epoch."""
+        return {
+            "sums": self.sums.tolist(),
+            "n_steps": self.n_steps,
+            "n_images": self.n_images,
+            "waited": self.waited,
+            "seconds": self.seconds,
+            "bad": list(self.bad),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the numbers of an epoch that was stopped."""
+        self.sums = np.array(state["sums"])
+        self.n_steps, self.n_images, self.waited = state["n_steps"], state["n_images"], state["waited"]
+        self.bad = dict.fromkeys(state["bad"])
+        self.started = time.perf_counter() - state["seconds"]
 
     @property
     def seconds(self) -> float:

@@ -7,16 +7,21 @@ any.
 import importlib.util
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastdino import files
 from fastdino.errors import TrainingError, UserError
 from fastdino.train.config import TrainConfig
+from fastdino.train.folder import RunFolder
 
 Entry = dict[str, Any]
+LOG = "log.txt"
 REDRAW_AFTER = 60.0  # seconds between drawings of the curves during a run
 
 
@@ -44,10 +49,12 @@ class Sinks(Sink):
         self._sinks = sinks
 
     def _tell(self, what: str, *arguments: Any) -> None:
-        failures = []
+        failures: list[tuple[str, Exception]] = []
         for sink in self._sinks:
             try:
                 getattr(sink, what)(*arguments)
+            except TrainingError as error:
+                failures.append((str(error), error))
             except Exception as error:
                 failures.append((f"{type(sink).__name__}.{what} raised {type(error).__name__}: {error}", error))
         for words, first in failures[:1]:
@@ -67,37 +74,43 @@ class Sinks(Sink):
 
 
 class LogFile(Sink):
-    """log.txt: one JSON object per epoch; train_loss, train_lr, train_wd and epoch as in the original, and more."""
+    """log.txt: one JSON object per epoch; train_loss, train_lr, train_wd and epoch as in the original, and more.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Lines are added and never changed, as in the original. Epochs that were trained again have two: the later counts.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
 
     def read(self) -> list[Entry]:
-        """The entries so far; a line cut short by a kill is left out."""
-        entries = []
-        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+        """An entry per epoch of the last run in the folder: an epoch that was trained again ends what followed it."""
+        entries: list[Entry] = []
+        path = self._folder.path / LOG
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            with suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                entries = [e for e in entries if e["epoch"] < entry["epoch"]] + [entry]
         return entries
 
-    def keep_before(self, epoch: int) -> None:
-        """Drop entries of epochs that are about to be trained again."""
-        kept = [entry for entry in self.read() if entry.get("epoch", -1) < epoch]
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    def mend(self) -> None:
+        """Cut off a last line that a crash left unfinished."""
+
+        def cut(path: Path) -> None:
+            if path.is_file() and (whole := path.read_bytes().rfind(b"\n") + 1) < path.stat().st_size:
+                os.truncate(path, whole)
+
+        self._folder.write(LOG, cut)
 
     def epoch(self, entry: Entry) -> None:
         """Add a line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        self._folder.write(LOG, lambda path: files.append(path, json.dumps(entry) + "\n"))
 
 
 class Curves(Sink):
     """curves.png, from log.txt: now and then, and at the end."""
 
-    def __init__(self, log: LogFile, out_dim: int, path: Path) -> None:
-        self._log, self._out_dim, self._path = log, out_dim, path
+    def __init__(self, log: LogFile, out_dim: int, folder: RunFolder) -> None:
+        self._log, self._out_dim, self._folder = log, out_dim, folder
         self._drawn_at = time.monotonic()
 
     def epoch(self, entry: Entry) -> None:
@@ -107,7 +120,7 @@ class Curves(Sink):
 
     def close(self) -> None:
         """Draw."""
-        draw_curves(self._log.read(), self._out_dim, self._path)
+        self._folder.write("curves.png", lambda path: draw_curves(self._log.read(), self._out_dim, path))
         self._drawn_at = time.monotonic()
 
 
@@ -262,4 +275,4 @@ def draw_curves(entries: Sequence[Entry], out_dim: int, path: Path) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-    figure.savefig(path)
+    files.replace(path, lambda file: figure.savefig(file, format="png"))

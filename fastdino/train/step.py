@@ -71,16 +71,18 @@ class TrainStep:
         # Gradients come to what is run; those of several parts are summed where the masters are.
         summed = student if accumulate > 1 else self.run.student
         self._averager = GradientAverager(summed.parameters(), overlap=accumulate == 1)
-        # grad_norm: of all gradients together, before the clip and without fp16's loss scale.
+        # grad_norm: of all gradients together, before the clip and without fp16's loss scale. Behind the names that are
+        # reported, state: the largest number in the objective's state, so that all that follows can be checked.
         self.metric_names = ("loss", *loss.metric_names, "grad_norm")
-        self._as_metrics = _named(self.metric_names)
-        self._metrics = torch.zeros(len(self.metric_names), dtype=full, device=self.device)
+        self._as_metrics = _named((*self.metric_names, "state"))
+        self._metrics = torch.zeros(len(self.metric_names) + 1, dtype=full, device=self.device)
+        self._state = [buffer for buffer in loss.buffers() if buffer.is_floating_point()]
         self._modes = Modes(self, mode, say)
 
     def __call__(self, crops: Sequence[Tensor], iteration: int) -> Any:
         """V normalised crops (B, 3, H, W), and the iteration counted from 0 over the whole run.
 
-        Returns a named tuple of `metric_names`: 0-D tensors on the device, so that reading them can wait.
+        Returns a named tuple of `metric_names` and `state`: 0-D tensors on the device, so that reading them can wait.
         """
         if self.attention is None:
             self.prepare(crops)
@@ -105,7 +107,7 @@ class TrainStep:
             scaled = loss / n if n > 1 else loss
             (scaled if scaler is None else scaler.scale(scaled)).backward()
             means.append(mean)
-            self._metrics[:-1] += torch.stack([loss.detach(), *others]).to(self._metrics.dtype) / n
+            self._metrics[:-2] += torch.stack([loss.detach(), *others]).to(self._metrics.dtype) / n
             if n > 1:
                 self.run.sum_gradients()
         self._batch_mean = means[0] if n == 1 else torch.stack(means).mean(0)
@@ -118,8 +120,10 @@ class TrainStep:
     def finish(self) -> None:
         """Average over processes, clip, optimizer, EMA, the objective's own state."""
         self._averager.finish()
-        self._metrics[-1] = self.update(self.schedule.row)
+        self._metrics[-2] = self.update(self.schedule.row)
         self.loss.after_step(self._batch_mean)
+        for buffer in self._state:
+            torch.maximum(self._metrics[-1], buffer.abs().amax(), out=self._metrics[-1])
 
     def drop_gradients(self) -> None:
         """So that the next ones live in memory of their own: in a capture, the graph's."""

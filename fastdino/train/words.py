@@ -1,22 +1,24 @@
 """What a run says of itself: at the start, after an epoch that had something to remark on, and at the end."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from fastdino.eval.attention_maps import draw_samples
-from fastdino.train.build import Parts
+from fastdino.train.build import Parts, in_words
 from fastdino.train.config import command_line
+from fastdino.train.result import TrainResult
 
 MUCH_WAITING = 0.1  # warn when loading takes more than this share of an epoch
 SHORT_EPOCH = 10.0  # seconds: in less, the first batch is most of the waiting
-NAMED_BAD = 3  # unreadable files named on the console; log.txt names all
+NAMED_BAD = 3  # unreadable files named on the console; bad_images.txt names all
 
 Say = Callable[[str], object]
 
 
-def introduce(parts: Parts, iteration: int, say: Say) -> None:
-    """What is about to be trained, on what, and how. iteration: where a resumed run goes on."""
+def introduce(parts: Parts, say: Say) -> None:
+    """What is about to be trained, on what, and how."""
     config, process, step = parts.config, parts.process, parts.step
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[step.run.amp_dtype]
     name = parts.model_name
@@ -39,9 +41,9 @@ def introduce(parts: Parts, iteration: int, say: Say) -> None:
         f"{processes}, {precision}, {workers}{fewer}"
     )
     say(f"step    {step.mode}" + (f"; attention {step.attention}" if step.attention else ""))
-    if iteration:
-        epoch, done = divmod(iteration, parts.niter)
-        say(f"resumed {parts.checkpoint} after {epoch} epochs" + (f" and {done} steps" if done else ""))
+    if resumed := parts.resumed.iteration:
+        done = in_words(parts.resumed.epoch, resumed - parts.resumed.epoch * parts.niter)
+        say(f"resumed {parts.folder.checkpoint} after {done}")
 
 
 def remark(parts: Parts, seconds: float, data_wait: float, bad: Sequence[str], say: Say) -> None:
@@ -50,27 +52,32 @@ def remark(parts: Parts, seconds: float, data_wait: float, bad: Sequence[str], s
         say(f"  {data_wait:.0%} of the time went into waiting for data: {parts.loader.advice()}")
     if bad:
         named = "; ".join(bad[:NAMED_BAD]) + ("; ..." if len(bad) > NAMED_BAD else "")
-        say(f"  skipped {len(bad)} unreadable of {len(parts.source):,} images (named in log.txt): {named}")
+        say(f"  skipped {len(bad)} unreadable of {len(parts.source):,} images (named in bad_images.txt): {named}")
 
 
-def conclude(
-    parts: Parts, iteration: int, before: Mapping[str, float], after: Mapping[str, float], seconds: float, say: Say
-) -> None:
-    """At the end: attention.png, how well it went or how to go on, and what was written."""
-    config = parts.config
-    n_images, picture = config.attention_images, parts.folder / "attention.png"
-    missing = draw_samples(parts.backbone, parts.held_out or parts.source, n_images, picture, *config.eval_size)
-    if missing:
-        say(f"no attention.png: {missing}")
-    if iteration < config.epochs * parts.niter:
-        epoch, done = divmod(iteration, parts.niter)
-        say(f"stopped in epoch {epoch + 1} after {done} of {parts.niter} steps; saved {parts.checkpoint}")
+def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
+    """At the end: attention.png, how well it went or how to go on, and what was written.
+
+    steps: of the epoch in which the run was stopped.
+    """
+    config, folder, before, after = parts.config, parts.folder, result.before, result.after
+    if result.interrupted:
+        say(f"stopped in epoch {result.epochs + 1} after {steps} of {parts.niter} steps; {folder.holds}")
         say(f"resume with: {command_line(config, parts.process.world_size)}")
         return
+    folder.write("attention.png", lambda path: _draw(parts, path, say))
     if "knn" in after:
         at_first = f"{before['knn']:.4f} before training, " if "knn" in before else ""
         held_out = parts.held_out
         on = f"{len(held_out)} held-out images" if held_out else "the training images, leave-one-out"
-        say(f"k-NN on {on}: {at_first}{after['knn']:.4f} after; {seconds:.0f} s")
+        say(f"k-NN on {on}: {at_first}{after['knn']:.4f} after; {result.seconds:.0f} s")
     names = ["checkpoint.pth", "log.txt", "args.json", "curves.png", "attention.png"]
-    say("wrote " + ", ".join(str(parts.folder / name) for name in names if (parts.folder / name).is_file()))
+    say("wrote " + ", ".join(str(folder.path / name) for name in names if (folder.path / name).is_file()))
+
+
+def _draw(parts: Parts, path: Path, say: Say) -> None:
+    missing = draw_samples(
+        parts.backbone, parts.held_out or parts.source, parts.config.attention_images, path, *parts.config.eval_size
+    )
+    if missing:
+        say(f"no attention.png: {missing}")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +17,14 @@ from PIL import Image
 from fastdino import load_backbone, load_checkpoint
 from fastdino.cli import main
 from fastdino.errors import TrainingError, UserError
-from fastdino.train import loop, words
+from fastdino.train import words
 from fastdino.train.build import Own, assemble
 from fastdino.train.checkpoint import eval_size
 from fastdino.train.distributed import start
+from fastdino.train.folder import RunFolder
 from fastdino.train.interrupt import Stop
 from fastdino.train.loop import train
+from fastdino.train.sinks import LogFile, Sink
 
 
 def assert_same_state(one, other):
@@ -66,7 +67,7 @@ def test_checkpoints_have_exactly_the_originals_keys(finished, golden_folder):
     theirs = load_checkpoint(golden_folder / "checkpoint_micro.pth")
     for name, epoch in (("checkpoint.pth", 3), ("checkpoint0000.pth", 1), ("checkpoint0001.pth", 2)):
         ours = load_checkpoint(folder / name)
-        assert list(ours) == [key for key in theirs if key != "fp16_scaler"]
+        assert list(ours) == [*(key for key in theirs if key != "fp16_scaler"), "progress"]
         assert ours["epoch"] == epoch
         assert type(ours["args"]) is type(theirs["args"])
         assert all(key.startswith(("module.backbone.", "module.head.")) for key in ours["student"])
@@ -92,38 +93,49 @@ def test_a_run_stopped_after_an_epoch_resumes_to_the_same_bits(finished, tiny, t
     resumed = tmp_path / "run"
     resumed.mkdir()
     shutil.copy(folder / f"checkpoint{epoch:04}.pth", resumed / "checkpoint.pth")
-    shutil.copy(folder / "log.txt", resumed / "log.txt")  # of a run killed between log and checkpoint
+    lines = (folder / "log.txt").read_text().splitlines(keepends=True)
+    (resumed / "log.txt").write_text("".join(lines[:epoch]) + lines[epoch][:40])  # of a run killed while it logged
     result = train(tiny())
     assert result.epochs == 3
     assert_same_state(load_checkpoint(folder / "checkpoint.pth"), load_checkpoint(resumed / "checkpoint.pth"))
     entries = [json.loads(line)["epoch"] for line in (resumed / "log.txt").read_text().splitlines()]
     assert entries == [0, 1, 2]
+    assert (resumed / f"checkpoint{epoch:04}.pth").is_file()
+
+
+def test_going_back_to_a_kept_checkpoint_keeps_the_old_lines_and_draws_the_new(finished, tiny, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.copy(folder / "checkpoint0000.pth", tmp_path / "run" / "checkpoint.pth")
+    train(tiny())
+    entries = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert entries == [0, 1, 2, 1, 2]
+    log = LogFile(RunFolder(tmp_path / "run", 0, print, Stop()))
+    assert [entry["epoch"] for entry in log.read()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("steps", [3, 5, 7])
-def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_bits(finished, tiny, tmp_path, monkeypatch, steps, capsys):
+def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_bits(finished, tiny, tmp_path, steps, capsys):
     folder, _ = finished
 
-    class StopAfter(Stop):
-        calls = 0
+    class StopAfter(Sink):
+        def step(self, entry):
+            if entry["iteration"] == steps:
+                signal.raise_signal(signal.SIGTERM)
 
-        @property
-        def requested(self):
-            self.calls += 1
-            return self.calls >= steps
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "Stop", StopAfter)
-        result = train(tiny())
+    result = train(tiny(), Own(callbacks=[StopAfter()]))
+    assert result.signal == signal.SIGTERM
     assert result.interrupted
     stopped = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
-    assert stopped["iteration"] == steps
+    assert stopped.get("iteration", 5) == steps  # an epoch that was finished needs none
     assert stopped["epoch"] == steps // 5
     assert "resume with: fastdino train --" in capsys.readouterr().out
     assert not train(tiny()).interrupted
     final = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert "iteration" not in final
     assert_same_state(load_checkpoint(folder / "checkpoint.pth"), final)
+    ours, whole = (json.loads((f / "log.txt").read_text().splitlines()[steps // 5]) for f in (tmp_path / "run", folder))
+    assert ours["train_loss"] == whole["train_loss"]  # of the whole epoch, not of what was left of it
 
 
 def test_waiting_for_data_is_said_with_its_cure(tiny, monkeypatch, capsys):
@@ -169,14 +181,17 @@ def test_a_save_that_dies_half_way_leaves_the_last_checkpoint(finished, tiny, tm
     before = path.read_bytes()
 
     def die(content, file):
-        Path(file).write_bytes(b"half a checkpoint")
+        file.write(b"half a checkpoint")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", die)
-    parts = assemble(tiny(epochs=1, warmup_epochs=0), start("cpu", "env://"), Own(), print)
+    folder = RunFolder(path.parent, 0, print, Stop())
+    parts = assemble(tiny(epochs=1, warmup_epochs=0), start("cpu", "env://"), Own(), folder, print)
+    names = sorted(path.parent.iterdir())
     with pytest.raises(KeyboardInterrupt):
         parts.save(1)
     assert path.read_bytes() == before
+    assert sorted(path.parent.iterdir()) == names
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_its_first_key(finished, tiny, tmp_path):
@@ -223,7 +238,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, tmp_path):
     train(tiny(epochs=1, warmup_epochs=0))
     before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
     words = (
-        r"the loss became nan at epoch 2, step \d \(iteration \d; .*checkpoint.pth holds epoch 1\). Try a smaller --lr"
+        r"the loss became nan at epoch 2, step \d \(iteration \d; .*checkpoint.pth holds 1 epoch\). Try a smaller --lr"
     )
     with pytest.raises(TrainingError, match=words):
         train(tiny(lr=1e30, clip_grad=0, warmup_epochs=0))
@@ -252,7 +267,9 @@ def test_bad_images_are_skipped_counted_and_named(photo_folder, tiny, tmp_path, 
     assert "skipped 3 unreadable of 32 images" in output
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     for entry in entries:
-        assert [line.split(":")[0] for line in entry["bad_images"]] == [str(path) for path in paths[:3]]
+        assert entry["bad_images"] == 3
+    named = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in named] == [str(path) for path in paths[:3]]
     paths[3].write_bytes(b"one too many: 4 of 32")
     with pytest.raises(TrainingError, match=r"more than 10% of the images cannot be read \(4 of 32 so far\)"):
         train(tiny("other", **flags))
