@@ -26,7 +26,8 @@ from PIL import Image
 import fastdino
 from fastdino import VisionTransformer, load_backbone, load_checkpoint
 from fastdino.model import ARCHITECTURES
-from fastdino.train.build import Own, assemble
+from fastdino.train.build import build_networks, build_step
+from fastdino.train.checkpoint import restore, save_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.distributed import start
 from fastdino.train.flags import ORIGINAL
@@ -39,28 +40,36 @@ needs_the_original = pytest.mark.skipif(not PEER.is_dir(), reason="needs FASTDIN
 # The files
 
 
-@pytest.fixture
-def make_run(tmp_path):
-    """make_run(**flags): a run on three photographs of noise, ready to go, of a network that the original builds."""
-    noise = np.random.default_rng(0).integers(0, 256, (3, 60, 60, 3), dtype=np.uint8)
-
-    def make_run_(**flags):
-        given = {
-            "arch": "vit_tiny", "patch_size": 32, "out_dim": 64, "batch_size_per_gpu": 3, "epochs": 2,
-            "warmup_epochs": 0, "local_crops_number": 1, "num_workers": 0, "output_dir": str(tmp_path),
-        }  # fmt: skip
-        config = TrainConfig.from_flags({**given, **flags}, is_demo=False)
-        return assemble(config, start("cpu", "env://"), Own(list(noise)), print)
-
-    return make_run_
+def make_step(**flags):
+    """(a run's arguments, its step) for three images, of a network that the original builds."""
+    given = {
+        "arch": "vit_tiny", "patch_size": 32, "out_dim": 64, "batch_size_per_gpu": 3, "epochs": 2, "warmup_epochs": 0,
+        "local_crops_number": 1,
+    }  # fmt: skip
+    config = TrainConfig.from_flags({**given, **flags}, is_demo=False)
+    return config, build_step(config, start("cpu", "env://"), 1, build_networks(config), print)
 
 
-def step_and_save(parts):
-    """One step, so that there is something to save; the checkpoint of a finished epoch."""
-    batch = next(iter(parts.loader))
-    parts.step(batch.crops(torch.device("cpu")), 0)
-    parts.save(1)
-    return parts.checkpoint
+def states(step):
+    """Of what a checkpoint holds."""
+    return {
+        "student": step.student, "teacher": step.teacher, "optimizer": step.update.optimizer, "loss": step.loss,
+    }  # fmt: skip
+
+
+def saved(path, **flags):
+    """The step after one iteration on noise, which a checkpoint of a finished epoch holds then."""
+    config, step = make_step(**flags)
+    step([torch.randn(3, 3, side, side) for side in (224, 224, 96)], 0)
+    save_checkpoint(path, epoch=1, config=config, **states(step))
+    return step
+
+
+def resumed(path, **flags):
+    """Another step, with what the checkpoint holds."""
+    _, step = make_step(**flags, seed=1)
+    restore(load_checkpoint(path), **states(step))
+    return step
 
 
 def assert_same(one, other):
@@ -70,20 +79,17 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("use_bn", [True, False], ids=["BatchNorm", "none"])
-def test_the_teachers_names_are_the_originals(make_run, use_bn):
+def test_the_teachers_names_are_the_originals(tmp_path, use_bn):
     """It wraps the teacher, too, where there is a BatchNorm; and both kinds of file resume."""
-    small = {"use_bn_in_head": use_bn, "arch": "vit_nano", "hidden_dim": 32, "bottleneck_dim": 16}
-    path = step_and_save(make_run(**small))
+    flags = {"use_bn_in_head": use_bn, "arch": "vit_nano", "hidden_dim": 32, "bottleneck_dim": 16}
+    path = tmp_path / "checkpoint.pth"
+    expected = saved(path, **flags).teacher.state_dict()
     checkpoint = load_checkpoint(path)
-    prefix = "module." if use_bn else ""
-    assert all(name.startswith((f"{prefix}backbone.", f"{prefix}head.")) for name in checkpoint["teacher"])
-    expected = {name.removeprefix("module."): value for name, value in checkpoint["teacher"].items()}
+    assert list(checkpoint["teacher"]) == [f"module.{name}" if use_bn else name for name in expected]
     assert_same(load_backbone(path).state_dict(), backbone_of(expected))
-    for other_prefix in ("", "module."):
-        torch.save({**checkpoint, "teacher": {other_prefix + k: v for k, v in expected.items()}}, path)
-        parts = make_run(**small, seed=1)
-        assert parts.resume() == 1
-        assert_same(parts.step.teacher.state_dict(), expected)
+    for prefix in ("", "module."):
+        torch.save({**checkpoint, "teacher": {prefix + name: value for name, value in expected.items()}}, path)
+        assert_same(resumed(path, **flags).teacher.state_dict(), expected)
 
 
 def backbone_of(state):
@@ -254,9 +260,9 @@ def assert_same_optimizer(one, other):
 @needs_the_original
 @pytest.mark.parametrize("use_bn", [True, False], ids=["BatchNorm", "none"])
 @pytest.mark.parametrize("patch_size", [32, 12])
-def test_the_original_resumes_from_our_checkpoint(original, make_run, group, use_bn, patch_size):
-    parts = make_run(use_bn_in_head=use_bn, patch_size=patch_size)
-    path, found = step_and_save(parts), {"epoch": 0}
+def test_the_original_resumes_from_our_checkpoint(original, group, tmp_path, use_bn, patch_size):
+    path, found = tmp_path / "checkpoint.pth", {"epoch": 0}
+    step = saved(path, use_bn_in_head=use_bn, patch_size=patch_size)
     student, teacher, optimizer, loss = networks = networks_of(original, "vit_tiny", patch_size, use_bn)
     original.utils.restart_from_checkpoint(
         str(path), run_variables=found, student=student, teacher=teacher, optimizer=optimizer, fp16_scaler=None,
@@ -269,14 +275,14 @@ def test_the_original_resumes_from_our_checkpoint(original, make_run, group, use
         assert_same(state, OrderedDict(ours[name]))
     assert_same_optimizer(optimized, ours["optimizer"])
     assert len(optimized["state"]) > 100
-    for bare, network in ((parts.step.student, student), (parts.step.teacher, teacher)):
+    for bare, network in ((step.student, student), (step.teacher, teacher)):
         assert_same(getattr(network, "module", network).state_dict(), bare.state_dict())
 
 
 @needs_the_original
 @pytest.mark.parametrize("use_bn", [True, False], ids=["BatchNorm", "none"])
 @pytest.mark.parametrize("by", ["main_dino", "submitit"])
-def test_we_resume_from_a_checkpoint_of_the_original(original, make_run, group, tmp_path, use_bn, by):
+def test_we_resume_from_a_checkpoint_of_the_original(original, group, tmp_path, use_bn, by):
     student, teacher, optimizer, _ = networks = networks_of(original, "vit_tiny", 32, use_bn)
     student(torch.randn(2, 3, 224, 224)).square().sum().backward()
     optimizer.step()
@@ -286,12 +292,11 @@ def test_we_resume_from_a_checkpoint_of_the_original(original, make_run, group, 
     tensors, optimized = states_of(networks)
     content = {**tensors, "optimizer": optimized, "epoch": 1, "args": args}
     original.utils.save_on_master(content, str(tmp_path / "checkpoint.pth"))
-    parts = make_run(use_bn_in_head=use_bn)
-    assert parts.resume() == 1
+    step = resumed(tmp_path / "checkpoint.pth", use_bn_in_head=use_bn)
     teacher = getattr(teacher, "module", teacher)
-    assert_same(parts.step.student.state_dict(), student.module.state_dict())
-    assert_same(parts.step.teacher.state_dict(), teacher.state_dict())
-    assert_same_optimizer(parts.step.update.optimizer.state_dict(), optimized)
+    assert_same(step.student.state_dict(), student.module.state_dict())
+    assert_same(step.teacher.state_dict(), teacher.state_dict())
+    assert_same_optimizer(step.update.optimizer.state_dict(), optimized)
     x = torch.randn(2, 3, 224, 224)
     backbone = load_backbone(tmp_path / "checkpoint.pth")
     assert backbone.patch_embed.img_size == 224
@@ -299,9 +304,10 @@ def test_we_resume_from_a_checkpoint_of_the_original(original, make_run, group, 
 
 
 @needs_the_original
-def test_its_programs_draw_attention_and_take_features_of_our_checkpoint(original, make_run, tmp_path, monkeypatch):
+def test_its_programs_draw_attention_and_take_features_of_our_checkpoint(original, tmp_path, monkeypatch):
     """visualize_attention.py as it stands; and load_pretrained_weights, by which all its evaluations begin."""
-    path = step_and_save(make_run(use_bn_in_head=True))
+    path = tmp_path / "checkpoint.pth"
+    saved(path, use_bn_in_head=True)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (70, 80, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")
     drawn, out = [], tmp_path / "maps"
