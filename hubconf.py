@@ -3,19 +3,15 @@
 Its ResNet-50 and XCiTs are not here: their networks are torchvision's and their authors'.
 """
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.append(str(Path(__file__).parent / "kernels"))  # torch.hub installs nothing
 
 from fastdino import VisionTransformer, vit_base, vit_small
 
 dependencies = ["torch", "numpy", "PIL", "simplejpeg", "cv2"]
 
-WEIGHTS = "https://dl.fbaipublicfiles.com/dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"  # as their authors publish them
+WEIGHTS = "https://dl.fbaipublicfiles.com/dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"  # its authors'
 
 
 def _with_weights(model: VisionTransformer, pretrained: bool, name: str) -> VisionTransformer:
