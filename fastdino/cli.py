@@ -218,10 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end(command: str, message: str, code: int) -> int:
     """One line on standard error, from one process; the exit code."""
+    from fastdino.train.distributed import tell_launcher
+
     if os.environ.get("RANK", "0") != "0":
         # The first process to end makes torchrun end the others: rank 0 speaks before, unless it is not what failed.
         time.sleep(5)
     print(f"fastdino {command}: {message}", file=sys.stderr, flush=True)
+    tell_launcher(f"fastdino {command}: {message}")
     return code
 
 

@@ -1,6 +1,9 @@
 """The console of a run, as the first of its sinks."""
 
+import sys
 import time
+from contextlib import suppress
+from typing import IO, Any, cast
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -10,11 +13,27 @@ from fastdino.train.sinks import Entry, Sink
 PLAIN_EVERY = 10.0  # seconds between lines of progress where the console is no terminal
 
 
+class _Output:
+    """Standard output, that may go away (a closed terminal, `| head`) without ending the run."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+
 class Console(Sink):
     """Lines that stay, and how far the run is: a bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, speaks: bool) -> None:
-        self._terminal = Terminal(highlight=False, soft_wrap=True, quiet=not speaks)
+        self._terminal = Terminal(file=cast(IO[str], _Output()), highlight=False, soft_wrap=True, quiet=not speaks)
         self._has_bar = speaks and self._terminal.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}"),

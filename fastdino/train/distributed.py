@@ -1,10 +1,13 @@
 """Several processes: who am I, and the few collectives that training needs. Everything works with one process too."""
 
+import json
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -136,6 +139,13 @@ def stop() -> None:
             torch.cuda.synchronize()
     _HostGroup.group = None
     dist.destroy_process_group()
+
+
+def tell_launcher(text: str) -> None:
+    """Why this process ends; torchrun repeats it as the cause in its last lines, below its own traceback."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": text, "timestamp": str(int(time.time()))}))
 
 
 def local_world_size() -> int:

@@ -27,7 +27,9 @@ class RunFolder:
     def __init__(self, path: str | Path, wait_s: float, say: Callable[[str], object], stop: Stop) -> None:
         self.path = Path(path)
         self._wait_s, self._say, self._stop = wait_s, say, stop
-        self._lock = filelock.FileLock(self.path / ".lock", blocking=False)
+        self._lock_file = self.path / ".lock"
+        self._lock = filelock.FileLock(self._lock_file, blocking=False)
+        self._is_new = True
         self.holds = "nothing was saved"
 
     @property
@@ -52,10 +54,16 @@ class RunFolder:
     def lock(self) -> None:
         """Keep other runs out until `unlock`, or until this process ends, however it ends.
 
-        A folder that is not there yet is left to `make`. Raises UserError where another run has it.
+        A folder without a checkpoint has nothing to keep yet, and is left to `make`. Raises UserError where another run
+        has it.
         """
-        if not self.path.is_dir() or self._lock.is_locked:
+        if self.checkpoint.exists():
+            self._acquire()
+
+    def _acquire(self) -> None:
+        if self._lock.is_locked:
             return
+        self._is_new = self._is_new and not self._lock_file.exists()
         try:
             self._lock.acquire()
         except filelock.Timeout as error:
@@ -73,11 +81,14 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be made: {error.strerror}") from error
-        self.lock()
+        self._acquire()
+        self._is_new = False
         files.remove_temporaries(self.path)
 
     def unlock(self) -> None:
-        """Let other runs in."""
+        """Let other runs in. Where nothing was written, the lock's file goes, too."""
+        if self._is_new and self._lock.is_locked:
+            self._lock_file.unlink(missing_ok=True)
         self._lock.release()
 
     def replace(self, name: str, text: str) -> None:

@@ -62,7 +62,11 @@ class Run:
         self.folder = RunFolder(config.output_dir, config.disk_wait * 60, self.console.say, self.stop)
         self.folder.check()
         distributed.main_first(self.folder.lock)
-        self.parts = assemble(config, process, own, self.folder, self.console.say)
+        try:
+            self.parts = assemble(config, process, own, self.folder, self.console.say)
+        except BaseException:
+            self.folder.unlock()
+            raise
         self.niter, self.resumed = self.parts.niter, self.parts.resumed
         self.epochs, self.iteration = self.resumed.epoch, self.resumed.iteration
         self.log = LogFile(self.folder)

@@ -105,9 +105,10 @@ class Ended(BaseException):
 @pytest.mark.parametrize("how", [None, RuntimeError("broken"), KeyboardInterrupt(), Ended()], ids=repr)
 def test_the_graph_goes_before_the_process_group(monkeypatch, how):
     """destroy_process_group waits for ever for a communicator that a captured graph still holds."""
-    order = mock.Mock()
+    order, close = mock.Mock(), loop.Run.close
     run = order.run
     run.train.side_effect = how
+    run.close = lambda: close(run)
     monkeypatch.setattr(loop, "Run", lambda *_: run)
     monkeypatch.setattr(distributed, "start", lambda *_: None)
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
@@ -121,7 +122,9 @@ def test_the_graph_goes_before_the_process_group(monkeypatch, how):
             loop.train(TrainConfig(data_path="x"))
     assert order.mock_calls == [
         mock.call.run.train(),
+        mock.call.run.parts.loader.close(),
         mock.call.run.parts.step.close(),
+        mock.call.run.folder.unlock(),
         mock.call.synchronize(),
         mock.call.destroy(),
     ]

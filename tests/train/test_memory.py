@@ -108,7 +108,7 @@ def test_out_of_memory_is_one_line_with_sizes_and_flags(step, error, sizes, tiny
     output = capsys.readouterr()
     assert "using eager" not in output.out
     assert re.fullmatch(
-        rf"fastdino train: out of memory at epoch 2, step 1 \(iteration 5; .*checkpoint.pth holds epoch 1\): {sizes}\. "
+        rf"fastdino train: out of memory at epoch 2, step 1 \(iteration 5; .*checkpoint.pth holds 1 epoch\): {sizes}\. "
         r"Try --accumulate 2, --checkpointing true or a smaller --batch_size_per_gpu \(now 256\)\n",
         output.err,
     )

@@ -55,6 +55,6 @@ def test_the_objectives_columns_reach_it_by_name(monkeypatch):
     weighted(crops, 4)
     assert float(second) == 1.0
     assert float(weighted.schedule.row["weight"]) == 2.0
-    assert first._fields == ("loss", "spread", "grad_norm")
+    assert first._fields == ("loss", "spread", "grad_norm", "state")
     assert len(weighted.loss.means) == 2
     assert weighted.loss.means[0].shape == torch.Size([48])
