@@ -72,7 +72,7 @@ def _backbone(vit: Any, x: Tensor, fused: bool) -> Tensor:
     """A convolution, then blocks over (B, N, D); without drop-path."""
     tokens = vit.patch_embed.proj(x).flatten(2).transpose(1, 2)
     tokens = torch.cat((vit.cls_token.expand(len(x), -1, -1), tokens), dim=1)
-    tokens = tokens + vit.interpolate_pos_encoding(*x.shape[-2:])
+    tokens = tokens + vit.interpolate_pos_encoding(tokens, *x.shape[-2:])
     for block in vit.blocks:
         tokens = tokens + _attention(block.attn, block.norm1(tokens), fused)
         tokens = tokens + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(tokens))))

@@ -1,5 +1,14 @@
 """DINO (self-distillation with no labels, arXiv:2104.14294) on your own images, as fast as the GPU allows."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+if importlib.util.find_spec("fastdino_kernels") is None:  # run from a clone that nobody installed
+    sys.path.append(str(Path(__file__).parent.parent / "kernels"))
+
 from fastdino import train
 from fastdino.data.augment import global_augment, multiple_local_augments
 from fastdino.dino import DINO, distillation_loss, train_dino

@@ -6,9 +6,9 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
+from fastdino import __version__
 from fastdino.errors import TrainingError, UserError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110)
 
     parser = _Parser(prog="fastdino", description=DESCRIPTION, formatter_class=help_format)
-    parser.add_argument("--version", action="version", version=f"fastdino {version('fastdino')}")
+    parser.add_argument("--version", action="version", version=f"fastdino {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | knn | attention | doctor")
 
     train = commands.add_parser(
@@ -48,7 +48,6 @@ def _parser() -> argparse.ArgumentParser:
         "some more.\nBOOL is true/false, on/off or 1/0. Without --data_path: the digits of scikit-learn, with a recipe "
         "of their own.\nSeveral GPUs: torchrun --nproc_per_node=8 -m fastdino.train ...",
         formatter_class=help_format,
-        allow_abbrev=False,
     )
     add_flags(train)
 
@@ -58,7 +57,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Weighted k-NN on frozen features. --data_path holds train/ and val/ with class folders, as the "
         "original expects;\nor class folders alone, evaluated leave-one-out; or is left out, for the digits.",
         formatter_class=help_format,
-        allow_abbrev=False,
     )
     _add_checkpoint_flags(knn)
     knn.add_argument("--data_path", metavar="FOLDER", help="labelled images; without it: scikit-learn's digits")
@@ -76,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
         help="where the CLS token looks",
         description="Draw the last block's attention over images.",
         formatter_class=help_format,
-        allow_abbrev=False,
     )
     _add_checkpoint_flags(attention)
     attention.add_argument("--images", nargs="+", metavar="FILE", help="image files; without them: a few digits")
@@ -85,6 +82,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine can do", formatter_class=help_format)
     doctor.add_argument("folder", nargs="?", metavar="FOLDER", help="images, to time their loading")
     return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Ends with exit code 2 and one line where it cannot be read."""
+    from fastdino.train.flags import expand, unrecognized
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    training = words[:1] == ["train"]
+    args, unknown = _parser().parse_known_args(expand(words) if training else words)
+    if unknown:
+        message = unrecognized(unknown) if training else f"unrecognized arguments: {' '.join(unknown)}"
+        _Parser(prog=f"fastdino {args.command}").error(message)
+    return args
 
 
 def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
@@ -98,12 +108,15 @@ def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from fastdino.train.config import config_from_args
+    from fastdino.train.distributed import launched
+    from fastdino.train.flags import check_images
     from fastdino.train.loop import train
 
     try:
         config = config_from_args(args)
     except ValueError as error:
         raise UserError(str(error)) from error
+    check_images(vars(args), launched().world_size)
     result = train(config)
     return 128 + (result.signal or signal.SIGINT) if result.interrupted else 0
 
@@ -117,10 +130,10 @@ def _backbone(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     backbone = backbone_of(checkpoint, args.pretrained_weights, args.checkpoint_key, args.num_heads)
     size = args.size or backbone.patch_embed.img_size
     resize = args.resize or eval_size(checkpoint, size)
-    if size % backbone.patch_embed.patch_size or resize < size:
+    if not backbone.patch_embed.patch_size <= size <= resize:
         raise UserError(
-            f"--size: expected a multiple of the patch size {backbone.patch_embed.patch_size}, "
-            f"at most --resize, got {size} and {resize}"
+            f"--size: expected at least the patch size {backbone.patch_embed.patch_size} "
+            f"and at most --resize, got {size} and {resize}"
         )
     return backbone.to(start(args.device, "env://").device), resize, size
 
@@ -191,7 +204,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. 1: the run failed, 2: the command was wrong, 130: interrupted."""
-    args = _parser().parse_args(argv)
+    args = parse(argv)
     command = {"train": _train, "knn": _knn, "attention": _attention, "doctor": _doctor}[args.command]
     try:
         return command(args)

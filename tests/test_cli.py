@@ -7,12 +7,16 @@ import pickle
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import fastdino
 from fastdino.cli import main
+from fastdino.cli import parse as parse_words
 from fastdino.train.config import TrainConfig, command_line, config_from_args
+from fastdino.train.flags import ORIGINAL as ORIGINAL_NAMES
 
 ORIGINAL = {  # main_dino.py's flags and defaults; data_path has none here: without it, the digits
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,
@@ -25,9 +29,7 @@ ORIGINAL = {  # main_dino.py's flags and defaults; data_path has none here: with
 
 
 def parse(*words):
-    from fastdino.cli import _parser
-
-    return config_from_args(_parser().parse_args(["train", *words]))
+    return config_from_args(parse_words(["train", *words]))
 
 
 def test_every_flag_of_the_original_has_its_default():
@@ -47,6 +49,35 @@ def test_a_command_line_of_the_original_means_the_same():
     assert (config.norm_last_layer, config.use_bn_in_head, config.use_fp16) == (False, True, False)
     assert config.global_crops_scale == (0.25, 1.0)
     assert (config.optimizer, config.lr, config.local_rank) == ("lars", 1e-3, 3)
+
+
+def test_abbreviations_that_the_original_takes_mean_the_same():
+    """All of them, whatever flags were added; those of our own flags are taken where they are unambiguous."""
+    assert set(ORIGINAL_NAMES.split()) == {*ORIGINAL, "data_path", "help"}
+    values = {"bool": "off", "int": "3", "float": "0.3", "str": "abc", "tuple": "0.3"}
+    n_tried = 0
+    for name, default in {**ORIGINAL, "data_path": ""}.items():
+        for end in range(1, len(name)):
+            short = name[:end]
+            if [flag for flag in ORIGINAL_NAMES.split() if flag.startswith(short)] == [name]:
+                n_tried += 1
+                value = values[type(default).__name__]
+                assert set(vars(parse_words(["train", f"--{short}", value]))) == {"command", name}, short
+                assert set(vars(parse_words(["train", f"--{short}={value}"]))) == {"command", name}, short
+    assert n_tried > 150
+    assert vars(parse_words(["train", "--knn_f", "2"]))["knn_freq"] == 2
+
+
+def test_an_ambiguous_abbreviation_is_refused_as_argparse_does(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--out", "x"])
+    assert end.value.code == 2
+    assert "ambiguous option: --out could match --out_dim, --output_dir" in capsys.readouterr().err
+
+
+def test_deit_is_saved_as_the_vit_that_the_original_saves():
+    assert parse("--arch", "deit_small", "--data_path", "x").namespace().arch == "vit_small"
+    assert parse("--arch", "deit_tiny", "--data_path", "x").namespace().arch == "vit_tiny"
 
 
 def test_a_preset_sets_probabilities_that_nobody_gave():
@@ -74,6 +105,7 @@ def test_the_command_that_resumes_is_the_run_again():
     assert command_line(config, 4).startswith("torchrun --nproc_per_node=4 -m fastdino.train ")
     demo = parse()
     assert parse(*shlex.split(command_line(demo))[2:]) == dataclasses.replace(demo, resume=True)
+    assert "--arch vit_nano" in command_line(demo, 2)  # else two processes were asked for the images
 
 
 def test_a_default_warm_up_fits_a_short_run_and_an_asked_one_does_not():
@@ -88,8 +120,18 @@ MISTAKES = {
     "empty folder": ("--data_path empty", "no image below empty"),
     "fewer than a batch": ("--data_path few", "3 images in few, no labels: fewer than the 64 of one step"),
     "unknown arch": ("--arch resnet50", "expected one of vit_nano, vit_tiny, vit_small, vit_base, vit_large"),
-    "patch and crop": ("--patch_size 5", "--patch_size: expected a divisor of --global_crops_size=24, got 5"),
-    "patch and local crop": ("--local_crops_size 10", "expected a divisor of --local_crops_size=10, got 6"),
+    "torchvision's": ("--arch resnet50", "got 'resnet50'; here it comes from timm: --arch timm:resnet50"),
+    "XCiT": ("--arch xcit_small_12_p8", "here it comes from timm: --arch timm:xcit_small_12_p8_224"),
+    "patch and crop": ("--patch_size 25 --arch vit_nano", "expected at most --global_crops_size=24, got 25"),
+    "patch and local crop": ("--local_crops_size 5", "--patch_size: expected at most --local_crops_size=5, got 6"),
+    "forgot the images": (
+        "--arch vit_small --epochs 9",
+        "--data_path: none is given, but --arch, as for images",
+    ),
+    "forgot, large patches": ("--patch_size 16", "--data_path: none is given, but --patch_size"),
+    "forgot, held-out images": ("--val_path few --lr 0.1", "--data_path: none is given, but --val_path"),
+    "seed below zero": ("--seed -1", "--seed: expected 0 to 4294967295, as NumPy takes them, got -1"),
+    "seed too large": ("--seed 4294967296", "--seed: expected 0 to 4294967295"),
     "warm-up": ("--epochs 5 --warmup_epochs 6", "--warmup_epochs: expected at most --epochs=5, got 6"),
     "temperature warm-up": ("--epochs 5 --warmup_teacher_temp_epochs 6", "expected at most --epochs=5, got 6"),
     "negative temperature": ("--teacher_temp -0.04", "--teacher_temp: expected a value above 0, got -0.04"),
@@ -109,7 +151,14 @@ MISTAKES = {
     "output below a file": ("--output_dir file/run", "--output_dir: expected a folder, got the file file"),
     "pickled code": ("--output_dir evil --resume true", "holds pickled code, which is refused"),
     "garbage checkpoint": ("--output_dir garbage --resume true", "is not a checkpoint, or is damaged"),
-    "unknown flag": ("--learning_rate 1", "unrecognized arguments: --learning_rate 1"),
+    "unknown flag": ("--learning_rate 1", "unrecognized arguments: --learning_rate 1 (see fastdino train --help)"),
+    "misspelt flag": ("--epohcs 3", "unrecognized arguments: --epohcs 3; did you mean --epochs?"),
+    "folder without a flag": ("few", "unrecognized arguments: few; did you mean --data_path few?"),
+    "submitit's": (
+        "--data_path few --nodes 2 --ngpus=8",
+        "run_with_submitit.py are srun's here: srun --nodes",
+    ),
+    "an evaluation's": ("--pretrained_weights few", "weights are given to fastdino knn and fastdino attention"),
 }
 
 
@@ -142,6 +191,31 @@ def test_a_mistake_gets_one_line_and_exit_code_2_and_nothing_is_written(name, tm
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flags", [{"arch": "vit_small"}, {"val_path": "x"}], ids=str)
+def test_images_forgotten_in_python_are_one_line(flags, tmp_path):
+    with pytest.raises(ValueError, match="--data_path: none is given, but"):
+        fastdino.train(output_dir=str(tmp_path / "run"), **flags)
+
+
+def test_several_processes_do_not_learn_the_digits_unasked(monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--epochs", "2"]) == 2
+    assert "--data_path: none is given, but 2 processes" in capsys.readouterr().err
+
+
+def test_playing_with_the_digits_needs_no_data(tmp_path):
+    words = "--epochs 1 --batch_size_per_gpu 256 --lr 0.001 --local_crops_number 1 --knn_freq 0 --attention_images 0"
+    words += " --out_dim 64 --hidden_dim 32 --bottleneck_dim 16 --patch_size 10 --num_workers 0 --seed 4294967295"
+    assert main(["train", *words.split(), "--output_dir", str(tmp_path)]) == 0
+    weights = str(tmp_path / "checkpoint.pth")
+    assert fastdino.load_backbone(weights).patch_embed.img_size == 24  # not 2 x 10: as trained
+    for size in ("24", "23"):
+        assert main(["knn", "--pretrained_weights", weights, "--nb_knn", "5", "--size", size]) == 0
+    picture = ["--size", "23", "--output", str(tmp_path / "a.png")]
+    assert main(["attention", "--pretrained_weights", weights, *picture]) == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -190,6 +264,21 @@ def test_the_kernels_alone_bring_neither_pillow_nor_xformers(tmp_path):
         "import fastdino_kernels, sys; assert not {'PIL', 'xformers', 'fastdino', 'torchvision'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path).returncode == 0
+
+
+def test_a_clone_runs_without_being_installed(tmp_path):
+    """As the original does: nothing is on the path, and no package is called fastdino."""
+    root = Path(fastdino.__file__).parent.parent
+    script = f"""
+import sys, importlib.metadata, pathlib
+sys.path[:] = [{str(root)!r}] + [p for p in sys.path if not (pathlib.Path(p) / "fastdino_kernels").is_dir()]
+def missing(name): raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = missing
+from fastdino.cli import main
+main(["--version"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"fastdino {fastdino.__version__}\n"), done.stderr
 
 
 def test_namespace_survives_a_checkpoint(tmp_path):

@@ -6,6 +6,7 @@ features of all of them, and has `packing(shapes, batch)` and `num_heads` (see V
 `get_last_selfattention(x)`: pictures of its attention can be drawn.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +82,23 @@ def heads_of(width: int) -> int | None:
     return next((arch.heads for arch in ARCHITECTURES.values() if arch.width == width), None)
 
 
+def _in_timm(name: str) -> str | None:
+    """What timm calls a network that the original has from torchvision, or from XCiT's authors; None for others."""
+    if re.fullmatch(r"(wide_)?res(net|next)\d+\w*", name):
+        return TIMM + name
+    return f"{TIMM}{name}_224" if re.fullmatch(r"xcit_[a-z]+_\d+_p\d+", name) else None
+
+
 def check_arch(name: str) -> None:
     """Raises ValueError unless there is an architecture of that name, here or in timm."""
     if name in ARCHITECTURES:
         return
     if not name.startswith(TIMM):
-        raise ValueError(f"expected one of {', '.join(ARCHITECTURES)}, or {TIMM}NAME, got {name!r}")
+        there = _in_timm(name)
+        raise ValueError(
+            f"expected one of {', '.join(ARCHITECTURES)}, or {TIMM}NAME, got {name!r}"
+            + (f"; here it comes from timm: --arch {there}" if there else "")
+        )
     try:
         import timm
     except ImportError as error:

@@ -65,26 +65,29 @@ def _by_hand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return ((q * scale) @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> list[Tensor]:
-    """PyTorch's scaled_dot_product_attention, a call per group: runs everywhere, in every dtype.
+def _one_resolution(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """(n, N, H, D) -> (n, N, H, D) by PyTorch's scaled_dot_product_attention: runs everywhere, in every dtype.
 
     But not in half precision on a CPU: there PyTorch's kernel takes 18.0 and 14.3 ms, matrix products by hand 10.5 and
     3.6, their probabilities computed twice (forward and backward of 3 heads, 8 images of 197 tokens and 32 of 37; one
     core of an AMD EPYC with avx512_bf16, torch 2.13, November 2026).
     """
-    outputs = []
-    for group in zip(packing.split(q), packing.split(k), packing.split(v)):
-        query, key, value = (x.transpose(1, 2) for x in group)
-        if q.device.type != "cpu" or q.dtype not in HALF:
-            # Which of its kernels runs (cuDNN's, flash, efficient) PyTorch decides by device, dtype, head dim and
-            # switches of the process: for a compiler's trace as for a call, so what was timed is what is compiled.
-            out = F.scaled_dot_product_attention(query, key, value, scale=scale)
-        elif torch.is_grad_enabled():
-            out = checkpoint(_by_hand, query, key, value, scale, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = _by_hand(query, key, value, scale)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return outputs
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type != "cpu" or q.dtype not in HALF:
+        # Which of its kernels runs (cuDNN's, flash, efficient) PyTorch decides by device, dtype, head dim and
+        # switches of the process: for a compiler's trace as for a call, so what was timed is what is compiled.
+        out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    elif torch.is_grad_enabled():
+        out = checkpoint(_by_hand, query, key, value, scale, use_reentrant=False, preserve_rng_state=False)
+    else:
+        out = _by_hand(query, key, value, scale)
+    return out.transpose(1, 2)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> list[Tensor]:
+    """`_one_resolution` of each group."""
+    groups = zip(packing.split(q), packing.split(k), packing.split(v))
+    return [_one_resolution(*group, scale).flatten(0, 1) for group in groups]
 
 
 # Where images end, as a kernel wants it: by (what makes it, groups, device). Kept for good: captured graphs read it.
@@ -229,11 +232,14 @@ def _join(*parts: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing | None) -> Tensor:
     """softmax(scale * q k^T) v, within each image, by the backend in use, or by SDPA where that has no kernel.
 
-    q, k, v: (M, H, D). Returns (M, H * D). Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
+    q, k, v: (M, H, D). Returns (M, H * D). Without a packing, by SDPA: (n, N, H, D) to (n, N, H * D).
+    Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
     """
+    if packing is None:
+        return _one_resolution(q, k, v, scale).flatten(2)
     backend = _Current.backend
     if not backend.takes(q.device.type, q.dtype, torch.compiler.is_compiling()):
         backend = BACKENDS["sdpa"]

@@ -1,6 +1,7 @@
 """Stochastic depth (arXiv:1603.09382): in training, a residual branch leaves out a random part of the images.
 
-Axes: M tokens of all images, D channels.
+The stream is (M, D), packed, or (B, N, D), of one resolution, which has no packing: its rows are then images.
+Axes: B images of one resolution, N their tokens, M tokens of all images, D channels.
 """
 
 from typing import NamedTuple
@@ -15,20 +16,20 @@ class Path(NamedTuple):
     """Which tokens a residual branch computes, and how what it makes of them is added to the stream.
 
     packing: of the tokens it computes. taken: (m,) their rows, None for all. added: (k,) rows of the stream that its
-    output is added to, None for all. scale: (k, 1) or (M, 1) factors of its output, None for 1.
+    output is added to, None for all. scale: (k, 1) or (M, 1) factors of its output, or (m, 1, 1) of images; None for 1.
     """
 
-    packing: Packing
+    packing: Packing | None
     taken: Tensor | None = None
     added: Tensor | None = None
     scale: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
-        """(M, D) -> (m, D)."""
+        """(M, D) -> (m, D), or (B, N, D) -> (m, N, D)."""
         return x if self.taken is None else x[self.taken]
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """The stream (M, D) with the branch's output (k, D) added."""
+        """The stream with the branch's output (k, D), or (m, N, D), added."""
         y = y if self.scale is None else y * self.scale
         return x + y if self.added is None else x.index_add(0, self.added, y)
 
@@ -42,22 +43,28 @@ def _rows(packing: Packing, images: list[Tensor]) -> Tensor:
     return torch.cat(rows)
 
 
-def _by_sample(drop_prob: float, takes: Packing, adds: Packing, like: Tensor) -> Path:
+def _by_sample(drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor) -> Path:
     """All is computed; of each image all is added, scaled by 1 / (1 - p), or nothing."""
-    factors = like.new_empty(takes.n_images).bernoulli_(1 - drop_prob) / (1 - drop_prob)
-    return Path(takes, scale=adds.per_token(factors))
+    n_images = like.shape[0] if takes is None else takes.n_images
+    factors = like.new_empty(n_images).bernoulli_(1 - drop_prob) / (1 - drop_prob)
+    return Path(takes, scale=factors[:, None, None] if adds is None else adds.per_token(factors))
 
 
-def _by_batch(drop_prob: float, takes: Packing, adds: Packing, like: Tensor) -> Path:
+def _kept(drop_prob: float, n: int, like: Tensor) -> Tensor:
+    """(m,) a random (1 - p) of n images, at least one."""
+    # argsort of noise, because randperm waits for the device
+    return torch.rand(n, device=like.device).argsort()[: max(int(n * (1 - drop_prob)), 1)]
+
+
+def _by_batch(drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor) -> Path:
     """Of every group a random (1 - p) of the images, at least one, is computed, and scaled up by what is left out.
 
     DINOv2's form (arXiv:2304.07193, section 5), which saves the work.
     """
-    images = [
-        # argsort of noise, because randperm waits for the device
-        torch.rand(n, device=like.device).argsort()[: max(int(n * (1 - drop_prob)), 1)]
-        for n, _ in takes.groups
-    ]
+    if takes is None or adds is None:
+        rows = _kept(drop_prob, like.shape[0], like)
+        return Path(None, rows, rows, like.new_full((len(rows), 1, 1), like.shape[0] / len(rows)))
+    images = [_kept(drop_prob, n, like) for n, _ in takes.groups]
     scale = [
         like.new_full((len(kept) * n_tokens, 1), n / len(kept)) for kept, (n, n_tokens) in zip(images, adds.groups)
     ]
@@ -68,9 +75,9 @@ def _by_batch(drop_prob: float, takes: Packing, adds: Packing, like: Tensor) -> 
 MODES = {"sample": _by_sample, "batch": _by_batch}
 
 
-def draw(mode: str, drop_prob: float, takes: Packing, adds: Packing, like: Tensor) -> Path:
+def draw(mode: str, drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor) -> Path:
     """A branch's path, drawn by a mode of MODES. takes, adds: how the tokens before and after it are packed.
 
-    like: of the stream's device and dtype.
+    like: the stream, (M, D), or (B, N, D) where it is not packed.
     """
     return MODES[mode](drop_prob, takes, adds, like) if drop_prob else Path(takes)

@@ -10,15 +10,27 @@ from torch import Tensor, nn
 from fastdino.model.attention import Packing
 
 
+def _features(output: Any) -> Tensor:
+    """What a backbone returns, or, as of the XCiTs of torch.hub in training, the first of several things."""
+    features: Tensor = output[0] if isinstance(output, tuple) else output
+    return features
+
+
 class MultiCropWrapper(nn.Module):
     """Backbone and head over all crops at once.
 
     backbone: (n, 3, H, W) -> (n, D), see `archs`. head: (n, D) -> (n, K). packed: a backbone that packs takes crops of
     all resolutions in one pass; else, and with any other backbone, there is a pass per run of equally large crops.
+    As in the original, a linear classifier `fc` or `head` of the backbone becomes an identity, in the backbone itself;
+    but not one that makes the features which the backbone's embed_dim declares.
     """
 
     def __init__(self, backbone: Any, head: nn.Module, packed: bool = True) -> None:
         super().__init__()
+        for name in ("fc", "head"):
+            layer = getattr(backbone, name, None)
+            if isinstance(layer, nn.Linear) and layer.out_features != getattr(backbone, "embed_dim", None):
+                setattr(backbone, name, nn.Identity())
         self.backbone = backbone
         self.head = head
         self.packed = packed and getattr(backbone, "packs", False)
@@ -42,7 +54,7 @@ class MultiCropWrapper(nn.Module):
         """V crops (B, 3, H, W), or one tensor of them -> (V * B, K), crop-major."""
         views = [crops] if isinstance(crops, Tensor) else crops
         runs = [torch.cat(list(run)) for _, run in groupby(views, key=lambda x: x.shape[-2:])]
-        features = self.backbone(runs) if self.packed else torch.cat([self.backbone(run) for run in runs])
+        features = self.backbone(runs) if self.packed else torch.cat([_features(self.backbone(run)) for run in runs])
         if torch.is_autocast_enabled(features.device.type):  # as in the original; autocast then decides per op
             features = features.float()
         return self.head(features)

@@ -8,6 +8,7 @@ itself what to compute again. Same kernels, same inputs: the gradients' bits do 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ Recipe = Callable[[], Tensor]
 _RECIPES = WeakTensorKeyDictionary()  # of tensors that `recomputed` returned, for as long as somebody holds them
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """function(*inputs), for `keep_recipes`. It must not draw random numbers."""
     y = function(*inputs)
     if not torch.compiler.is_compiling() and y.requires_grad:
@@ -28,8 +29,16 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def _pack(x: Tensor) -> Tensor | Recipe:
-    recipe: Recipe | None = _RECIPES.get(x)
-    return recipe or x
+    if recipe := _RECIPES.get(x):
+        return cast(Recipe, recipe)
+    base = x._base  # A linear map of (B, N, D) keeps its input as (B * N, D).
+    if base is not None and base.numel() == x.numel() and x.is_contiguous() and (recipe := _RECIPES.get(base)):
+        return partial(_viewed, recipe, x.shape)
+    return x
+
+
+def _viewed(recipe: Recipe, shape: torch.Size) -> Tensor:
+    return recipe().view(shape)
 
 
 def _unpack(kept: Tensor | Recipe) -> Tensor:

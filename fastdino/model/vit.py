@@ -1,12 +1,13 @@
 """The Vision Transformer of DINO, with the original's parameter names, so that checkpoints move both ways.
 
-ViT (arXiv:2010.11929) as DeiT (arXiv:2012.12877) trains it. Images of several resolutions go through together: their
-tokens are rows of one matrix, and attention alone looks at where an image ends (`attention.Packing`).
+ViT (arXiv:2010.11929) as DeiT (arXiv:2012.12877) trains it. One tensor of images goes through the blocks as in the
+textbook, (B, N, D). Images of several resolutions go through together: their tokens are rows of one matrix (M, D), and
+attention alone looks at where an image ends (`attention.Packing`).
 Axes: B images, N tokens (1 + patches), M tokens of all images, H heads, D channels.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -25,7 +26,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return recomputed(super().forward, x)
+        # Not the module's own method: what a hook keeps of its output would hold the module, and so itself.
+        return recomputed(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class GELU(nn.GELU):
@@ -33,7 +35,7 @@ class GELU(nn.GELU):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of any shape."""
-        return recomputed(super().forward, x)
+        return recomputed(F.gelu, x)
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
@@ -55,6 +57,11 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+def _cls(tokens: Tensor, packing: Packing | None) -> Tensor:
+    """The CLS tokens of packed tokens (M, D) -> (images, D), or of one resolution (B, N, D) -> (B, 1, D)."""
+    return tokens[:, :1] if packing is None else packing.cls(tokens)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -65,21 +72,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., 3 D) -> q, k, v, each (..., H, D / H)."""
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        return q, k, v
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, cls_only: bool = False, with_map: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, D) -> (B, N, D), and the probabilities (B, H, N, N).
 
-    def forward(self, x: Tensor, packing: Packing, cls_only: bool = False) -> Tensor:
-        """(M, D) -> (M, D); cls_only: (images, D), what CLS attends to."""
-        q, k, v = self._heads(self.qkv(x))
-        attended = attention(q, k, v, self.scale, packing)
-        return self.proj(packing.cls(attended) if cls_only else attended)
-
-    def attention_map(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, H, N, N): the probabilities that the fused kernels never write down."""
-        q, k, _ = self._heads(self.qkv(x))
-        return torch.einsum("bqhd,bkhd->bhqk", q * self.scale, k).softmax(-1)
+        with_map=False: None in their place, because the fused kernels never write them down; x may be packed, (M, D).
+        cls_only: what CLS attends to, (B, 1, D) or (images, D).
+        """
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # each (..., H, D / H)
+        probs = None
+        if with_map:
+            probs = torch.einsum("bqhd,bkhd->bhqk", q * self.scale, k).softmax(-1)
+            attended = torch.einsum("bhqk,bkhd->bqhd", probs, v).flatten(-2)
+        else:
+            attended = attention(q, k, v, self.scale, packing)
+        return self.proj(_cls(attended, packing) if cls_only else attended), probs
 
 
 class Block(nn.Module):
@@ -101,16 +109,30 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def paths(self, x: Tensor, packing: Packing, mode: str, cls_only: bool = False) -> tuple[Path, Path]:
-        """What `forward` needs: paths through attention and MLP, drawn anew."""
-        drop_prob, after = self.drop_path if self.training else 0.0, packing.of_cls if cls_only else packing
+    def paths(self, x: Tensor, packing: Packing | None, mode: str, cls_only: bool = False) -> tuple[Path, Path]:
+        """What `forward` goes by: paths through attention and MLP, drawn anew."""
+        drop_prob, after = self.drop_path if self.training else 0.0, packing.of_cls if packing and cls_only else packing
         return draw(mode, drop_prob, packing, after, x), draw(mode, drop_prob, after, after, x)
 
-    def forward(self, x: Tensor, packing: Packing, paths: tuple[Path, Path], cls_only: bool = False) -> Tensor:
-        """(M, D) -> (M, D). cls_only: (images, D), CLS alone, so that projection and MLP skip the patches."""
-        to_attn, to_mlp = paths
-        attended = self.attn(self.norm1(to_attn.take(x)), to_attn.packing, cls_only)
-        x = to_attn.add(packing.cls(x) if cls_only else x, attended)
+    def forward(
+        self,
+        x: Tensor,
+        return_attention: bool = False,
+        *,
+        packing: Packing | None = None,
+        paths: tuple[Path, Path] | None = None,
+        cls_only: bool = False,
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D), or with a packing (M, D) -> (M, D).
+
+        return_attention: the probabilities (B, H, N, N) alone. paths: None draws them. cls_only: CLS alone, (B, 1, D)
+        or (images, D), so that projection and MLP skip the patches.
+        """
+        if return_attention:
+            return cast(Tensor, self.attn(self.norm1(x))[1])
+        to_attn, to_mlp = paths or self.paths(x, packing, "sample", cls_only)
+        attended, _ = self.attn(self.norm1(to_attn.take(x)), to_attn.packing, cls_only, with_map=False)
+        x = to_attn.add(_cls(x, packing) if cls_only else x, attended)
         return to_mlp.add(x, self.mlp(self.norm2(to_mlp.take(x))))
 
 
@@ -124,7 +146,15 @@ class PatchEmbed(nn.Module):
         self.num_patches = (img_size // patch_size) ** 2
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of patches in an image of this many pixels; of overlapping ones under a smaller stride."""
+        stride = self.proj.stride
+        down, right = (stride, stride) if isinstance(stride, int) else stride
+        return (height - self.patch_size) // down + 1, (width - self.patch_size) // right + 1
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.proj.stride != self.proj.kernel_size:  # somebody made the patches overlap
+            return self.proj(x).flatten(2).transpose(1, 2)
         # A convolution whose stride is its size is one matrix product over the patches, and faster as such.
         size, (height, width) = self.patch_size, x.shape[2:]
         x = x[:, :, : height // size * size, : width // size * size]
@@ -152,8 +182,16 @@ class VisionTransformer(nn.Module):
     keep their input alone and compute again in the backward pass; less memory, a third more time.
     init_std: deviation of weights, position embedding and CLS token at the start; the default is the original's.
     Attributes: embed_dim (D), num_heads; packs: it takes crops of several resolutions in one pass.
-    Raises ValueError where num_heads does not divide embed_dim or patch_size img_size, and for what the original takes
-    and no recipe of DINO uses: qk_scale, drop_rate, attn_drop_rate.
+    Raises ValueError where num_heads does not divide embed_dim or no patch fits img_size, and for what the original
+    takes and no recipe of DINO uses: qk_scale, drop_rate, attn_drop_rate.
+
+    Code written for the original's class: given one tensor, hooks on blocks and their layers see the original's
+    (B, N, D), `block(x)`, `block(x, return_attention=True)` and `block.attn(x)` return what they do there, and a
+    smaller `patch_embed.proj.stride` gives overlapping patches, whose positions are interpolated. What differs: a hook
+    on `attn` sees None for the probabilities unless it is called for them; one on `patch_embed.proj` is called only
+    where patches overlap; `attn_drop`, `proj_drop`, `pos_drop` and a module `drop_path` are not there; qkv_bias and the
+    norms' epsilon are those of the original's vit_*, not of its class; given a list, as in training, tokens are packed
+    (M, D), and the last block ends with CLS alone.
     """
 
     packs = True
@@ -186,8 +224,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"drop_path_mode: expected {' or '.join(MODES)}, got {drop_path_mode!r}")
         if embed_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of embed_dim={embed_dim}, got {num_heads}")
-        if img_size[0] % patch_size:
-            raise ValueError(f"patch_size: expected a divisor of img_size={img_size[0]}, got {patch_size}")
+        if not 0 < patch_size <= img_size[0]:
+            raise ValueError(f"patch_size: expected at most img_size={img_size[0]}, got {patch_size}")
         self.drop_path_mode, self.checkpointing = drop_path_mode, checkpointing
         self.num_features = self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -204,11 +242,11 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=init_std)
         self.apply(partial(init_linear, std=init_std))
 
-    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
-        """Position embedding (1, N, D) for an image of this many pixels."""
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        """Position embedding (1, N, D) for tokens x (B, N, D) of images of w x h pixels, (B, 3, w, h)."""
         side = math.isqrt(self.pos_embed.shape[1] - 1)
-        rows, cols = height // self.patch_embed.patch_size, width // self.patch_embed.patch_size
-        if rows == cols == side and height == width:
+        rows, cols = self.patch_embed.grid(w, h)
+        if rows == cols == side and w == h:
             return self.pos_embed
         cls_pos, patch_pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         # Not `size=(rows, cols)`: the original passes scale factors with 0.1 added against rounding, and the bicubic
@@ -222,46 +260,58 @@ class VisionTransformer(nn.Module):
 
     def prepare_tokens(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, N, D) tokens, CLS first, positions added."""
-        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)), dim=1)
-        return tokens + self.interpolate_pos_encoding(*x.shape[-2:])
+        # shape[0], not len(x), which an exported graph would hold as a constant
+        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)), dim=1)
+        return tokens + self.interpolate_pos_encoding(tokens, *x.shape[-2:])
 
     def packing(self, runs: Sequence[tuple[int, int, int]]) -> Packing:
         """How the tokens of runs of images lie one after another: (images, height, width) of each run, in pixels."""
-        size = self.patch_embed.patch_size
-        return Packing(tuple((n, 1 + (height // size) * (width // size)) for n, height, width in runs))
+        return Packing(tuple((n, 1 + math.prod(self.patch_embed.grid(*sides))) for n, *sides in runs))
 
-    def _run(self, block: nn.Module, x: Tensor, packing: Packing, cls_only: bool = False) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, packing: Packing | None = None, cls_only: bool = False) -> Tensor:
         """A block; under checkpointing, once more in the backward pass."""
         # Drawn outside: a checkpoint then has no random state to put back, which a CUDA graph could not.
         paths = cast(Block, block).paths(x, packing, self.drop_path_mode, cls_only)
+        call = partial(block, packing=packing, paths=paths, cls_only=cls_only)
         if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(x, packing, paths, cls_only)
-        return checkpoint(block, x, packing, paths, cls_only, use_reentrant=False, preserve_rng_state=False)
+            return call(x)
+        return checkpoint(call, x, use_reentrant=False, preserve_rng_state=False)
+
+    def _last_is_watched(self) -> bool:
+        """Whether somebody hooks what the last block does with the patches, whom forward itself does not need."""
+        if torch.compiler.is_compiling():
+            return False
+        return any(m._forward_hooks or m._forward_pre_hooks for m in (*self.blocks[-1].modules(), self.norm))
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """(B, 3, H, W) -> (B, D) CLS features; a list of such, of several resolutions, to all their features."""
-        groups = [self.prepare_tokens(images) for images in ([x] if isinstance(x, Tensor) else x)]
-        packing = Packing(tuple((len(tokens), tokens.shape[1]) for tokens in groups))
-        tokens = torch.cat([group.flatten(0, 1) for group in groups])
+        packing = None
+        if isinstance(x, Tensor):
+            tokens = self.prepare_tokens(x)
+        else:
+            groups = [self.prepare_tokens(images) for images in x]
+            packing = Packing(tuple((group.shape[0], group.shape[1]) for group in groups))
+            tokens = torch.cat([group.flatten(0, 1) for group in groups])
+        to_cls = packing is not None or not self._last_is_watched()
         with keep_recipes():
             for i, block in enumerate(self.blocks, 1):
-                tokens = self._run(block, tokens, packing, cls_only=i == len(self.blocks))
-        return self.head(self.norm(tokens))
-
-    def _tokens_after_blocks(self, x: Tensor) -> Iterator[Tensor]:
-        """(B, 3, H, W) -> (B, N, D) before the first block, and after each."""
-        tokens = self.prepare_tokens(x)
-        packing = Packing(((len(tokens), tokens.shape[1]),))
-        yield tokens
-        for block in self.blocks:
-            tokens = self._run(block, tokens.flatten(0, 1), packing).unflatten(0, packing.groups[0])
-            yield tokens
+                tokens = self._run(block, tokens, packing, cls_only=to_cls and i == len(self.blocks))
+        features = self.norm(tokens)
+        return self.head(features[:, 0] if packing is None else features)
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, heads, N, N) attention probabilities of the last block."""
-        last = cast(Block, self.blocks[-1])
-        return last.attn.attention_map(last.norm1([*self._tokens_after_blocks(x)][-2]))
+        *others, last = self.blocks
+        tokens = self.prepare_tokens(x)
+        for block in others:
+            tokens = self._run(block, tokens)
+        return last(tokens, return_attention=True)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """(B, 3, H, W) -> the normalised tokens (B, N, D) after each of the last n blocks."""
-        return [self.norm(tokens) for tokens in [*self._tokens_after_blocks(x)][1:][-n:]]
+        tokens, layers = self.prepare_tokens(x), []
+        for i, block in enumerate(self.blocks):
+            tokens = self._run(block, tokens)
+            if len(self.blocks) - i <= n:
+                layers.append(self.norm(tokens))
+        return layers

@@ -32,7 +32,8 @@ def train(
     """
     from fastdino.errors import UserError
     from fastdino.train.build import Own
-    from fastdino.train.config import config_from_flags
+    from fastdino.train.distributed import launched
+    from fastdino.train.flags import check_images, config_from_flags
     from fastdino.train.loop import train as run
     from fastdino.train.sinks import Sink
 
@@ -41,8 +42,11 @@ def train(
             raise UserError(
                 f"callbacks: expected instances of classes derived from fastdino.Sink, got {type(callback).__name__}"
             )
+    config = config_from_flags(flags, is_demo=dataset is None and not flags.get("data_path"))
+    if dataset is None:
+        check_images(flags, launched().world_size)
     return run(
-        config_from_flags(flags, is_demo=dataset is None and not flags.get("data_path")),
+        config,
         Own(dataset, val_dataset, backbone, tuple(callbacks)),
     )
 

@@ -203,10 +203,8 @@ def build_networks(config: TrainConfig, backbone: nn.Module | None = None) -> tu
         if config.arch not in ARCHITECTURES:
             return timm_backbone(config.arch, drop_path_rate)
         for name, size in (("global", config.global_crops_size), ("local", config.local_crops_size)):
-            if size % config.patch_size and (name == "global" or config.local_crops_number):
-                raise UserError(
-                    f"--patch_size: expected a divisor of --{name}_crops_size={size}, got {config.patch_size}"
-                )
+            if config.patch_size > size and (name == "global" or config.local_crops_number):
+                raise UserError(f"--patch_size: expected at most --{name}_crops_size={size}, got {config.patch_size}")
         return ARCHITECTURES[config.arch](
             config.patch_size,
             img_size=[config.global_crops_size],

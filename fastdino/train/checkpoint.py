@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import pathlib
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from fastdino import files
 from fastdino.errors import TrainingError, UserError
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import heads_of
+from fastdino.train import distributed
 from fastdino.train.config import TrainConfig
 from fastdino.train.finite import ADVICE, first_nonfinite
 from fastdino.train.optim import state_names
@@ -26,6 +28,11 @@ from fastdino.train.optim import state_names
 _scalar = np.float64(0).__reduce__()[0]
 SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
+    # Of its submitit launcher. Python 3.13 pickles paths under a module name of its own.
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib._local.PurePosixPath"),
     (_scalar, "numpy.core.multiarray.scalar"),
     (_scalar, "numpy._core.multiarray.scalar"),
     np.dtype,
@@ -106,9 +113,11 @@ def save_checkpoint(
     Raises TrainingError where a number in it is not finite, and OSError; the previous file is as it was then.
     """
     bare = student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
+    # The original wraps the teacher, too, where there is a BatchNorm; read under other names, it would stay random.
+    prefix = "module." if distributed.has_batchnorm(bare) else ""
     content = {
         "student": {f"module.{name}": value for name, value in bare.state_dict().items()},
-        "teacher": teacher.state_dict(),
+        "teacher": {f"{prefix}{name}": value for name, value in teacher.state_dict().items()},
         "optimizer": optimizer.state_dict(),
         "epoch": epoch,
         "args": config.namespace(),
@@ -248,8 +257,10 @@ def backbone_of(
     heads = num_heads or heads_of(embed_dim)
     if heads is None:
         raise UserError(f"{path}: the number of heads cannot be told from a width of {embed_dim}; give num_heads")
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    sizes = (getattr(checkpoint.get("args"), "global_crops_size", None), 224)  # the original's args do not tell: 224
     backbone = VisionTransformer(
-        img_size=[patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)],
+        img_size=[next((x for x in sizes if isinstance(x, int) and x // patch_size == side), patch_size * side)],
         patch_size=patch_size,
         in_chans=in_chans,
         embed_dim=embed_dim,

@@ -4,7 +4,6 @@ The original's names and defaults (main_dino.py) come first in each group; what 
 """
 
 import argparse
-import difflib
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fastdino.data.params import MultiCropRecipe, ViewRecipe
-from fastdino.errors import UserError
-from fastdino.model.archs import ARCHITECTURES, check_arch
+from fastdino.model.archs import ARCHITECTURES, SYNONYMS, check_arch
 from fastdino.model.attention import BACKENDS
 from fastdino.train.recipes import AUGMENTATIONS, DIGITS
 
@@ -88,7 +86,7 @@ class TrainConfig:
     global_crops_scale: tuple[float, ...] = flag((0.4, 1.0), "Crops", "area of the global crops, as parts of the image")
     local_crops_number: int = flag(8, "Crops", "local crops per image; 0 trains on the two globals alone")
     local_crops_scale: tuple[float, ...] = flag((0.05, 0.4), "Crops", "area of the local crops, as parts of the image")
-    global_crops_size: int = flag(224, "Crops", "side of the global crops in pixels")
+    global_crops_size: int = flag(224, "Crops", "side of the global crops in pixels; the original reads 224 alone")
     local_crops_size: int = flag(96, "Crops", "side of the local crops in pixels")
     augmentation: str = flag(
         "dino",
@@ -172,7 +170,7 @@ class TrainConfig:
             warmup_teacher_temp teacher_temp global_crops_size local_crops_size"""
         not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
             freeze_last_layer local_crops_number num_workers knn_freq knn_images eval_resize attention_images
-            saveckp_freq disk_wait seed"""
+            saveckp_freq disk_wait"""
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}: expected a value above 0, got {getattr(self, name)}")
@@ -182,6 +180,8 @@ class TrainConfig:
         for name in ("momentum_teacher", "flip_prob", "jitter_prob", "gray_prob", "solarize_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}: expected a value in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed: expected 0 to {2**32 - 1}, as NumPy takes them, got {self.seed}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"--drop_path_rate: expected a value in [0, 1), got {self.drop_path_rate}")
         if len(self.blur_prob) != 3 or not all(0 <= p <= 1 for p in self.blur_prob):
@@ -237,7 +237,8 @@ class TrainConfig:
         """
         preset = AUGMENTATIONS.get(given.get("augmentation", "dino"), {})
         is_demo = not given.get("data_path") if is_demo is None else is_demo
-        values = {**(DIGITS if is_demo else {}), **preset, **given}
+        values = {"arch": cls.arch, **(DIGITS if is_demo else {}), **preset, **given}
+        values["arch"] = SYNONYMS.get(values["arch"], values["arch"])  # as the original saves it
         epochs = values.get("epochs", cls.epochs)
         if "warmup_epochs" not in given and values.get("warmup_epochs", cls.warmup_epochs) > epochs:
             values["warmup_epochs"] = epochs // 10
@@ -323,19 +324,6 @@ def config_from_args(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_flags({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
-def config_from_flags(given: Mapping[str, Any], is_demo: bool) -> TrainConfig:
-    """Flags by name, as a caller in Python gives them. Raises UserError for a name or a value that cannot be."""
-    names = [f.name for f in fields(TrainConfig)]
-    for name in given:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            raise UserError(f"no flag {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    try:
-        return TrainConfig.from_flags({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, is_demo)
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
-
-
 def command_line(config: TrainConfig, n_processes: int = 1) -> str:
     """The command that starts this run again where it stopped."""
     defaults = TrainConfig.from_flags({"data_path": config.data_path} if config.data_path else {})
@@ -344,6 +332,6 @@ def command_line(config: TrainConfig, n_processes: int = 1) -> str:
     words = words or ["torchrun", f"--nproc_per_node={n_processes}", "-m", "fastdino.train"]
     for f in fields(config):
         value = getattr(resumed, f.name)
-        if value != getattr(defaults, f.name) or (f.name == "data_path" and value):
+        if value != getattr(defaults, f.name) or f.name == ("data_path" if config.data_path else "arch"):
             words += [f"--{f.name}", *(_shown(value).split() if isinstance(value, tuple) else [_shown(value)])]
     return shlex.join(words)

@@ -8,13 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdino.errors import TrainingError, UserError
+from fastdino.errors import TrainingError, UserError, reason
 
 T = TypeVar("T")
 
@@ -61,20 +61,45 @@ def _pick_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
-def _from_environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) as torchrun or Slurm say them; (0, 0, 1) where nobody launched us."""
-    env = os.environ
-    try:
-        if "RANK" in env:
-            return int(env["RANK"]), int(env.get("LOCAL_RANK", "0")), int(env["WORLD_SIZE"])
-        # Set by srun alone. Inside of sbatch or salloc SLURM_NTASKS says how many could be started, not that they were.
-        if (n_tasks := int(env.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
-            rank = int(env["SLURM_PROCID"])
-            on_node = max(1, torch.cuda.device_count())
-            return rank, int(env.get("SLURM_LOCALID", rank % on_node)), n_tasks
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the launcher's environment is incomplete: {error}") from error
-    return 0, 0, 1
+class Launched(NamedTuple):
+    """What a launcher says of this process."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def _said(name: str, default: int | None = None) -> int:
+    """A number that the launcher leaves in the environment. Raises UserError where it is missing or is none."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise UserError(
+            f"the launcher's environment is incomplete: {name} is {text!r}, expected a number; launch with torchrun "
+            "--nproc_per_node=GPUS -m fastdino.train ... or with srun, or, for one process, unset RANK"
+        )
+    return int(text)
+
+
+def launched() -> Launched:
+    """As torchrun or Slurm say it; one process where nobody launched us."""
+    if "RANK" in os.environ:
+        return Launched(_said("RANK"), _said("LOCAL_RANK", 0), _said("WORLD_SIZE"))
+    # Set by srun alone. Inside of sbatch or salloc SLURM_NTASKS says how many could be started, not that they were.
+    if (n_tasks := _said("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        rank = _said("SLURM_PROCID")
+        return Launched(rank, _said("SLURM_LOCALID", rank % max(1, torch.cuda.device_count())), n_tasks)
+    return Launched()
+
+
+def _why_apart(dist_url: str, error: Exception) -> str:
+    """Why processes cannot meet, and what to do about it."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if not missing or not dist_url.startswith("env://"):
+        return reason(error)
+    return (
+        f"{' and '.join(missing)} not set; torchrun sets them, for srun export "
+        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500'
+    )
 
 
 def start(device: str, dist_url: str) -> Process:
@@ -82,7 +107,7 @@ def start(device: str, dist_url: str) -> Process:
 
     NCCL on GPUs, gloo on CPU. Raises UserError for a device that is not there, and where the processes cannot meet.
     """
-    rank, local_rank, world_size = _from_environment()
+    rank, local_rank, world_size = launched()
     process = Process(rank, world_size, _pick_device(device, local_rank))
     on_gpu = process.device.type == "cuda"
     if on_gpu:
@@ -96,8 +121,9 @@ def start(device: str, dist_url: str) -> Process:
                 world_size=world_size,
                 device_id=process.device if on_gpu else None,  # else NCCL guesses it at the first barrier
             )
-        except ValueError as error:
-            raise UserError(f"--dist_url: the {world_size} processes cannot meet: {error}") from error
+        except (ValueError, dist.DistError) as error:
+            why = _why_apart(dist_url, error)
+            raise UserError(f"--dist_url: the {world_size} processes cannot meet: {why}") from error
         _HostGroup.group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
     return process
 
@@ -127,10 +153,14 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether there is one, of any kind."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
 def synchronize_batchnorm(model: nn.Module, process: Process) -> nn.Module:
     """BatchNorm over all processes' rows, where there are several. Raises UserError where PyTorch cannot: on CPU."""
-    has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if process.world_size == 1 or not has_batchnorm:
+    if process.world_size == 1 or not has_batchnorm(model):
         return model
     if process.device.type != "cuda":
         raise UserError(

@@ -75,7 +75,7 @@ def test_a_step_is_traced_once_whatever_else_attends(use_stub, mode, checkpointi
         assert all(p.grad is not None for p in vit.blocks[0].parameters())
         n_layouts = len(attention._LAYOUTS)
         with torch.inference_mode():
-            vit.eval()(torch.randn(20 + i, 3, 16, 16))
+            vit.eval()([torch.randn(20 + i, 3, 16, 16)])
         vit.train()
         assert len(attention._LAYOUTS) == n_layouts + 1
     assert len(graphs) == 1

@@ -98,7 +98,7 @@ def test_the_last_block_does_for_cls_what_it_did_for_all(sides, mode):
 
     some = features_and_gradients()
     last.paths = lambda x, packing, mode, cls_only: Block.paths(last, x, packing, mode)
-    last.forward = lambda x, packing, paths, cls_only: packing.cls(Block.forward(last, x, packing, paths))
+    last.forward = lambda x, packing, paths, cls_only: packing.cls(Block.forward(last, x, packing=packing, paths=paths))
     for for_cls, for_all in zip(some, features_and_gradients(), strict=True):
         torch.testing.assert_close(for_cls, for_all, rtol=1e-11, atol=1e-13)
 
@@ -131,10 +131,10 @@ def test_drop_path_keeps_the_mean_of_each_resolution(mode):
     torch.nn.init.zeros_(block.mlp.fc2.bias)
     packing = Packing(((3, 5), (9, 2)))
     x = torch.randn(33, 8, dtype=torch.float64)
-    full = block.eval()(x, packing, block.paths(x, packing, mode)) - x
+    full = block.eval()(x, packing=packing, paths=block.paths(x, packing, mode)) - x
     block.train()
     n = 400
-    total = sum((block(x, packing, block.paths(x, packing, mode)) - x).detach() for _ in range(n))
+    total = sum((block(x, packing=packing, paths=block.paths(x, packing, mode)) - x).detach() for _ in range(n))
     for mean, expected in zip(packing.split(total / n), packing.split(full.detach())):
         ratio = (mean * expected).sum() / expected.square().sum()
         assert float(ratio) == pytest.approx(1, abs=0.08)

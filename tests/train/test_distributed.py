@@ -13,7 +13,7 @@ COMPILED_FP64 = str(Path(__file__).with_name("run_compiled_in_fp64.py"))
 # Three steps of 478 digits: one epoch, so also the last layer's freeze, lifted for it to move.
 FLAGS = "--epochs 1 --warmup_epochs 0 --freeze_last_layer 0 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16"
 FLAGS += " --use_bn_in_head false --drop_path_rate 0 --local_crops_number 2 --num_workers 0 --knn_freq 0"
-FLAGS += " --clip_grad 0.3 --lr 0.0005 --patch_size 12 --local_crops_size 12"
+FLAGS += " --clip_grad 0.3 --lr 0.0005 --arch vit_nano --patch_size 12 --local_crops_size 12"
 
 
 def run(program, processes, folder, *flags):

@@ -58,18 +58,44 @@ def test_a_batch_script_that_nobody_launched_with_srun_is_alone(launched):
     assert opened is None
 
 
-def test_an_incomplete_environment_is_one_line(launched):
-    with pytest.raises(UserError, match="the launcher's environment is incomplete: 'WORLD_SIZE'"):
-        launched(1, RANK=0)
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        ({"RANK": 0}, "WORLD_SIZE is ''"),
+        ({"RANK": "first", "WORLD_SIZE": 2}, "RANK is 'first'"),
+        ({"SLURM_STEP_NUM_TASKS": 2}, "SLURM_PROCID is ''"),
+        ({"SLURM_STEP_NUM_TASKS": "2(x3)"}, "SLURM_STEP_NUM_TASKS is '2.x3.'"),
+    ],
+    ids=["torchrun", "no number", "srun", "no number of srun's"],
+)
+def test_an_incomplete_environment_is_one_line(launched, env, named):
+    with pytest.raises(UserError, match=f"environment is incomplete: {named}, expected a number; launch with torchrun"):
+        launched(1, **env)
 
 
-def test_processes_that_cannot_meet_are_one_line(monkeypatch):
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
+@pytest.mark.parametrize("by", ["RANK WORLD_SIZE", "SLURM_PROCID SLURM_STEP_NUM_TASKS"])
+def test_processes_that_cannot_meet_are_one_line(monkeypatch, by):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+    for name, value in zip(by.split(), ("0", "2")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"--dist_url: the 2 processes cannot meet: .*MASTER_ADDR"):
+    expected = (
+        r"--dist_url: the 2 processes cannot meet: MASTER_ADDR and MASTER_PORT not set; torchrun sets them, .*srun"
+    )
+    with pytest.raises(UserError, match=expected):
         distributed.start("cpu", "env://")
+
+
+@pytest.mark.parametrize("url", ["env://", "tcp://here:29500"])
+def test_a_meeting_place_that_is_taken_is_one_line(monkeypatch, url):
+    error = torch.distributed.DistNetworkError("The server socket has failed to listen\nport: 29500")
+    monkeypatch.setattr(distributed.dist, "init_process_group", mock.Mock(side_effect=error))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+        if url != "env://":
+            monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="the 2 processes cannot meet: DistNetworkError: The server socket has failed"):
+        distributed.start("cpu", url)
 
 
 class Ended(BaseException):

@@ -189,11 +189,11 @@ def test_drop_path_keeps_the_mean_in_both_modes():
         nn.init.zeros_(block.mlp.fc2.bias)
         packing = attention.Packing(((8, 5), (4, 2)))
         x = torch.randn(48, 8, dtype=torch.float64)
-        full = block.eval()(x, packing, block.paths(x, packing, mode)) - x
+        full = block.eval()(x, packing=packing, paths=block.paths(x, packing, mode)) - x
         block.train()
         total, dropped = torch.zeros_like(full), 0
         for _ in range(600):
-            change = block(x, packing, block.paths(x, packing, mode)) - x
+            change = block(x, packing=packing, paths=block.paths(x, packing, mode)) - x
             images = torch.cat([part.flatten(1).abs().amax(1) for part in packing.split(change)])
             dropped += int((images == 0).sum())
             kept = change.abs().amax(1) > 0

@@ -1,0 +1,47 @@
+"""torch.hub's entry points, under the original's names: `torch.hub.load("OWNER/fastdino", "dino_vits16")`.
+
+Its ResNet-50 and XCiTs are not here: their networks are torchvision's and their authors'.
+"""
+
+from typing import Any
+
+import torch
+
+from fastdino import VisionTransformer, vit_base, vit_small
+
+dependencies = ["torch", "numpy", "PIL", "simplejpeg", "cv2"]
+
+WEIGHTS = "https://dl.fbaipublicfiles.com/dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"  # its authors'
+
+
+def _with_weights(model: VisionTransformer, pretrained: bool, name: str) -> VisionTransformer:
+    if pretrained:
+        url = WEIGHTS.format(name)
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise RuntimeError(
+                f"pretrained: {url} cannot be read: {error}; pretrained=False needs no network"
+            ) from error
+        model.load_state_dict(state)
+    return model
+
+
+def dino_vits16(pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
+    """ViT-S/16, trained with DINO on ImageNet. kwargs: of VisionTransformer."""
+    return _with_weights(vit_small(16, **kwargs), pretrained, "deitsmall16")
+
+
+def dino_vits8(pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
+    """ViT-S/8, trained with DINO on ImageNet. kwargs: of VisionTransformer."""
+    return _with_weights(vit_small(8, **kwargs), pretrained, "deitsmall8")
+
+
+def dino_vitb16(pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
+    """ViT-B/16, trained with DINO on ImageNet. kwargs: of VisionTransformer."""
+    return _with_weights(vit_base(16, **kwargs), pretrained, "vitbase16")
+
+
+def dino_vitb8(pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
+    """ViT-B/8, trained with DINO on ImageNet. kwargs: of VisionTransformer."""
+    return _with_weights(vit_base(8, **kwargs), pretrained, "vitbase8")
