@@ -25,7 +25,7 @@ from fastdino.train.step import TrainStep
 
 NITER = 5  # steps of an epoch
 PLACES = {"first step": 0, "middle of an epoch": 7, "last step of an epoch": 9, "last step of the run": 14}
-PAIR = ["--batch_size_per_gpu", "24", "--use_bn_in_head", "false"]
+PAIR = ["--arch", "vit_nano", "--batch_size_per_gpu", "24", "--use_bn_in_head", "false"]
 Sabotage = Callable[[], None]
 
 
