@@ -39,3 +39,8 @@ def reason(error: BaseException) -> str:
 
     first, last = words(chain(error)[-1]), words(error)
     return last if first in last or first.partition(": ")[2] in last else f"{last}, after {first}"
+
+
+def printable(text: object) -> str:
+    """A name as it can be shown and logged: control characters, and bytes that are no text, become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))

@@ -68,7 +68,7 @@ def saved(path, **flags):
 def resumed(path, **flags):
     """Another step, with what the checkpoint holds."""
     _, step = make_step(**flags, seed=1)
-    restore(load_checkpoint(path), **states(step))
+    restore(load_checkpoint(path), optimizer_name="adamw", **states(step))
     return step
 
 

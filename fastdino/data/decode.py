@@ -1,5 +1,9 @@
 """Encoded bytes to RGB, as the original's `Image.open(f).convert("RGB")` sees them, EXIF rotation ignored included.
 
+With one exception: more than 8 bits a channel are scaled down, where the original cuts off everything above 255 (a
+16-bit gray image becomes black and white there). 16 bits lose the lower 8, numbers from 0 to 1 are multiplied by 255,
+and of other ranges nobody knows what is white: they are refused.
+
 In two steps, so that the pixels of a batch land in one buffer without a copy: `open_image` reads the header and says
 how large the image is, its `write` decodes into the place that was reserved. JPEG goes through simplejpeg, which gives
 Pillow's pixels a quarter faster and lets go of the interpreter's lock; everything else goes through Pillow.
@@ -14,8 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+# JPEG includes MPO, as phones write it. Not EPS, for which Pillow starts a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
+# A block of 8 x 8 pixels takes a bit at the very least. Flat gray at quality 1 has 256 pixels a byte, in 4:2:0 170.
+PIXELS_PER_JPEG_BYTE = 512
 MAX_PIXELS = 178_956_970  # an image of more is refused, as Pillow does: 512 MiB of RGB
 Pixels = NDArray[np.uint8]
 
@@ -85,6 +93,8 @@ def _open_jpeg(data: bytes, enough: int) -> Opened | None:
     if color not in ("YCbCr", "Gray"):
         return None
     _check_size(width, height)
+    if width * height > PIXELS_PER_JPEG_BYTE * len(data):
+        raise BadImage(f"{len(data):,} bytes cannot hold the {width} x {height} pixels that the header claims")
     divisor = next((d for d in (8, 4, 2) if enough and min(width, height) >= d * enough), 1)
     width, height = -(-width // divisor), -(-height // divisor)
     least = {"min_height": height, "min_width": width} if divisor > 1 else {}
@@ -107,15 +117,34 @@ def _reason(error: Exception) -> str:
 
 def _open_with_pillow(data: bytes) -> Opened:
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadImage("is no JPEG, PNG, WebP, GIF, BMP, TIFF or PPM") from error
     except Exception as error:  # a broken file makes codecs raise nearly anything
         raise BadImage(_reason(error)) from error
     _check_size(*image.size)
 
     def write(pixels: Pixels) -> None:
         try:
-            pixels[:] = np.asarray(image.convert("RGB"))
+            pixels[:] = _to_rgb(image)
+        except BadImage:
+            raise
         except Exception as error:
             raise BadImage(_reason(error)) from error
 
     return Opened(*image.size, write)
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    """(height, width, 3) or, of gray, (height, width, 1)."""
+    if not image.mode.startswith(("I", "F")):
+        return np.asarray(image.convert("RGB"))
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F" and 0 <= low <= high <= 1:
+        return np.round(values * 255).astype(np.uint8)[..., None]
+    if image.mode != "F" and 0 <= low <= high < 2**16:
+        return (values >> 8).astype(np.uint8)[..., None]
+    raise BadImage(
+        f"has numbers from {low:g} to {high:g}, of which no color is known: save it with 8 or 16 bits, or from 0 to 1"
+    )

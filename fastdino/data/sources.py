@@ -7,8 +7,10 @@ read at random, from many threads at once, and survive that their files shrink: 
 import glob
 import os
 import re
+import stat
 import tarfile
 import threading
+from collections import deque
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -17,9 +19,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdino.errors import UserError
+from fastdino.errors import UserError, printable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+MAX_BYTES = 2**29  # of an image's file: as many as the largest image has that is decoded, in RGB
 
 
 class ImageSource(Protocol):
@@ -55,28 +60,71 @@ class FolderSource:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             what = "a file" if self.folder.exists() else "nothing"
-            raise UserError(f"expected a folder of images, found {what} at {self.folder}")
-        self.paths = sorted(
-            os.path.relpath(os.path.join(root, file), self.folder)
-            for root, _, files in os.walk(self.folder, followlinks=True)
-            for file in files
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        )
+            raise UserError(f"expected a folder of images, found {what} at {printable(self.folder)}")
+        self.paths, self.left_out = list_images(self.folder)
         if not self.paths:
-            raise UserError(f"no image below {self.folder} (looked for {', '.join(e[1:] for e in EXTENSIONS)})")
+            looked_for = ", ".join(e[1:] for e in EXTENSIONS)
+            raise UserError(f"no image below {printable(self.folder)} (looked for {looked_for}){self._without()}")
         self.classes, self.labels = _class_folders(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> bytes:
-        return (self.folder / self.paths[index]).read_bytes()
+        return read_file(self.folder / self.paths[index])
 
     def name(self, index: int) -> str:
-        return str(self.folder / self.paths[index])
+        return printable(self.folder / self.paths[index])
 
     def describe(self) -> str:
-        return f"{len(self):,} images in {self.folder}, {kind(self)}"
+        return f"{len(self):,} images in {printable(self.folder)}, {kind(self)}{self._without()}"
+
+    def _without(self) -> str:
+        if not self.left_out:
+            return ""
+        first = f", as {printable(self.left_out[0])}" if len(self.left_out) > 1 else f": {printable(self.left_out[0])}"
+        return f"; left out {len(self.left_out)} that cannot be opened or are no files{first}"
+
+
+def list_images(folder: Path) -> tuple[list[str], list[str]]:
+    """(images below a folder, in the order of their paths; what is named like one and is no file, or cannot be listed).
+
+    Links are followed, but no folder is listed twice: a link to where one is already would have no end.
+    """
+    paths: list[str] = []
+    left_out: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    # Folders that are linked come last, so that their images have the names of the folder itself where it is below.
+    waiting, linked = [""], deque[str]()
+    while waiting or linked:
+        below = waiting.pop() if waiting else linked.popleft()
+        try:
+            status = os.stat(folder / below)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    path = f"{below}{os.sep}{entry.name}" if below else entry.name
+                    if entry.is_dir():
+                        (linked if entry.is_symlink() else waiting).append(path)
+                    elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+                        (paths if entry.is_file() else left_out).append(path)
+        except OSError:
+            left_out.append(below)
+    return sorted(paths), sorted(left_out)
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of an image file. Raises OSError, also for what is no regular file, or larger than MAX_BYTES."""
+    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # or a pipe would be waited for
+    with open(opened, "rb") as file:
+        status = os.fstat(opened)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("is no regular file")
+        if status.st_size > MAX_BYTES:
+            raise OSError(f"{status.st_size:,} bytes are more than the {MAX_BYTES:,} that are read")
+        return file.read()
 
 
 def kind(source: ImageSource) -> str:

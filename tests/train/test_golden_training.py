@@ -152,7 +152,7 @@ def test_the_originals_checkpoint_loads_and_goes_on(golden_folder, golden):
     student, teacher = micro_networks(data["cfg"])
     loss = micro_loss(data["cfg"])
     optimizer = OPTIMIZERS["adamw"](get_params_groups(student))
-    restore(checkpoint, student=student, teacher=teacher, optimizer=optimizer, loss=loss)
+    restore(checkpoint, student=student, teacher=teacher, optimizer=optimizer, optimizer_name="adamw", loss=loss)
     for key, value in data.state("teacher").items():
         assert torch.equal(teacher.state_dict()[key], value), key
     assert torch.equal(loss.center, data["center"])

@@ -128,9 +128,9 @@ CONTENTS: dict[str, Callable[[Content], Any]] = {
     "a weight is missing": _drop("student", WEIGHT),
     "a weight more": _set("student", "module.backbone.extra", to=torch.zeros(1)),
     "a weight of another shape": _set("student", WEIGHT, to=torch.zeros(5, 5)),
-    "a weight of another rank": _set("teacher", "backbone.pos_embed", to=torch.zeros(5)),
+    "a weight of another rank": _set("teacher", "module.backbone.pos_embed", to=torch.zeros(5)),
     "NaN in the student": _fill("student", WEIGHT, value=nan),
-    "infinity in the teacher": _fill("teacher", WEIGHT.removeprefix("module."), value=inf),
+    "infinity in the teacher": _fill("teacher", WEIGHT, value=inf),
     "NaN in the center": _fill("dino_loss", "center", value=nan),
     "a center of another shape": _set("dino_loss", "center", to=torch.zeros(1, 5)),
     "NaN in a moment": _fill("optimizer", "state", 3, "exp_avg_sq", value=nan),
@@ -146,7 +146,7 @@ CONTENTS: dict[str, Callable[[Content], Any]] = {
 
 # Changed at a resume.
 IMPOSSIBLE = {
-    "arch": "vit_tiny",
+    "use_bn_in_head": "false",
     "patch_size": 6,
     "out_dim": 32,
     "optimizer": "sgd",
@@ -210,7 +210,13 @@ def main() -> int:
             table.add("a checkpoint of other contents", kind, words)
         for flag in list(IMPOSSIBLE)[::every]:
             value = str(IMPOSSIBLE[flag])
-            words = trial(f"--{flag}", good, f"--{flag}", value, words=(f"--{flag} ", f"-> {value}"))
+            words = trial(
+                f"--{flag}",
+                good,
+                f"--{flag}",
+                value,
+                words=(f"--{flag} ", f"-> {value.title() if flag.startswith('use') else value}"),
+            )
             table.add("an argument that cannot change", flag, words)
         for flag in list(MEANINGFUL)[::every]:
             folder, value = Path(name) / flag, str(MEANINGFUL[flag])
