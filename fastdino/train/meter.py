@@ -37,11 +37,16 @@ class Meter:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with the numbers of an epoch that was stopped."""
-        self.sums = np.array(state["sums"])
-        self.n_steps, self.n_images, self.waited = state["n_steps"], state["n_images"], state["waited"]
-        self.bad = dict.fromkeys(state["bad"])
-        self.started = time.perf_counter() - state["seconds"]
+        """Go on with the numbers of an epoch that was stopped. Raises LookupError, TypeError or ValueError."""
+        sums, spent = np.array(state["sums"], np.float64), np.array([state["waited"], state["seconds"]], np.float64)
+        counts, bad = [state["n_steps"], state["n_images"]], state["bad"]
+        if sums.shape != self.sums.shape or not np.isfinite([*sums, *spent]).all():
+            raise ValueError(f"expected {len(self.sums)} sums, got {sums}")
+        if not all(type(n) is int and 0 <= n < 2**63 for n in counts) or not all(isinstance(line, str) for line in bad):
+            raise ValueError("expected numbers of steps and images, and lines")
+        self.sums, (self.n_steps, self.n_images), self.waited = sums, counts, float(spent[0])
+        self.bad = dict.fromkeys(bad)
+        self.started = time.perf_counter() - float(spent[1])
 
     @property
     def seconds(self) -> float:
