@@ -89,7 +89,7 @@ def check(
             raise UserError(f"the checkpoint is of another model: {key}: {difference}")
     kept = _part(checkpoint, "optimizer")
     try:
-        moments = _moments(kept, optimizer, optimizer_name, student)
+        moments, groups = _moments(kept, optimizer, optimizer_name, student), _groups(kept, optimizer)
     except ValueError as error:
         raise UserError(f"the checkpoint's optimizer does not fit this run: {error}") from error
     if checkpoint["epoch"] and not moments:
@@ -98,9 +98,7 @@ def check(
         raise UserError(f"{name} holds numbers that are not finite")
     if scaler is not None and (problem := _scale_problem(checkpoint.get("fp16_scaler") or {}, scaler)):
         raise UserError(f"the checkpoint's fp16_scaler {problem}")
-    # The groups' numbers come from the schedules, those that do not from this run.
-    state = {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
-    scale = checkpoint.get("fp16_scaler") or None
+    state, scale = {"state": moments, "param_groups": groups}, checkpoint.get("fp16_scaler") or None
     return Contents(states["student"], states["teacher"], states["dino_loss"], state, scale)
 
 
@@ -140,10 +138,33 @@ def _moments(kept: State, optimizer: Optimizer, name: str, student: nn.Module) -
     return found
 
 
+def _groups(kept: State, optimizer: Optimizer) -> list[State]:
+    """This optimizer's groups with the saved lr and weight_decay. Raises ValueError where these are no numbers."""
+    groups: list[State] = optimizer.state_dict()["param_groups"]
+    for ours, saved in zip(groups, kept["param_groups"]):
+        for key in ("lr", "weight_decay"):
+            if not (_is_number(number := _number(saved.get(key, ours[key]))) and number < 2**63):
+                raise ValueError(f"its {key} is {printable(repr(number)[:40])}, expected a number")
+            ours[key] = float(number)
+        if saved.get("amsgrad") is True or saved.get("maximize") is True:
+            raise ValueError("it has amsgrad or maximize, and this one has not")
+    return groups
+
+
+def _number(value: Any) -> Any:
+    """What a tensor of one element holds; anything else as it is."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that is 0 or more, and finite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 def _moment(value: Any, key: str, param: Tensor, what: str) -> Tensor:
     if key == "step":  # older versions of PyTorch save a plain number
-        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 2**63:
+        number = _number(value)
+        if not (_is_number(number) and number < 2**63):
             raise ValueError(f"step of {what} is no count of steps")
         return torch.tensor(float(number))
     if not isinstance(value, Tensor) or value.shape != param.shape:
@@ -160,7 +181,6 @@ def _scale_problem(scale: Any, scaler: torch.amp.GradScaler) -> str | None:
     if not isinstance(scale, dict):
         return f"is no dictionary but {type(scale).__name__}"
     for key in scaler.state_dict() if scale else ():
-        number = scale.get(key)
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or number < 0:
+        if not _is_number(number := scale.get(key)):
             return f"has {printable(repr(number)[:40])} as its {key}, expected a number"
     return None

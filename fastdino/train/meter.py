@@ -1,5 +1,6 @@
 """The numbers of an epoch as they come, and the entries that sinks are told of them."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,16 +38,21 @@ class Meter:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with the numbers of an epoch that was stopped. Raises LookupError, TypeError or ValueError."""
-        sums, spent = np.array(state["sums"], np.float64), np.array([state["waited"], state["seconds"]], np.float64)
-        counts, bad = [state["n_steps"], state["n_images"]], state["bad"]
-        if sums.shape != self.sums.shape or not np.isfinite([*sums, *spent]).all():
-            raise ValueError(f"expected {len(self.sums)} sums, got {sums}")
-        if not all(type(n) is int and 0 <= n < 2**63 for n in counts) or not all(isinstance(line, str) for line in bad):
-            raise ValueError("expected numbers of steps and images, and lines")
-        self.sums, (self.n_steps, self.n_images), self.waited = sums, counts, float(spent[0])
-        self.bad = dict.fromkeys(bad)
-        self.started = time.perf_counter() - float(spent[1])
+        """Go on with the numbers of an epoch that was stopped. Raises ValueError where they are of no such epoch."""
+        kinds = {"sums": list, "n_steps": int, "n_images": int, "waited": float, "seconds": float, "bad": list}
+        if not isinstance(state, Mapping) or any(type(state.get(key)) is not kind for key, kind in kinds.items()):
+            raise ValueError(f"expected {', '.join(kinds)}")
+        numbers = [*state["sums"], state["waited"], state["seconds"]]
+        if len(state["sums"]) != len(self.sums) or not all(type(x) is float and math.isfinite(x) for x in numbers):
+            raise ValueError(f"expected {len(self.sums)} sums and finite numbers")
+        if not all(0 <= state[key] < 2**63 for key in ("n_steps", "n_images", "waited", "seconds")):
+            raise ValueError("expected 0 or more steps, images and seconds")
+        if not all(isinstance(line, str) for line in state["bad"]):
+            raise ValueError("expected lines about unreadable images")
+        self.sums = np.array(state["sums"])
+        self.n_steps, self.n_images, self.waited = state["n_steps"], state["n_images"], state["waited"]
+        self.bad = dict.fromkeys(state["bad"])
+        self.started = time.perf_counter() - state["seconds"]
 
     @property
     def seconds(self) -> float:

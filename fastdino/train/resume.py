@@ -136,17 +136,17 @@ def _progress(checkpoint: Mapping[str, Any], metric_names: Sequence[str]) -> dic
     if not isinstance(progress, dict):
         raise problem
     counts = [progress[key] for key in ("niter", "n_images", "batch_size") if key in progress]
-    entry = progress.get("entry") or {}
+    entry, epoch = progress.get("entry", {}), checkpoint.get("epoch")
     if not all(type(n) is int and 0 < n < 2**63 for n in counts) or not isinstance(entry, dict):
         raise problem
     if not all(isinstance(key, str) and isinstance(x, (int, float, NoneType)) for key, x in entry.items()):
         raise problem
-    if entry and entry.get("epoch") != checkpoint.get("epoch", 0) - 1:
+    if entry and type(epoch) is int and entry.get("epoch") != epoch - 1:
         raise problem
-    if progress.get("meter") is not None:
+    if "meter" in progress:
         try:
             Meter(metric_names).restore(progress["meter"])
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise problem from error
     return progress
 
