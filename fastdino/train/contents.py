@@ -81,7 +81,7 @@ def check(
     for key, number in (("epoch", checkpoint.get("epoch")), ("iteration", checkpoint.get("iteration", 0))):
         if type(number) is not int or not 0 <= number < 2**63:
             expected = "expected a whole number, 0 or more"
-            raise UserError(f"the checkpoint's {key} is {printable(repr(number)[:40])}, {expected}")
+            raise UserError(f"the checkpoint's {key} is {_brief(number)}, {expected}")
     modules = {"student": student, "teacher": teacher, "dino_loss": loss}
     states = {key: unwrapped(_part(checkpoint, key)) for key in modules}
     for key, module in modules.items():
@@ -144,7 +144,7 @@ def _groups(kept: State, optimizer: Optimizer) -> list[State]:
     for ours, saved in zip(groups, kept["param_groups"]):
         for key in ("lr", "weight_decay"):
             if not (_is_number(number := _number(saved.get(key, ours[key]))) and number < 2**63):
-                raise ValueError(f"its {key} is {printable(repr(number)[:40])}, expected a number")
+                raise ValueError(f"its {key} is {_brief(number)}, expected a number")
             ours[key] = float(number)
         if saved.get("amsgrad") is True or saved.get("maximize") is True:
             raise ValueError("it has amsgrad or maximize, and this one has not")
@@ -154,6 +154,11 @@ def _groups(kept: State, optimizer: Optimizer) -> list[State]:
 def _number(value: Any) -> Any:
     """What a tensor of one element holds; anything else as it is."""
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _brief(value: Any) -> str:
+    """A value in a few words; Python does not print numbers of thousands of digits."""
+    return "a huge number" if isinstance(value, int) and abs(value) >= 2**63 else printable(repr(value)[:40])
 
 
 def _is_number(value: Any) -> bool:
@@ -182,5 +187,5 @@ def _scale_problem(scale: Any, scaler: torch.amp.GradScaler) -> str | None:
         return f"is no dictionary but {type(scale).__name__}"
     for key in scaler.state_dict() if scale else ():
         if not _is_number(number := scale.get(key)):
-            return f"has {printable(repr(number)[:40])} as its {key}, expected a number"
+            return f"has {_brief(number)} as its {key}, expected a number"
     return None

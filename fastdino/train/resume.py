@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from types import NoneType
 from typing import Any
 
 from fastdino.errors import UserError, printable
@@ -129,6 +128,10 @@ def resume(config: TrainConfig, folder: RunFolder, step: TrainStep, niter: int, 
     return _where(checkpoint, folder, found, now | progress, niter, n_images, notes)
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
 def _progress(checkpoint: Mapping[str, Any], metric_names: Sequence[str]) -> dict[str, Any]:
     """What a checkpoint of ours holds beside the original's keys. Raises UserError where it is not what was saved."""
     progress = checkpoint.get("progress", {})
@@ -137,9 +140,11 @@ def _progress(checkpoint: Mapping[str, Any], metric_names: Sequence[str]) -> dic
         raise problem
     counts = [progress[key] for key in ("niter", "n_images", "batch_size") if key in progress]
     entry, epoch = progress.get("entry", {}), checkpoint.get("epoch")
-    if not all(type(n) is int and 0 < n < 2**63 for n in counts) or not isinstance(entry, dict):
+    if not all(_is_count(n) and n > 0 for n in counts) or not isinstance(entry, dict):
         raise problem
-    if not all(isinstance(key, str) and isinstance(x, (int, float, NoneType)) for key, x in entry.items()):
+    if not all(
+        isinstance(key, str) and (x is None or isinstance(x, float) or _is_count(x)) for key, x in entry.items()
+    ):
         raise problem
     if entry and type(epoch) is int and entry.get("epoch") != epoch - 1:
         raise problem
