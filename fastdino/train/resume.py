@@ -71,9 +71,9 @@ def _plain(value: Any) -> Any:
         return tuple(map(_plain, value))
     if isinstance(value, float):
         return float(value)
-    is_plain = (
-        value is None or isinstance(value, (str, PurePath)) or (type(value) in (bool, int) and abs(value) < 2**63)
-    )
+    if isinstance(value, PurePath):
+        return str(value)
+    is_plain = value is None or isinstance(value, str) or (type(value) in (bool, int) and abs(value) < 2**63)
     return value if is_plain else f"({type(value).__name__})"
 
 
@@ -125,7 +125,7 @@ def resume(config: TrainConfig, folder: RunFolder, step: TrainStep, niter: int, 
     for name, key in ((IMAGES, "n_images"), (BATCH, "batch_size")):
         if progress.get(key, now[key]) != now[key]:
             found[name] = progress[key], now[key]
-    return _where(checkpoint, folder, found, now | progress, niter, n_images, notes)
+    return _where(checkpoint, folder, found, now, now | progress, notes)
 
 
 def _is_count(value: Any) -> bool:
@@ -160,20 +160,24 @@ def _where(
     checkpoint: Mapping[str, Any],
     folder: RunFolder,
     found: Changes,
+    now: Mapping[str, int],
     then: Mapping[str, Any],
-    niter: int,
-    n_images: int,
     notes: list[str],
 ) -> Resumed:
     epoch = checkpoint["epoch"]
     steps = checkpoint.get("iteration", epoch * then["niter"]) - epoch * then["niter"]
     folder.holds = f"{folder.checkpoint} holds {in_words(epoch, steps)}"
-    first = epoch * niter
+    first = epoch * now["niter"]
     if not steps:
         return Resumed(epoch, first, found, entry=then.get("entry"), notes=notes)
-    if (then["niter"], then["n_images"]) != (niter, n_images) or not 0 <= steps <= niter:
-        again = f"epoch {epoch + 1} begins anew: it had {then['niter']} steps of {then['n_images']:,} images, and has "
-        return Resumed(epoch, first, found, notes=[f"{again}{niter} of {n_images:,}", *notes])
+    again = ""
+    if any(then[key] != now[key] for key in now) or not 0 <= steps <= now["niter"]:
+        had, has = (f"{x['niter']} steps of {x['batch_size']} of {x['n_images']:,} images" for x in (then, now))
+        again = f"it had {had}, and has {has}"
+    elif found.keys() & {"seed", "data_path"}:
+        again = "its images come in another order"
+    if again:
+        return Resumed(epoch, first, found, notes=[f"epoch {epoch + 1} begins anew: {again}", *notes])
     return Resumed(epoch, first + steps, found, meter=then.get("meter"), notes=notes)
 
 

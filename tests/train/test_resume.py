@@ -86,16 +86,24 @@ def test_what_cannot_change_is_refused_with_both_values(one_epoch, tiny):
     assert before == {path.name: path.read_bytes() for path in one_epoch.iterdir()}
 
 
-def test_an_epoch_of_another_length_begins_anew_and_says_so(tiny, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"batch_size_per_gpu": 128}, "it had 5 steps of 256 of 1,437 images, and has 11 steps of 128 of 1,437 images"),
+        ({"batch_size_per_gpu": 255}, "it had 5 steps of 256 of 1,437 images, and has 5 steps of 255 of 1,437 images"),
+        ({"seed": 1}, "its images come in another order"),
+    ],
+    ids=str,
+)
+def test_an_epoch_of_other_steps_begins_anew_and_says_so(changed, words, tiny, tmp_path, capsys):
     class StopAtOnce(Sink):
         def step(self, entry):
             signal.raise_signal(signal.SIGINT)
 
     assert train(tiny(), Own(callbacks=[StopAtOnce()])).interrupted
-    train(tiny(batch_size_per_gpu=128))
-    output = capsys.readouterr().out
-    assert "epoch 1 begins anew: it had 5 steps of 1,437 images, and has 11 of 1,437" in output
-    assert torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=False)["epoch"] == 3
+    assert train(tiny(**changed), Own(callbacks=[StopAtOnce()])).interrupted
+    assert f"epoch 1 begins anew: {words}" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["iteration"] == 1
 
 
 def test_a_run_stopped_before_its_first_step_goes_on(tiny, monkeypatch):
