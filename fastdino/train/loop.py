@@ -157,6 +157,7 @@ class Run:
         first_batch = self.iteration - epoch * self.niter
         if first_batch and self.resumed.meter:
             meter.restore(self.resumed.meter)
+        meter.bad.update(dict.fromkeys(getattr(parts.source, "damage", ())))  # known when it was opened
         parts.sampler.seek(epoch, first_batch)
         batches = iter(parts.loader)
         pending: list[Sequence[Tensor]] = []
