@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ADVICE = "Try a smaller --lr, a longer --warmup_epochs, --clip_grad 0.3, or --use_fp16 false"
-WORDS = {"grad_norm": "the gradient", "state": "the center"}
+WORDS = {"grad_norm": "the gradient", "state": "the objective's state (the center)"}
 
 
 def nonfinite_metric(
