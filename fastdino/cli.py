@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastdino import __version__
-from fastdino.errors import TrainingError, UserError
+from fastdino.errors import TrainingError, UserError, printable, some_of
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -165,6 +165,9 @@ def _knn(args: argparse.Namespace) -> int:
     print(f"queries  {held_out.describe() if held_out else 'the same, leave-one-out'}")
     bank = extract_features(backbone, source, **options)
     queries = extract_features(backbone, held_out, **options) if held_out else None
+    for what, found in (("bank", bank), ("queries", queries)):
+        if found and found.bad:
+            print(f"{what:8} without {some_of(found.bad)}")
     for k in args.nb_knn:
         print(f"{k:>4}-NN   {knn_accuracy(bank, queries, k, args.temperature):.4f}")
     return 0
@@ -173,6 +176,7 @@ def _knn(args: argparse.Namespace) -> int:
 def _attention(args: argparse.Namespace) -> int:
     from fastdino.data.decode import BadImage, decode
     from fastdino.data.digits import load_digits
+    from fastdino.data.sources import read_file
     from fastdino.eval.attention_maps import draw_attention
 
     output = Path(args.output)
@@ -182,9 +186,9 @@ def _attention(args: argparse.Namespace) -> int:
         images = []
         for name in args.images:
             try:
-                images.append(decode(Path(name).read_bytes()))
+                images.append(decode(read_file(name)))
             except (OSError, BadImage) as error:
-                raise UserError(f"--images: {name}: {error}") from error
+                raise UserError(f"--images: {printable(name)}: {error}") from error
     else:
         held_out = load_digits()[1]
         images = [decode(held_out[i]) for i in range(6)]

@@ -1,5 +1,7 @@
 """What goes wrong for reasons outside the code. The command line turns these into one line and an exit code."""
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """A mistake in what was asked for: exit code 2, nothing written."""
@@ -8,6 +10,8 @@ class UserError(ValueError):
 class TrainingError(RuntimeError):
     """A run that cannot go on (a non-finite loss, too many unreadable images, too little memory): exit code 1."""
 
+
+NAMED_BAD = 3  # unreadable images that are named on the console
 
 # Lines of PyTorch's messages that say how to find out more, not what happened.
 ADVICE = (
@@ -44,3 +48,10 @@ def reason(error: BaseException) -> str:
 def printable(text: object) -> str:
     """A name as it can be shown and logged: control characters, and bytes that are no text, become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def some_of(bad: Sequence[str], of: int | None = None) -> str:
+    """How many images cannot be read, and the first of the lines about them."""
+    named = "; ".join(bad[:NAMED_BAD]) + ("; ..." if len(bad) > NAMED_BAD else "")
+    among = f" of {of:,}" if of else ""
+    return f"{len(bad)} unreadable{among} images: {named}"

@@ -8,13 +8,11 @@ import glob
 import os
 import re
 import stat
-import tarfile
-import threading
 from collections import deque
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +63,7 @@ class FolderSource:
         if not self.paths:
             looked_for = ", ".join(e[1:] for e in EXTENSIONS)
             raise UserError(f"no image below {printable(self.folder)} (looked for {looked_for}){self._without()}")
-        self.classes, self.labels = _class_folders(self.paths)
+        self.classes, self.labels = class_folders(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -106,10 +104,12 @@ def list_images(folder: Path) -> tuple[list[str], list[str]]:
             with os.scandir(folder / below) as entries:
                 for entry in entries:
                     path = f"{below}{os.sep}{entry.name}" if below else entry.name
-                    if entry.is_dir():
-                        (linked if entry.is_symlink() else waiting).append(path)
+                    is_link = entry.is_symlink()
+                    if os.path.isdir(entry) if is_link else entry.is_dir():
+                        (linked if is_link else waiting).append(path)
                     elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
-                        (paths if entry.is_file() else left_out).append(path)
+                        is_file = os.path.isfile(entry) if is_link else entry.is_file()  # of a circle, they say no
+                        (paths if is_file else left_out).append(path)
         except OSError:
             left_out.append(below)
     return sorted(paths), sorted(left_out)
@@ -141,187 +141,15 @@ def labels_of(names: Sequence[str]) -> tuple[Sequence[str], NDArray[np.int64] | 
     return classes, np.array([index[name] for name in names], dtype=np.int64)
 
 
-def _class_folders(paths: Sequence[str]) -> tuple[Sequence[str], NDArray[np.int64] | None]:
+def class_folders(paths: Sequence[str]) -> tuple[Sequence[str], NDArray[np.int64] | None]:
     parts = [Path(path).parts for path in paths]
     return labels_of([p[0] for p in parts]) if all(len(p) > 1 for p in parts) else ([], None)
 
 
-class TarSource:
-    """Every image in uncompressed tar shards, in the shards' own order, by offset: no shard is ever unpacked.
-
-    Labels as WebDataset keeps them, in a member `key.cls` (or, if those are short words that repeat, `key.txt`) beside
-    `key.jpg`; otherwise the folders inside the shards name classes, as for FolderSource. A shard that was cut gives its
-    complete members, and `describe` says so. Raises UserError where there is no image, or a shard is no tar.
-    Members are read by `pread`, not through a memory map: a shard cut under a map ends the process with SIGBUS.
-    """
-
-    def __init__(self, shards: Sequence[str | Path]) -> None:
-        self.shards = [str(shard) for shard in shards]
-        self.cut: list[str] = []
-        self.files: list[int] = []
-        self.names: list[str] = []
-        where: list[tuple[int, int, int]] = []  # shard, offset, bytes
-        keys: list[str] = []
-        texts: dict[str, dict[str, str]] = {"cls": {}, "txt": {}}
-        for number, shard in enumerate(self.shards):
-            self.files.append(_open_file(shard))
-            for name, offset, size in self._members(shard):
-                folder, file = os.path.split(name)
-                stem, _, extension = file.partition(".")
-                key = f"{number}/{folder}/{stem}"
-                if f".{extension.lower()}".endswith(EXTENSIONS) and stem:
-                    self.names.append(name)
-                    where.append((number, offset, size))
-                    keys.append(key)
-                elif extension in texts and size < 256:
-                    texts[extension][key] = os.pread(self.files[-1], size, offset).decode(errors="replace").strip()
-        if not where:
-            raise UserError(f"no image in {_several(self.shards)} (looked for {', '.join(e[1:] for e in EXTENSIONS)})")
-        self.where = np.array(where, dtype=np.int64)
-        self.classes, self.labels = _class_folders(self.names)
-        for found in texts.values():
-            names = [found.get(key, "") for key in keys]
-            if all(names) and (found is texts["cls"] or 2 * len(set(names)) <= len(names)):
-                self.classes, self.labels = labels_of(names)
-                break
-
-    def _members(self, shard: str) -> list[tuple[str, int, int]]:
-        """(name, offset, bytes) of the complete files in a shard."""
-        n_bytes, end, members = os.path.getsize(shard), 0, []
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    archive.members = []  # type: ignore[attr-defined] # which it would keep, a kilobyte for each
-                    end = member.offset_data + member.size
-                    if end > n_bytes:
-                        break
-                    if member.isreg() and not os.path.basename(member.name).startswith("."):
-                        members.append((member.name, member.offset_data, member.size))
-        except (tarfile.TarError, OSError) as error:
-            if not members:
-                raise UserError(f"{shard}: expected an uncompressed tar file: {error}") from error
-        if end + 2 * tarfile.BLOCKSIZE > n_bytes:  # an archive ends in two empty blocks
-            self.cut.append(shard)
-        return members
-
-    def __len__(self) -> int:
-        return len(self.where)
-
-    def __getitem__(self, index: int) -> bytes:
-        shard, offset, size = self.where[index].tolist()
-        data = os.pread(self.files[shard], size, offset)
-        if len(data) < size:
-            raise OSError(f"{self.shards[shard]} ends inside it")
-        return data
-
-    def name(self, index: int) -> str:
-        return f"{self.shards[self.where[index, 0]]}/{self.names[index]}"
-
-    def describe(self) -> str:
-        cut = f"; {_several(self.cut)} cut short, the complete images are used" if self.cut else ""
-        return f"{len(self):,} images in {_several(self.shards)}, {kind(self)}{cut}"
-
-
-class ParquetSource:
-    """Images in a column of parquet files, as Hugging Face stores them: bytes, or a struct with a field `bytes`.
-
-    Row groups are read when one of their images is asked for, and the last `CACHED_BYTES` of them are kept.
-    A column of whole numbers called label, labels or cls gives labels. Needs pyarrow (`pip install fastdino[parquet]`).
-    Raises UserError without it, and where a file is no parquet or has no such column.
-    """
-
-    CACHED_BYTES = 2**30
-
-    def __init__(self, files: Sequence[str | Path]) -> None:
-        try:
-            import pyarrow.parquet as parquet
-            from pyarrow import ArrowException, types
-        except ImportError as error:
-            raise UserError("parquet files need pyarrow: pip install 'fastdino[parquet]'") from error
-        self.paths = [str(file) for file in files]
-        self.column = ""
-        self.groups: list[tuple[int, int]] = []  # file, row group
-        starts, labels = [0], []
-        for number, path in enumerate(self.paths):
-            try:
-                with parquet.ParquetFile(path) as file:
-                    schema = file.schema_arrow
-                    label = next((c for c in ("label", "labels", "cls") if c in schema.names), None)
-                    self.column = self.column or next((f.name for f in schema if _holds_images(f.type, types)), "")
-                    if self.column not in schema.names:
-                        raise UserError(f"{path}: no column of images (bytes), only {', '.join(schema.names)}")
-                    for group in range(file.num_row_groups):
-                        self.groups.append((number, group))
-                        starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
-                    if label and types.is_integer(schema.field(label).type):
-                        labels.append(file.read([label])[label].to_numpy())
-            except (ArrowException, OSError) as error:
-                raise UserError(f"{path}: expected a parquet file: {str(error).splitlines()[0]}") from error
-        self.starts = np.array(starts)
-        if not len(self):
-            raise UserError(f"no image in {_several(self.paths)}")
-        self.classes: Sequence[str] = []
-        self.labels: NDArray[np.int64] | None = None
-        if sum(map(len, labels)) == len(self):
-            self.classes, self.labels = labels_of([str(x) for x in np.concatenate(labels)])
-        self._cache: dict[int, Any] = {}
-        self._lock = threading.Lock()
-
-    def _group(self, number: int) -> Any:
-        """The column of one row group. Two threads may read the same one; neither waits for the other's disk."""
-        import pyarrow.parquet as parquet
-        from pyarrow import ArrowException
-
-        with self._lock:
-            if number in self._cache:
-                self._cache[number] = self._cache.pop(number)  # the most recent are at the end
-                return self._cache[number]
-        file, group = self.groups[number]
-        try:
-            with parquet.ParquetFile(self.paths[file]) as opened:
-                column = opened.read_row_group(group, [self.column])[self.column].combine_chunks()
-        except ArrowException as error:
-            raise OSError(f"{self.paths[file]}: {str(error).splitlines()[0]}") from error
-        with self._lock:
-            self._cache[number] = column
-            while len(self._cache) > 1 and sum(c.nbytes for c in self._cache.values()) > self.CACHED_BYTES:
-                del self._cache[next(iter(self._cache))]
-        return column
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, index: int) -> bytes:
-        number = int(np.searchsorted(self.starts, index, "right")) - 1
-        value = self._group(number)[index - int(self.starts[number])].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if data is None and isinstance(value, dict) and value.get("path"):
-            return (Path(self.paths[self.groups[number][0]]).parent / value["path"]).read_bytes()
-        return data or b""
-
-    def name(self, index: int) -> str:
-        number = int(np.searchsorted(self.starts, index, "right")) - 1
-        return f"{self.paths[self.groups[number][0]]}, row {index} of all"
-
-    def describe(self) -> str:
-        return f"{len(self):,} images in {_several(self.paths)}, {kind(self)}"
-
-
-def _holds_images(kind: Any, types: Any) -> bool:
-    if types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_images(field.type, types) for field in kind)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _open_file(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-
-
-def _several(paths: Sequence[str]) -> str:
-    return paths[0] if len(paths) == 1 else f"{len(paths)} files from {paths[0]} on"
+def several(paths: Sequence[str]) -> str:
+    """Some files, in a few words."""
+    first = printable(paths[0])
+    return first if len(paths) == 1 else f"{len(paths)} files from {first} on"
 
 
 def expand(pattern: str) -> list[str]:
@@ -339,14 +167,13 @@ def expand(pattern: str) -> list[str]:
     return [found for path in paths for found in (sorted(glob.glob(path)) if glob.has_magic(path) else [path])]
 
 
-SHARDS: dict[str, type[TarSource] | type[ParquetSource]] = {".tar": TarSource, ".parquet": ParquetSource}
-
-
 def open_source(path: str | Path) -> ImageSource:
     """A folder of images, a tar or parquet file, a folder of those, or a pattern (`*`, `{000..146}`) for them.
 
     Raises UserError, in one line, where nothing of that is there.
     """
+    from fastdino.data.shards import SHARDS  # which build on this module
+
     text = str(path)
     if os.path.isdir(text):
         for extension, kind in SHARDS.items():
@@ -355,8 +182,8 @@ def open_source(path: str | Path) -> ImageSource:
         return FolderSource(text)
     files = [text] if os.path.exists(text) else expand(text)
     if not files or (files == [text] and not os.path.exists(text)):
-        raise UserError(f"expected a folder of images, tar or parquet files, found nothing at {text}")
+        raise UserError(f"expected a folder of images, tar or parquet files, found nothing at {printable(text)}")
     kinds = {os.path.splitext(file)[1].lower() for file in files}
     if len(kinds) == 1 and (extension := kinds.pop()) in SHARDS:
         return SHARDS[extension](files)
-    raise UserError(f"expected a folder, .tar or .parquet files, found {_several(files)}")
+    raise UserError(f"expected a folder, .tar or .parquet files, found {several(files)}")

@@ -28,8 +28,10 @@ def cls_attention(
     pixels = torch.from_numpy(view.copy()).permute(2, 0, 1)[None].to(param.device)
     was_training = backbone.training
     backbone.eval()
-    maps = backbone.get_last_selfattention(normalize(pixels).to(param.dtype))[0, :, 0, 1:]
-    backbone.train(was_training)
+    try:
+        maps = backbone.get_last_selfattention(normalize(pixels).to(param.dtype))[0, :, 0, 1:]
+    finally:
+        backbone.train(was_training)
     side = size // backbone.patch_embed.patch_size
     return view, maps.unflatten(1, (side, side)).float().cpu().numpy()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastdino.data.sources import ImageSource
+from fastdino.errors import some_of
 from fastdino.eval.knn import Features, extract_features, knn_accuracy
 
 
@@ -14,7 +15,7 @@ class EvalSettings:
     """How images are shown to the backbone, and how many.
 
     resize: short side in pixels before the center crop of side `size`. limit: images of each half, 0 for all.
-    k: neighbours that vote.
+    k: neighbours that vote. say: is told of images that cannot be read.
     """
 
     resize: int
@@ -22,6 +23,7 @@ class EvalSettings:
     limit: int
     num_workers: int
     k: int
+    say: Callable[[str], object] = print
 
 
 # (backbone, labelled images, held-out images or None for leave-one-out, settings) -> {name: number}
@@ -43,8 +45,10 @@ def knn(
             num_workers=settings.num_workers,
         )
 
-    queries = features(held_out) if held_out is not None else None
-    return {"knn": knn_accuracy(features(source), queries, settings.k)}
+    queries, bank = features(held_out) if held_out is not None else None, features(source)
+    if bad := [*bank.bad, *(queries.bad if queries else ())]:
+        settings.say(f"  k-NN is without {some_of(bad)}")
+    return {"knn": knn_accuracy(bank, queries, settings.k)}
 
 
 EVALUATIONS: dict[str, Evaluation] = {"knn": knn}

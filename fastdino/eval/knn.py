@@ -21,10 +21,11 @@ QUERIES_AT_ONCE = 256  # bounds the similarity matrix, (256, N)
 
 @dataclass(frozen=True)
 class Features:
-    """features: (N, D) fp32, unit length. labels: (N,) int64."""
+    """features: (N, D) fp32, unit length. labels: (N,) int64. bad: a line for each image that could not be read."""
 
     features: Tensor
     labels: Tensor
+    bad: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -51,17 +52,20 @@ def extract_features(
         indices = np.sort(np.random.default_rng(0).permutation(indices)[:limit])
     device = next(backbone.parameters()).device
     was_training = backbone.training
+    features: list[Tensor] = []
+    kept: list[NDArray[np.int64]] = []
+    bad: list[str] = []
     backbone.eval()
-    features, kept = [], []
-    for views, batch in center_views(source, indices, resize, size, batch_size, num_workers):
-        if len(batch):
+    try:  # a run that is stopped leaves this at any point
+        for views, batch in center_views(source, indices, resize, size, batch_size, num_workers, bad.append):
             features.append(F.normalize(backbone(normalize(views.to(device))).float(), dim=1))
             kept.append(batch)
-    backbone.train(was_training)
+    finally:
+        backbone.train(was_training)
     if not features:
         raise UserError(f"none of the images could be read: {source.describe()}")
     labels = torch.from_numpy(source.labels[np.concatenate(kept)]).to(device)
-    return Features(torch.cat(features), labels)
+    return Features(torch.cat(features), labels, tuple(bad))
 
 
 @torch.no_grad()

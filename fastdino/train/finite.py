@@ -11,7 +11,7 @@ from torch import Tensor
 
 ADVICE = "Try a smaller --lr, a longer --warmup_epochs, --clip_grad 0.3, or --use_fp16 false"
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # that weights are saved in
-WORDS = {"grad_norm": "the gradient", "state": "the center"}
+WORDS = {"grad_norm": "the gradient", "state": "the objective's state (the center)"}
 
 
 def nonfinite_metric(

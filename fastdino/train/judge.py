@@ -63,6 +63,7 @@ class Judge:
             limit=parts.config.knn_images,
             num_workers=parts.loader.num_workers if parts.config.data_path else 0,
             k=parts.config.knn_k,
+            say=self._say,
         )
         for evaluation in EVALUATIONS.values():
             found |= evaluation(parts.backbone, parts.source, parts.held_out, settings)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -106,8 +107,8 @@ class Run:
             meter = self._train_epoch(sinks)
             if self.iteration == (self.epochs + 1) * self.niter and self._finish_epoch(meter, sinks):
                 continue
-            if self.process.is_main:
-                self.parts.save(self.epochs, self.iteration, {"meter": meter.state()})
+            stopped = {"meter": meter.state()}
+            distributed.main_first(partial(self.parts.save, self.epochs, self.iteration, stopped))
         if self.resumed.epoch == config.epochs:  # when nothing was left to do
             self.judge.evaluate("of the finished run")
 
@@ -157,6 +158,7 @@ class Run:
         first_batch = self.iteration - epoch * self.niter
         if first_batch and self.resumed.meter:
             meter.restore(self.resumed.meter)
+        meter.bad.update(dict.fromkeys(getattr(parts.source, "damage", ())))  # known when it was opened
         parts.sampler.seek(epoch, first_batch)
         batches = iter(parts.loader)
         pending: list[Sequence[Tensor]] = []
@@ -201,20 +203,23 @@ class Run:
             )
 
     def _finish_epoch(self, meter: Meter, sinks: Sinks) -> bool:
-        """Evaluate where it is time to, save, and tell the sinks; False where somebody stopped the evaluation.
+        """Evaluate where it is time to, and save; False where somebody stopped the evaluation."""
+        bad = sorted({line for lines in distributed.gather(list(meter.bad)) for line in lines})
+        self._check_bad(bad)
+        found = self.judge.after(self.epochs)
+        if found is None:
+            return False
+        self.epochs += 1
+        distributed.main_first(partial(self._commit, meter, bad, found, sinks))
+        return True
+
+    def _commit(self, meter: Meter, bad: Sequence[str], found: dict[str, float], sinks: Sinks) -> None:
+        """Save the epoch and tell of it.
 
         The checkpoint holds the epoch's line of the log: once it is written the epoch is done, and what a kill then
         cuts off is made up for when the run resumes.
         """
-        epoch = self.epochs
-        bad = sorted({line for lines in distributed.gather(list(meter.bad)) for line in lines})
-        self._check_bad(bad)
-        found = self.judge.after(epoch)
-        if found is None:
-            return False
-        self.epochs += 1
-        if not self.process.is_main:
-            return True
+        epoch = self.epochs - 1
         entry = meter.epoch_entry(epoch, self.niter, self.parts.step.schedules) | {"knn": None} | found
         if epoch == 0:
             entry["knn_before"] = None
@@ -226,7 +231,6 @@ class Run:
         sinks.epoch(entry)
         self.parts.keep(self.epochs)
         remark(self.parts, meter.seconds, meter.data_wait, bad, self.console.say)
-        return True
 
 
 def _mix(*numbers: int) -> int:

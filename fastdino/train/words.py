@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from fastdino.errors import some_of
 from fastdino.eval.attention_maps import draw_samples
 from fastdino.train.build import Parts
 from fastdino.train.config import command_line
@@ -13,7 +14,6 @@ from fastdino.train.resume import HARMLESS, in_words, shown
 
 MUCH_WAITING = 0.1  # warn when loading takes more than this share of an epoch
 SHORT_EPOCH = 10.0  # seconds: in less, the first batch is most of the waiting
-NAMED_BAD = 3  # unreadable files named on the console; bad_images.txt names all
 
 Say = Callable[[str], object]
 
@@ -66,8 +66,7 @@ def remark(parts: Parts, seconds: float, data_wait: float, bad: Sequence[str], s
     if data_wait > MUCH_WAITING and seconds > SHORT_EPOCH:
         say(f"  {data_wait:.0%} of the time went into waiting for data: {parts.loader.advice()}")
     if bad:
-        named = "; ".join(bad[:NAMED_BAD]) + ("; ..." if len(bad) > NAMED_BAD else "")
-        say(f"  skipped {len(bad)} unreadable of {len(parts.source):,} images (named in bad_images.txt): {named}")
+        say(f"  skipped {some_of(bad, len(parts.source))} (all are named in bad_images.txt)")
 
 
 def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:

@@ -44,18 +44,12 @@ def test_rotation_in_exif_is_ignored_as_in_the_original(photos):
 
 @pytest.mark.parametrize(
     ("file_format", "mode"),
-    [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "LA"), ("PNG", "I;16"), ("PNG", "1"), ("WEBP", "RGB"),
+    [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "LA"), ("PNG", "1"), ("WEBP", "RGB"),
      ("BMP", "RGB"), ("TIFF", "RGB"), ("TIFF", "CMYK"), ("GIF", "P")],
     ids=lambda value: str(value),
 )  # fmt: skip
 def test_other_formats_become_rgb(photos, file_format, mode):
-    photo = Image.fromarray(photos[2][:50, :70])
-    image = (
-        Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) << 8)
-        if mode == "I;16"
-        else photo.convert(mode)
-    )
-    data = encoded(image, format=file_format)
+    data = encoded(Image.fromarray(photos[2][:50, :70]).convert(mode), format=file_format)
     assert np.array_equal(np.asarray(decode(data)), as_the_original(data))
     assert decode(data).mode == "RGB"
 
@@ -135,3 +129,54 @@ def test_large_jpegs_are_decoded_smaller_where_that_is_asked(photos, enough, div
         assert np.array_equal(pixels, as_the_original(data))
     with pytest.raises(BadImage):
         decode_array(open_image(data[: len(data) // 2], enough))
+
+
+GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+WIDE = {
+    "16 bits": GRAY.astype(np.uint16) * 257,
+    "32 bits, 16 of them used": GRAY.astype(np.int32) * 257,
+    "from 0 to 1": GRAY.astype(np.float32) / 255,
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_more_than_eight_bits_are_scaled_not_cut_off(kind, file_format):
+    if kind == "from 0 to 1" and file_format == "PNG":
+        pytest.skip("PNG has no such numbers")
+    pixels = np.asarray(decode(encoded(Image.fromarray(WIDE[kind]), format=file_format)))
+    assert np.array_equal(pixels, np.repeat(GRAY[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [GRAY.astype(np.float32), GRAY.astype(np.int32) - 1, GRAY.astype(np.int32) << 20],
+    ids=["0-255", "<0", "big"],
+)
+def test_numbers_of_no_known_range_are_refused_with_it(values):
+    words = rf"has numbers from {values.min():g} to {values.max():g}, of which no color is known".replace("+", r"\+")
+    with pytest.raises(BadImage, match=words):
+        decode(encoded(Image.fromarray(values), format="TIFF"))
+
+
+def test_formats_that_start_other_programs_are_not_opened(monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    for data in (encoded(Image.new("RGB", (8, 8)), format="EPS"), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"):
+        with pytest.raises(BadImage, match="is no JPEG, PNG, WebP, GIF, BMP, TIFF or PPM"):
+            decode(data)
+
+
+def test_a_phones_jpeg_with_a_second_picture_is_read(photos):
+    first, second = (Image.fromarray(photos[i][:40, :50]) for i in (0, 1))
+    data = encoded(first, format="MPO", save_all=True, append_images=[second])
+    assert np.array_equal(np.asarray(decode(data)), as_the_original(data))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 1}], ids=str)
+def test_the_flattest_jpeg_is_read_and_a_claim_beyond_it_is_not(options):
+    data = encoded(Image.new("L", (3000, 2000), 128), format="JPEG", optimize=True, **options)
+    assert decode(data).size == (3000, 2000)
+    start = data.index(b"\xff\xc2" if options.get("progressive") else b"\xff\xc0") + 5
+    claim = (13_000).to_bytes(2, "big")
+    with pytest.raises(BadImage, match=r"bytes cannot hold the 13000 x 13000 pixels that the header claims"):
+        open_image(data[:start] + claim + claim + data[start + 4 :])

@@ -12,7 +12,8 @@ from PIL import Image
 from fastdino.data.decode import BadImage, open_image
 from fastdino.data.digits import load_digits
 from fastdino.data.sequences import SequenceSource
-from fastdino.data.sources import FolderSource, ParquetSource, TarSource, expand, open_source
+from fastdino.data.shards import ParquetSource, TarSource
+from fastdino.data.sources import FolderSource, expand, open_source
 from fastdino.errors import UserError
 
 
@@ -139,7 +140,8 @@ def test_a_tar_cut_in_the_middle_gives_its_complete_images(shards, tmp_path, pho
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
         source = open_source(tmp_path / "cut.tar")
         assert [source[i] for i in range(len(source))] == [FolderSource(photo_folder)[i] for i in range(expected)]
-        assert source.describe().endswith("cut.tar cut short, the complete images are used")
+        assert "cut.tar cut short, the complete images are used" in source.describe()
+        assert len(source.damage) == (cut != ends[0])  # of the member that it ends inside of
         assert "\n" not in source.describe()
 
 

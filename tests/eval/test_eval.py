@@ -1,5 +1,7 @@
 """k-NN against a few lines of scikit-learn's; attention against the model's own probabilities."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from fastdino import vit_nano
+from fastdino.cli import main
 from fastdino.data.augment import center_view, normalize
 from fastdino.data.digits import load_digits
 from fastdino.data.sources import FolderSource
@@ -85,3 +88,32 @@ def test_attention_is_the_models_and_is_drawn(photos, tmp_path):
     draw_attention(backbone, [image] * 2, tmp_path / "attention.png", 36, 32)
     picture = np.asarray(Image.open(tmp_path / "attention.png").convert("RGB"))
     assert picture.std() > 20
+
+
+def test_images_that_cannot_be_read_are_named_and_not_silently_left_out(photo_folder, tmp_path, capsys):
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    for path in sorted((tmp_path / "photos").rglob("*.jpg"))[:2]:
+        path.write_bytes(b"broken")
+    source = FolderSource(tmp_path / "photos")
+    features = extract_features(vit_nano(patch_size=8, img_size=[16]), source, resize=16, size=16)
+    assert len(features.labels) == 30
+    assert [line.partition(": ")[0] for line in features.bad] == [source.name(0), source.name(1)]
+    torch.save(vit_nano(patch_size=8, img_size=[16]).state_dict(), tmp_path / "weights.pth")
+    words = ["--pretrained_weights", str(tmp_path / "weights.pth"), "--data_path", str(tmp_path / "photos")]
+    assert main(["knn", *words, "--nb_knn", "5"]) == 0
+    assert f"bank     without 2 unreadable images: {source.name(0)}: is no JPEG" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_is_stopped_leaves_the_backbone_in_training(photo_folder):
+    class Stopped(BaseException):
+        pass
+
+    backbone = vit_nano(patch_size=8, img_size=[16]).train()
+
+    def stop(*_):
+        raise Stopped
+
+    backbone.norm.register_forward_hook(stop)
+    with pytest.raises(Stopped):
+        extract_features(backbone, FolderSource(photo_folder), resize=16, size=16)
+    assert backbone.training

@@ -22,6 +22,7 @@ from fastdino.train.loop import Run, train
 from fastdino.train.meter import Meter
 from fastdino.train.optim import OPTIMIZERS, get_params_groups, state_names
 from fastdino.train.resume import HARMLESS, IMPOSSIBLE, changes, shown
+from fastdino.train.schedules import Schedules
 from fastdino.train.sinks import Sink
 
 
@@ -242,15 +243,16 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(one_epoc
 
 
 def test_an_epochs_means_go_on_where_they_were():
-    whole, cut = Meter(["loss", "kl"]), Meter(["loss", "kl"])
+    schedules = Schedules.of(TrainConfig(data_path="x", epochs=2, warmup_epochs=0), 4, 1)
     rows = np.arange(12.0).reshape(6, 2)
-    for meter, some in ((whole, rows), (cut, rows[:2])):
-        meter.sums += some.sum(0)
-        meter.n_steps += len(some)
-        meter.n_images += 8 * len(some)
+    rows[3, 1] = np.inf  # of a step that fp16 skipped
+    whole, cut = Meter(["loss", "kl"]), Meter(["loss", "kl"])
+    whole.step_entry(rows, 6, 0, schedules)
+    cut.step_entry(rows[:2], 2, 0, schedules)
     resumed = Meter(["loss", "kl"])
     resumed.restore(json.loads(json.dumps(cut.state())))
-    resumed.sums += rows[2:].sum(0)
-    resumed.n_steps += 4
-    assert (resumed.sums / resumed.n_steps).tolist() == (whole.sums / whole.n_steps).tolist()
-    assert resumed.seconds > cut.seconds - 1
+    resumed.step_entry(rows[2:], 6, 0, schedules)
+    entries = [meter.epoch_entry(0, 4, schedules) for meter in (whole, resumed)]
+    assert entries[0]["train_kl"] == entries[1]["train_kl"] == np.mean([1, 3, 5, 9, 11])
+    assert entries[0]["train_loss"] == entries[1]["train_loss"] == rows[:, 0].mean()
+    assert resumed.seconds > 0

@@ -1,0 +1,264 @@
+"""Images in tar and parquet files, many to a file, read at random."""
+
+import io
+import os
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdino.data.sources import EXTENSIONS, class_folders, kind, labels_of, read_file, several
+from fastdino.errors import UserError, printable
+
+END = bytes(2 * tarfile.BLOCKSIZE)  # what a tar file ends in; behind it anything may lie
+MAX_OPEN = 32  # shards at once: a process may often open 1,024 files, and there are far more shards
+
+
+class TarSource:
+    """Every image in uncompressed tar shards, in the shards' own order, by offset: no shard is ever unpacked.
+
+    Labels as WebDataset keeps them, in a member `key.cls` (or, if those are short words that repeat, `key.txt`) beside
+    `key.jpg`; otherwise the folders inside the shards name classes, as for FolderSource. Raises UserError where there
+    is no image, or a shard is no tar. A damaged header loses its own member alone; a shard that was cut gives its
+    complete members. damage: a line for each member that is known to be lost.
+    Members are read by `pread`, not through a memory map: a shard cut under a map ends the process with SIGBUS.
+    """
+
+    def __init__(self, shards: Sequence[str | Path]) -> None:
+        self.shards = [str(shard) for shard in shards]
+        self.cut: list[str] = []
+        self.damage: list[str] = []
+        self.names: list[str] = []
+        self._open: OrderedDict[int, io.FileIO] = OrderedDict()
+        self._lock = threading.Lock()
+        where: list[tuple[int, int, int]] = []  # shard, offset, bytes
+        keys: list[str] = []
+        texts: dict[str, dict[str, str]] = {"cls": {}, "txt": {}}
+        for number, shard in enumerate(self.shards):
+            for name, offset, size in self._members(shard):
+                folder, file = os.path.split(name)
+                stem, _, extension = file.partition(".")
+                key = f"{number}/{folder}/{stem}"
+                if f".{extension.lower()}".endswith(EXTENSIONS) and stem:
+                    self.names.append(name)
+                    where.append((number, offset, size))
+                    keys.append(key)
+                elif extension in texts and size < 256:
+                    texts[extension][key] = self._read(number, offset, size).decode(errors="replace").strip()
+        if not where:
+            raise UserError(f"no image in {several(self.shards)} (looked for {', '.join(e[1:] for e in EXTENSIONS)})")
+        self.where = np.array(where, dtype=np.int64)
+        self.classes, self.labels = class_folders(self.names)
+        for found in texts.values():
+            names = [found.get(key, "") for key in keys]
+            if all(names) and (found is texts["cls"] or 2 * len(set(names)) <= len(names)):
+                self.classes, self.labels = labels_of(names)
+                break
+
+    def _members(self, shard: str) -> list[tuple[str, int, int]]:
+        """(name, offset, bytes) of the complete files in a shard."""
+        members: list[tuple[str, int, int]] = []
+        gaps: list[tuple[int, bytes]] = []
+        try:
+            with open(shard, "rb") as file:
+                n_bytes, end = os.fstat(file.fileno()).st_size, 0
+                for member in _headers(file):
+                    if strange := os.pread(file.fileno(), member.offset - end, end).strip(b"\0"):
+                        gaps.append((end, strange))
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                    if member.offset_data + member.size > n_bytes:
+                        self.damage.append(f"{printable(shard)}/{printable(member.name)}: the shard ends inside it")
+                        break
+                    if member.isreg() and not os.path.basename(member.name).startswith("."):
+                        members.append((member.name, member.offset_data, member.size))
+                rest = os.pread(file.fileno(), max(n_bytes - end, 0), end)
+        except (tarfile.TarError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise UserError(f"{printable(shard)}: expected an uncompressed tar file: {reason}") from error
+        if not rest.startswith(END):
+            self.cut.append(shard)
+            gaps += [(end, rest)] if rest.strip(b"\0") else []
+        usual = n_bytes / (len(members) + len(gaps) + 1)
+        for start, gap in gaps:
+            # As many as have left a mark of a header, or would have room there; one at the least.
+            n_lost = max(1, gap.count(b"ustar"), round(len(gap) / usual))
+            where = f"{printable(shard)}, of {len(members)} whole members"
+            self.damage += [
+                f"{where}: lost behind a damaged header at byte {start:,} ({i + 1} of about {n_lost})"
+                for i in range(n_lost)
+            ]
+        return members
+
+    def _file(self, number: int) -> io.FileIO:
+        """A shard, opened; few stay open. What is dropped here is closed when the last thread has read from it."""
+        with self._lock:
+            if number not in self._open:
+                self._open[number] = io.FileIO(self.shards[number])
+                if len(self._open) > MAX_OPEN:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+            return self._open[number]
+
+    def _read(self, number: int, offset: int, size: int) -> bytes:
+        file = self._file(number)
+        return os.pread(file.fileno(), size, offset)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitem__(self, index: int) -> bytes:
+        shard, offset, size = self.where[index].tolist()
+        data = self._read(shard, offset, size)
+        if len(data) < size:
+            raise OSError(f"{printable(self.shards[shard])} ends inside it")
+        return data
+
+    def name(self, index: int) -> str:
+        return printable(f"{self.shards[self.where[index, 0]]}/{self.names[index]}")
+
+    def describe(self) -> str:
+        cut = f"; {several(self.cut)} cut short, the complete images are used" if self.cut else ""
+        lost = f"; about {len(self.damage)} more are lost, as {self.damage[0]}" if self.damage else ""
+        return f"{len(self):,} images in {several(self.shards)}, {kind(self)}{cut}{lost}"
+
+
+def _headers(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar file that can be read; the blocks of those that cannot are skipped one by one."""
+    if file.read(tarfile.BLOCKSIZE * 2048).find(b"ustar") < 0:
+        file.seek(0)
+        tarfile.open(fileobj=file, mode="r:").close()  # raises, unless it is of before 1988
+    file.seek(0)
+    n_bytes = os.fstat(file.fileno()).st_size
+    with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as archive:
+        while True:
+            try:
+                member = archive.next()
+            except tarfile.TarError:  # of a long name whose own header is damaged
+                archive.offset += tarfile.BLOCKSIZE
+                if archive.offset < n_bytes:
+                    continue
+                return
+            if member is None:
+                return
+            archive.members = []  # type: ignore[attr-defined] # which it would keep, a kilobyte for each
+            yield member
+
+
+class ParquetSource:
+    """Images in a column of parquet files, as Hugging Face stores them: bytes, or a struct with a field `bytes`.
+
+    Row groups are read when one of their images is asked for, and the last `CACHED_BYTES` of them are kept.
+    A column of whole numbers called label, labels or cls gives labels. Needs pyarrow (`pip install fastdino[parquet]`).
+    Raises UserError without it, and where a file is no parquet or has no such column.
+    """
+
+    CACHED_BYTES = 2**30
+
+    def __init__(self, files: Sequence[str | Path]) -> None:
+        try:
+            import pyarrow.parquet as parquet
+            from pyarrow import types
+        except ImportError as error:
+            raise UserError("parquet files need pyarrow: pip install 'fastdino[parquet]'") from error
+        self.paths = [str(file) for file in files]
+        self.column = ""
+        self.groups: list[tuple[int, int]] = []  # file, row group
+        starts, labels = [0], []
+        for number, path in enumerate(self.paths):
+            try:
+                with parquet.ParquetFile(path) as file:
+                    schema = file.schema_arrow
+                    label = next((c for c in ("label", "labels", "cls") if c in schema.names), None)
+                    self.column = self.column or next((f.name for f in schema if _holds_images(f.type, types)), "")
+                    if self.column not in schema.names:
+                        raise UserError(
+                            f"{printable(path)}: no column of images (bytes), only {', '.join(schema.names)}"
+                        )
+                    for group in range(file.num_row_groups):
+                        self.groups.append((number, group))
+                        starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
+                    if label and types.is_integer(schema.field(label).type):
+                        labels.append(file.read([label])[label].to_numpy())
+            except UserError:
+                raise
+            except Exception as error:  # a damaged file makes pyarrow raise nearly anything
+                raise UserError(f"{printable(path)}: expected a parquet file: {_first_line(error)}") from error
+        self.starts = np.array(starts)
+        if not len(self):
+            raise UserError(f"no image in {several(self.paths)}")
+        self.classes: Sequence[str] = []
+        self.labels: NDArray[np.int64] | None = None
+        if sum(map(len, labels)) == len(self):
+            self.classes, self.labels = labels_of([str(x) for x in np.concatenate(labels)])
+        self._cache: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def _group(self, number: int) -> Any:
+        """The column of one row group. Two threads may read the same one; neither waits for the other's disk."""
+        import pyarrow.parquet as parquet
+
+        with self._lock:
+            if number in self._cache:
+                self._cache[number] = self._cache.pop(number)  # the most recent are at the end
+                return self._cache[number]
+        file, group = self.groups[number]
+        try:
+            with parquet.ParquetFile(self.paths[file]) as opened:
+                column = opened.read_row_group(group, [self.column])[self.column].combine_chunks()
+        except Exception as error:
+            raise OSError(_first_line(error)) from error
+        with self._lock:
+            self._cache[number] = column
+            while len(self._cache) > 1 and sum(c.nbytes for c in self._cache.values()) > self.CACHED_BYTES:
+                del self._cache[next(iter(self._cache))]
+        return column
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> bytes:
+        number = int(np.searchsorted(self.starts, index, "right")) - 1
+        try:
+            value = self._group(number)[index - int(self.starts[number])].as_py()
+        except (IndexError, ValueError) as error:  # fewer rows than the index says, a path that is no text
+            raise OSError(_first_line(error)) from error
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None and isinstance(value, dict) and value.get("path"):
+            return self._beside(self.paths[self.groups[number][0]], value["path"])
+        return data or b""
+
+    def _beside(self, file: str, path: str) -> bytes:
+        """An image that a parquet file only names: below its own folder, wherever links lead."""
+        folder = Path(file).parent.resolve()
+        try:
+            found = (folder / path).resolve()
+        except (ValueError, RuntimeError) as error:  # a zero byte, links in a circle
+            raise OSError(f"{printable(path)}: {error}") from error
+        if not found.is_relative_to(folder):
+            raise OSError(f"{printable(path)} leads out of {printable(folder)}")
+        return read_file(found)
+
+    def name(self, index: int) -> str:
+        number = int(np.searchsorted(self.starts, index, "right")) - 1
+        return f"{printable(self.paths[self.groups[number][0]])}, row {index} of all"
+
+    def describe(self) -> str:
+        return f"{len(self):,} images in {several(self.paths)}, {kind(self)}"
+
+
+def _holds_images(kind: Any, types: Any) -> bool:
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and _holds_images(field.type, types) for field in kind)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _first_line(error: Exception) -> str:
+    return printable(str(error).strip().partition("\n")[0] or type(error).__name__)
+
+
+SHARDS: dict[str, type[TarSource] | type[ParquetSource]] = {".tar": TarSource, ".parquet": ParquetSource}
