@@ -17,7 +17,7 @@ from PIL import Image
 from fastdino.cli import main
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.shards import MAX_OPEN, ParquetSource, TarSource
-from fastdino.data.sources import MAX_BYTES, FolderSource, read_file
+from fastdino.data.sources import MAX_BYTES, FolderSource, open_source, read_file
 from fastdino.errors import UserError, printable
 
 
@@ -104,6 +104,14 @@ def tiny_photos_flags():
     flags = "--arch vit_nano --patch_size 8 --global_crops_size 16 --local_crops_number 0 --out_dim 16 --hidden_dim 8"
     more = "--bottleneck_dim 8 --epochs 1 --batch_size_per_gpu 16 --attention_images 0 --num_workers 0"
     return [*flags.split(), *more.split()]
+
+
+def test_a_pipe_is_no_shard(tmp_path, jpeg):
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "1.jpg").write_bytes(jpeg)
+    assert len(open_source(tmp_path)) == 1
+    with pytest.raises(UserError, match=r"found no regular file at .*a\.tar"):
+        open_source(tmp_path / "a.tar")
 
 
 def write_shard(path, names, jpeg):
