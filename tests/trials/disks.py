@@ -3,7 +3,6 @@
 cd tests && python -m trials.disks [--quick]        (as root: it mounts file systems of a few megabytes)
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trials.mounts import why_not
 from trials.runs import Ended, Table, differences, last_line, run, start, trial_parser, wait
 
 from fastdino.train.checkpoint import load_checkpoint
@@ -129,9 +129,9 @@ def read_only(n: int, expected: Path, root: Path) -> list[str]:
 
 def main() -> int:
     args = trial_parser(__doc__).parse_args()
-    if os.geteuid():
-        print("not root: no file system can be mounted, nothing was tried")
-        return 0
+    if reason := why_not():
+        print(f"nothing was tried: no file system can be mounted ({reason})")
+        return 2
     table = Table()
     with tempfile.TemporaryDirectory() as name:
         root, expected = Path(name), Path(name) / "expected"

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trials.mounts import why_not
 from trials.runs import Table, differences, run, start, trial_parser, wait
 
 from fastdino.train.step import TrainStep
@@ -82,9 +83,9 @@ def main() -> int:
     parser = trial_parser(__doc__)
     parser.add_argument("--cuts", type=int, default=20)
     args = parser.parse_args()
-    if os.geteuid() or subprocess.run(["losetup", "-f"], capture_output=True, check=False).returncode:
-        print("not root, or no loop devices: nothing was tried")
-        return 0
+    if reason := why_not():
+        print(f"nothing was tried: no file system can be mounted ({reason})")
+        return 2
     table, rng = Table(), random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         root, expected = Path(name), Path(name) / "expected"

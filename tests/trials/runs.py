@@ -26,6 +26,7 @@ from fastdino.data.sources import ImageSource
 from fastdino.errors import UserError
 from fastdino.train import build, loop  # noqa: F401
 from fastdino.train.checkpoint import load_checkpoint
+from fastdino.train.interrupt import SIGNALS
 
 FLAGS = """--epochs 3 --batch_size_per_gpu 48 --patch_size 12 --local_crops_size 12 --out_dim 64 --hidden_dim 32
     --bottleneck_dim 16 --local_crops_number 2 --knn_freq 1 --knn_images 200 --attention_images 1 --num_workers 0
@@ -59,6 +60,8 @@ def start(folder: Path, flags: Sequence[str] = (), sabotage: Callable[[], object
     code = 99
     try:
         os.setsid()
+        for number in SIGNALS:  # which nohup, or a shell's `&`, may have made this process ignore
+            signal.signal(number, signal.SIG_DFL)
         for number in (1, 2):
             os.dup2(handle, number)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
