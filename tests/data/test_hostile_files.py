@@ -17,7 +17,7 @@ from PIL import Image
 from fastdino.cli import main
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.shards import MAX_OPEN, ParquetSource, TarSource
-from fastdino.data.sources import MAX_BYTES, FolderSource, read_file
+from fastdino.data.sources import MAX_BYTES, FolderSource, open_source, read_file
 from fastdino.errors import UserError, printable
 
 
@@ -196,3 +196,59 @@ def test_a_damaged_parquet_file_is_refused_in_one_line(tmp_path):
 def test_arrays_of_another_kind_are_bad_images():
     with pytest.raises(BadImage, match="expected an array"):
         decode(np.zeros((4, 4, 4), np.uint8))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_shards_that_are_no_files_are_refused_unopened(tmp_path, name, kind):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{name}: expected .* is no regular file"):
+        open_source(tmp_path)
+
+
+def test_a_shard_with_room_to_spare_is_read_at_once(tmp_path, jpeg):
+    path = write_shard(tmp_path / "a.tar", ["0.jpg", "1.jpg"], jpeg)
+    os.truncate(path, 2**40)  # as a download reserves it; no block of it is on the disk
+    source = TarSource([path])
+    assert source.names == ["0.jpg", "1.jpg"]
+    assert not source.damage
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"size": "-5000"}, {"GNU.sparse.map": "a,b"}, {"GNU.sparse.size": "x"}, {"size": "9" * 30}],
+    ids=lambda wrong: next(iter(wrong.items()))[0] + next(iter(wrong.values()))[:3],
+)
+def test_a_wrong_number_in_a_header_loses_one_image_or_cuts_the_shard(tmp_path, jpeg, wrong):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for i in range(4):
+            member = tarfile.TarInfo(f"{i}.jpg")
+            member.size, member.pax_headers = len(jpeg), wrong if i == 2 else {}
+            archive.addfile(member, io.BytesIO(jpeg))
+    source = TarSource([tmp_path / "a.tar"])
+    assert [source[i] for i in (0, 1)] == [jpeg] * 2
+    assert len(source.damage) == 1
+    assert source.names[:2] == ["0.jpg", "1.jpg"]
+    assert source.cut or "3.jpg" in source.names
+
+
+def test_a_folder_in_place_of_an_image_takes_no_descriptor(tmp_path):
+    held = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(OSError, match="directory"):
+            read_file(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == held
+
+
+def test_parquet_files_that_claim_more_rows_than_bytes_are_refused(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": pa.array([b""] * 100_000), "\x1b": ["x"] * 100_000}), path)
+    with pytest.raises(UserError, match=r"claims 100,000 rows in [\d,]+ bytes"):
+        ParquetSource([path])
+    pq.write_table(pa.table({"\x1b[31m": ["x"]}), path)
+    with pytest.raises(UserError, match=r"only \\x1b\[31m"):
+        ParquetSource([path])
