@@ -183,12 +183,16 @@ def open_source(path: str | Path) -> ImageSource:
     text = str(path)
     if os.path.isdir(text):
         for extension, kind in SHARDS.items():
-            if shards := sorted(str(file) for file in Path(text).iterdir() if file.suffix.lower() == extension):
+            found = (file for file in Path(text).iterdir() if file.suffix.lower() == extension and file.is_file())
+            if shards := sorted(map(str, found)):
                 return kind(shards)
         return FolderSource(text)
     files = [text] if os.path.exists(text) else expand(text)
     if not files or (files == [text] and not os.path.exists(text)):
         raise UserError(f"expected a folder of images, tar or parquet files, found nothing at {printable(text)}")
+    for file in files:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise UserError(f"expected a folder, .tar or .parquet files, found no regular file at {printable(file)}")
     kinds = {os.path.splitext(file)[1].lower() for file in files}
     if len(kinds) == 1 and (extension := kinds.pop()) in SHARDS:
         return SHARDS[extension](files)

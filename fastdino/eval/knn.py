@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdino.data.augment import normalize
-from fastdino.data.loader import center_views
 from fastdino.data.sources import ImageSource
+from fastdino.data.views import center_views
 from fastdino.errors import UserError
 
 QUERIES_AT_ONCE = 256  # bounds the similarity matrix, (256, N)

@@ -99,7 +99,12 @@ class Parts:
                 config=self.config,
                 scaler=step.update.scaler,
                 iteration=iteration,
-                progress={**progress, "niter": self.niter, "n_images": len(self.source)},
+                progress={
+                    **progress,
+                    "niter": self.niter,
+                    "n_images": len(self.source),
+                    "batch_size": self.batch_size,
+                },
             )
 
         self.folder.write(self.folder.checkpoint.name, write)
@@ -139,7 +144,7 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
         config=config,
         process=process,
         folder=folder,
-        resumed=resume(config, folder, step, len(sampler), len(source)),
+        resumed=resume(config, folder, step, len(sampler), len(source), batch_size),
         source=source,
         held_out=held_out,
         sampler=sampler,

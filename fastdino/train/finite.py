@@ -1,5 +1,6 @@
 """What must not be saved: numbers that are not finite, found by name."""
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ADVICE = "Try a smaller --lr, a longer --warmup_epochs, --clip_grad 0.3, or --use_fp16 false"
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # that weights are saved in
 WORDS = {"grad_norm": "the gradient", "state": "the objective's state (the center)"}
 
 
@@ -26,15 +28,25 @@ def nonfinite_metric(
     return None
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _tensors(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            yield from _tensors(inner, f"{name}.{index}")
+def tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all tensors in dictionaries, lists, tuples and namespaces, each of which is entered once."""
+    seen, left = set[int](), [("", content)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        items = (
+            value.items()
+            if isinstance(value, Mapping)
+            else enumerate(value)
+            if isinstance(value, (list, tuple))
+            else ()
+        )
+        if id(value) not in seen:
+            seen.add(id(value))
+            left += reversed([(f"{name}.{key}" if name else str(key), inner) for key, inner in items])
 
 
 @torch.no_grad()
@@ -44,11 +56,12 @@ def first_nonfinite(content: Mapping[str, Any]) -> str | None:
     Waits for a device once.
     """
     on: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for name, tensor in _tensors(content, ""):
-        on.setdefault(tensor.device, []).append((name, tensor))
+    for name, tensor in tensors(content):
+        if tensor.dtype in FLOATS and tensor.numel():
+            on.setdefault(tensor.device, []).append((name, tensor))
     for pairs in on.values():
-        names, tensors = zip(*pairs)
-        bad = ~torch.stack([norm.float() for norm in torch._foreach_norm(tensors, torch.inf)]).isfinite()
+        names, values = zip(*pairs)
+        bad = ~torch.stack([norm.float() for norm in torch._foreach_norm(values, torch.inf)]).isfinite()
         if index := bad.cpu().nonzero().flatten().tolist():
             return str(names[index[0]])
     return None

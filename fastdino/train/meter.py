@@ -1,5 +1,6 @@
 """The numbers of an epoch as they come, and the entries that sinks are told of them."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,7 +38,19 @@ class Meter:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with the numbers of an epoch that was stopped."""
+        """Go on with the numbers of an epoch that was stopped. Raises ValueError where they are of no such epoch."""
+        kinds = {"sums": list, "counts": list, "n_images": int, "waited": float, "seconds": float, "bad": list}
+        if not isinstance(state, Mapping) or any(type(state.get(key)) is not kind for key, kind in kinds.items()):
+            raise ValueError(f"expected {', '.join(kinds)}")
+        numbers = [*state["sums"], *state["counts"], state["waited"], state["seconds"]]
+        if not len(state["sums"]) == len(state["counts"]) == len(self.names):
+            raise ValueError(f"expected {len(self.names)} sums and counts")
+        if not all(type(x) is float and math.isfinite(x) for x in numbers):
+            raise ValueError("expected finite numbers")
+        if min([state["n_images"], *numbers[len(self.names) :]]) < 0 or state["n_images"] >= 2**63:
+            raise ValueError("expected 0 or more steps, images and seconds")
+        if not all(isinstance(line, str) for line in state["bad"]):
+            raise ValueError("expected lines about unreadable images")
         self.sums, self.counts = np.array(state["sums"]), np.array(state["counts"])
         self.n_images, self.waited = state["n_images"], state["waited"]
         self.bad = dict.fromkeys(state["bad"])

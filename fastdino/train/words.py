@@ -42,7 +42,7 @@ def introduce(parts: Parts, say: Say) -> None:
         f"{processes}, {precision}, {workers}{fewer}"
     )
     say(f"step    {step.mode}" + (f"; attention {step.attention}" if step.attention else ""))
-    if parts.resumed.iteration or parts.resumed.again:
+    if parts.resumed.iteration or parts.resumed.changes or parts.resumed.notes:
         _tell_of_resume(parts, say)
 
 
@@ -50,8 +50,8 @@ def _tell_of_resume(parts: Parts, say: Say) -> None:
     """Where it goes on, and in one block what is not as it was."""
     resumed, epochs = parts.resumed, parts.config.epochs
     say(f"resumed {parts.folder.checkpoint} after {in_words(resumed.epoch, resumed.iteration % parts.niter)}")
-    if resumed.again:
-        say(f"        {resumed.again}")
+    for note in resumed.notes:
+        say(f"        {note}")
     for i, change in enumerate(shown(resumed.changes, resumed.changes.keys() - HARMLESS)):
         say(f"{'        ' if i else 'changed '}{change}")
     if harmless := [name for name in resumed.changes if name in HARMLESS]:

@@ -106,6 +106,14 @@ def tiny_photos_flags():
     return [*flags.split(), *more.split()]
 
 
+def test_a_pipe_is_no_shard(tmp_path, jpeg):
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "1.jpg").write_bytes(jpeg)
+    assert len(open_source(tmp_path)) == 1
+    with pytest.raises(UserError, match=r"found no regular file at .*a\.tar"):
+        open_source(tmp_path / "a.tar")
+
+
 def write_shard(path, names, jpeg):
     with tarfile.open(path, "w") as archive:
         for name in names:

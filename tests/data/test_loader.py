@@ -13,10 +13,11 @@ from PIL import Image
 
 from fastdino.data.augment import IMAGENET_STD, apply_crop
 from fastdino.data.decode import decode
-from fastdino.data.loader import CropLoader, EpochSampler, center_views, useful_workers
+from fastdino.data.loader import CropLoader, EpochSampler, useful_workers
 from fastdino.data.params import MultiCropRecipe, ViewRecipe, crop_params, draw_crops
 from fastdino.data.sequences import SequenceSource
 from fastdino.data.sources import FolderSource
+from fastdino.data.views import center_views
 
 RECIPE = MultiCropRecipe(
     globals=(ViewRecipe(size=32, scale=(0.4, 1.0)),) * 2, locals=(ViewRecipe(size=16, scale=(0.05, 0.4)),) * 3

@@ -2,20 +2,25 @@
 
 import argparse
 import json
+import os
 import signal
 from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from trials.checkpoints import BYTES, RunsCode
 
 from fastdino import load_backbone
 from fastdino.errors import UserError
 from fastdino.train.build import Own
+from fastdino.train.checkpoint import load_checkpoint
 from fastdino.train.config import TrainConfig
-from fastdino.train.loop import train
+from fastdino.train.contents import check
+from fastdino.train.loop import Run, train
 from fastdino.train.meter import Meter
-from fastdino.train.optim import OPTIMIZERS, state_names
+from fastdino.train.optim import OPTIMIZERS, get_params_groups, state_names
 from fastdino.train.resume import HARMLESS, IMPOSSIBLE, changes, shown
 from fastdino.train.schedules import Schedules
 from fastdino.train.sinks import Sink
@@ -82,16 +87,145 @@ def test_what_cannot_change_is_refused_with_both_values(one_epoch, tiny):
     assert before == {path.name: path.read_bytes() for path in one_epoch.iterdir()}
 
 
-def test_an_epoch_of_another_length_begins_anew_and_says_so(tiny, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"batch_size_per_gpu": 128}, "it had 5 steps of 256 of 1,437 images, and has 11 steps of 128 of 1,437 images"),
+        ({"batch_size_per_gpu": 255}, "it had 5 steps of 256 of 1,437 images, and has 5 steps of 255 of 1,437 images"),
+        ({"seed": 1}, "its images come in another order"),
+    ],
+    ids=str,
+)
+def test_an_epoch_of_other_steps_begins_anew_and_says_so(changed, words, tiny, tmp_path, capsys):
     class StopAtOnce(Sink):
         def step(self, entry):
             signal.raise_signal(signal.SIGINT)
 
     assert train(tiny(), Own(callbacks=[StopAtOnce()])).interrupted
-    train(tiny(batch_size_per_gpu=128))
-    output = capsys.readouterr().out
-    assert "epoch 1 begins anew: it had 5 steps of 1,437 images, and has 11 of 1,437" in output
-    assert torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=False)["epoch"] == 3
+    assert train(tiny(**changed), Own(callbacks=[StopAtOnce()])).interrupted
+    assert f"epoch 1 begins anew: {words}" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["iteration"] == 1
+
+
+def test_a_run_stopped_before_its_first_step_goes_on(tiny, monkeypatch):
+    start = Run._train_epoch
+
+    def stopped(self, sinks):
+        signal.raise_signal(signal.SIGTERM)
+        return start(self, sinks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_train_epoch", stopped)
+        assert train(tiny(epochs=1, warmup_epochs=0)).epochs == 0
+    assert train(tiny(epochs=1, warmup_epochs=0)).epochs == 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_backbone_with_a_parameter_that_nothing_uses_goes_on(name, tiny):
+    class Backbone(nn.Module):
+        embed_dim = 8
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.unused = nn.Conv2d(3, 8, 3), nn.Linear(2, 2)
+
+        def forward(self, crops):
+            crops = crops if isinstance(crops, (list, tuple)) else [crops]
+            return torch.cat([self.conv(crop).mean((2, 3)) for crop in crops])
+
+    for epochs in (1, 2):
+        config = tiny(optimizer=name, epochs=epochs, warmup_epochs=0, batch_size_per_gpu=700, attention_images=0)
+        assert train(config, Own(backbone=Backbone())).epochs == epochs
+
+
+REASONS = {
+    "empty": "it is empty",
+    "a text": "does not begin as torch.save's files do",
+    "zeros": "does not begin as torch.save's files do",
+    "its first half": "is damaged: its end is missing",
+    "all but its last byte": "is damaged: its end is missing",
+    "its second half": "does not begin as torch.save's files do",
+    "a flipped bit": r"is damaged: the checksum of \S+ is wrong",
+    "compressed": "it is a compressed archive",
+    "a pickle that runs code": "is not a checkpoint, or is damaged",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_without_pytorchs_advice(kind, tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"weights": torch.arange(1000.0)}, path)
+    path.write_bytes(BYTES[kind](path.read_bytes()))
+    with pytest.raises(UserError, match=REASONS[kind]) as refused:
+        load_checkpoint(path)
+    assert "weights_only" not in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+def test_code_is_named_in_either_of_pytorchs_formats(tmp_path):
+    for zipped in (True, False):
+        torch.save({"x": RunsCode()}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match=r"x.pth holds pickled code, which is refused: posix.system$"):
+            load_checkpoint(tmp_path / "x.pth")
+
+
+def test_few_bytes_that_stand_for_terabytes_are_refused(tmp_path):
+    torch.save({"teacher": {"pos_embed": torch.zeros(1).expand(2**38)}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"teacher.pos_embed is larger than what is stored of it"):
+        load_backbone(tmp_path / "x.pth")
+
+
+def test_places_that_are_no_file_are_named(tiny, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="found no file there"):
+        load_checkpoint(tmp_path / "fifo")
+    with pytest.raises(UserError, match="found a folder there"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pth").symlink_to(tmp_path / "unmounted" / "checkpoint.pth")
+    with pytest.raises(UserError, match="found a link to nothing there"):
+        train(tiny())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.pth"]
+
+
+def test_only_a_kept_checkpoint_that_fits_is_advised(tiny, tmp_path):
+    train(tiny(epochs=2, warmup_epochs=0))
+    run = tmp_path / "run"
+    (run / "checkpoint.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoint0001.pth there holds 2 epochs: copy it over"):
+        train(tiny(epochs=3))
+    torch.save(
+        torch.load(run / "checkpoint0001.pth", weights_only=False) | {"epoch": "two"}, run / "checkpoint0001.pth"
+    )
+    with pytest.raises(UserError, match=r"checkpoint0000.pth there holds 1 epoch: copy it over"):
+        train(tiny(epochs=3))
+    with pytest.raises(UserError, match=r"it is empty. --resume false starts anew"):
+        train(tiny(epochs=3, hidden_dim=8))
+
+
+def test_other_images_and_another_batch_are_said_and_so_are_missing_arguments(one_epoch, tiny, capsys):
+    content = torch.load(one_epoch / "checkpoint.pth", weights_only=False)
+    content["progress"] |= {"n_images": 1000, "batch_size": 512}
+    torch.save(content, one_epoch / "checkpoint.pth")
+    train(tiny(epochs=1, warmup_epochs=0, saveckp_freq=0))
+    block = capsys.readouterr().out.partition("resumed ")[2].splitlines()[1:3]
+    assert block == ["changed images 1000 -> 1437", "        images a step 512 -> 256"]
+    del content["args"]
+    torch.save(content, one_epoch / "checkpoint.pth")
+    train(tiny(epochs=1, warmup_epochs=0, saveckp_freq=0))
+    assert "its arguments are not in it: what has changed since cannot be told" in capsys.readouterr().out
+
+
+def test_a_loss_scale_that_is_none_is_refused():
+    student = nn.Linear(2, 2)
+    parts = {"student": student, "teacher": nn.Linear(2, 2), "loss": nn.Linear(1, 1), "optimizer_name": "sgd"}
+    parts["optimizer"] = OPTIMIZERS["sgd"](get_params_groups(student))
+    state = {name: parts[name].state_dict() for name in ("student", "teacher", "optimizer")}
+    content = {"epoch": 0, "dino_loss": parts["loss"].state_dict(), **state}
+    scaler = torch.amp.GradScaler("cpu")
+    check(content | {"fp16_scaler": scaler.state_dict()}, scaler=scaler, **parts)
+    with pytest.raises(UserError, match="the checkpoint's fp16_scaler has nan as its scale, expected a number"):
+        check(content | {"fp16_scaler": scaler.state_dict() | {"scale": torch.nan}}, scaler=scaler, **parts)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

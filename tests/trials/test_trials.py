@@ -11,7 +11,7 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "script", ["kills", "poison", "signals", "disks", "power", "pairs", "checkpoints", "shards", "images"]
+    "script", ["kills", "poison", "signals", "disks", "power", "pairs", "checkpoints", "contents", "shards", "images"]
 )
 def test_nothing_is_lost(script: str) -> None:
     """In a process of its own, which forks its runs: some 10 to 25 seconds each."""

@@ -1,0 +1,59 @@
+"""Center crops of many images, in batches: what features are extracted from."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastdino.data.augment import center_view
+from fastdino.data.decode import BadImage, decode
+from fastdino.data.sources import ImageSource
+
+
+def center_views(
+    source: ImageSource,
+    indices: NDArray[np.int64],
+    resize: int,
+    size: int,
+    batch_size: int,
+    num_workers: int,
+    say: Callable[[str], object],
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Batches ((b, 3, size, size) uint8, indices (b,)) of the readable images among `indices`.
+
+    num_workers: threads, 0 for the caller's. say: is told a line of each image that cannot be read. What features are
+    extracted from: `augment.center_view`.
+    """
+
+    def view(index: int) -> Tensor | str:
+        try:
+            image = decode(source[index])
+        except (BadImage, OSError) as error:
+            return f"{source.name(index)}: {error}"
+        return torch.from_numpy(center_view(image, resize, size).copy()).permute(2, 0, 1)
+
+    starts = range(0, len(indices), batch_size)
+    chunks = [[int(index) for index in indices[start : start + batch_size]] for start in starts]
+    pool = ThreadPoolExecutor(max(num_workers, 1), "view")
+    try:
+        coming: deque[Iterator[Tensor | str]] = deque()
+        for i in range(len(chunks) + 1):
+            if i < len(chunks):
+                coming.append(pool.map(view, chunks[i]) if num_workers else map(view, chunks[i]))
+            if i == 0:
+                continue
+            views, kept = [], []
+            for seen, index in zip(coming.popleft(), chunks[i - 1]):
+                if isinstance(seen, str):
+                    say(seen)
+                else:
+                    views.append(seen)
+                    kept.append(index)
+            if kept:
+                yield torch.stack(views), np.array(kept)
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever leaves early does not wait for the rest
