@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdino.data.sources import EXTENSIONS, class_folders, kind, labels_of, read_file, require_file, several
+from fastdino.data.sources import EXTENSIONS, class_folders, kind, labels_of, read_file, several
 from fastdino.errors import UserError, printable
 
 END = bytes(2 * tarfile.BLOCKSIZE)  # what a tar file ends in; behind it anything may lie
@@ -66,7 +66,6 @@ class TarSource:
         members: list[tuple[str, int, int]] = []
         gaps: list[tuple[int, int, int]] = []  # where, bytes, marks of headers
         try:
-            require_file(shard)
             with open(shard, "rb") as file:
                 n_bytes, end = os.fstat(file.fileno()).st_size, 0
                 for member in _headers(file, n_bytes):
@@ -200,7 +199,6 @@ class ParquetSource:
         starts, labels = [0], []
         for number, path in enumerate(self.paths):
             try:
-                require_file(path)
                 with parquet.ParquetFile(path) as file:
                     schema = file.schema_arrow
                     label = next((c for c in ("label", "labels", "cls") if c in schema.names), None)

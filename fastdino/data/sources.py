@@ -127,12 +127,6 @@ def read_file(path: str | Path) -> bytes:
         return file.read(MAX_BYTES)
 
 
-def require_file(path: str | Path) -> None:
-    """Raise OSError for what is no regular file, without opening it: a pipe would hang."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("is no regular file")
-
-
 def kind(source: ImageSource) -> str:
     """What a source says of its labels."""
     return f"{len(source.classes)} classes (for k-NN only)" if source.labels is not None else "no labels"
@@ -183,8 +177,9 @@ def open_source(path: str | Path) -> ImageSource:
     text = str(path)
     if os.path.isdir(text):
         for extension, kind in SHARDS.items():
-            found = (file for file in Path(text).iterdir() if file.suffix.lower() == extension and file.is_file())
-            if shards := sorted(map(str, found)):
+            named = (file for file in Path(text).iterdir() if file.suffix.lower() == extension)
+            # A broken link is a shard that is missing: opening it says so.
+            if shards := sorted(str(file) for file in named if file.is_file() or not file.exists()):
                 return kind(shards)
         return FolderSource(text)
     files = [text] if os.path.exists(text) else expand(text)
