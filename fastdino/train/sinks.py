@@ -83,13 +83,19 @@ class LogFile(Sink):
         self._folder = folder
 
     def read(self) -> list[Entry]:
-        """An entry per epoch of the last run in the folder: an epoch that was trained again ends what followed it."""
+        """An entry per epoch of the last run in the folder: an epoch that was trained again ends what followed it.
+
+        Lines that are no entries are left out.
+        """
         entries: list[Entry] = []
         path = self._folder.path / LOG
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
             with suppress(json.JSONDecodeError):
                 entry = json.loads(line)
-                entries = [e for e in entries if e["epoch"] < entry["epoch"]] + [entry]
+                if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
+                    while entries and entries[-1]["epoch"] >= entry["epoch"]:
+                        entries.pop()
+                    entries.append(entry)
         return entries
 
     def mend(self) -> None:

@@ -49,7 +49,8 @@ def introduce(parts: Parts, say: Say) -> None:
 def _tell_of_resume(parts: Parts, say: Say) -> None:
     """Where it goes on, and in one block what is not as it was."""
     resumed, epochs = parts.resumed, parts.config.epochs
-    say(f"resumed {parts.folder.checkpoint} after {in_words(resumed.epoch, resumed.iteration % parts.niter)}")
+    steps = resumed.iteration - resumed.epoch * parts.niter
+    say(f"resumed {parts.folder.checkpoint} after {in_words(resumed.epoch, steps)}")
     for note in resumed.notes:
         say(f"        {note}")
     for i, change in enumerate(shown(resumed.changes, resumed.changes.keys() - HARMLESS)):

@@ -112,6 +112,9 @@ def test_going_back_to_a_kept_checkpoint_keeps_the_old_lines_and_draws_the_new(f
     assert entries == [0, 1, 2, 1, 2]
     log = LogFile(RunFolder(tmp_path / "run", 0, print, Stop()))
     assert [entry["epoch"] for entry in log.read()] == [0, 1, 2]
+    with (tmp_path / "run" / "log.txt").open("ab") as file:  # of another program
+        file.write(b'5\n{"loss": 1}\n\xff\xfe\n{"epoch": "two"}\n')
+    assert [entry["epoch"] for entry in log.read()] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("steps", [3, 5, 7])
