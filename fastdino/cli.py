@@ -1,6 +1,7 @@
 """fastdino train | knn | attention | doctor: the only place that reads the command line."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -208,6 +209,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code. 1: the run failed, 2: the command was wrong, 130: interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files in an alphabet that the terminal does not have
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse(argv)
     command = {"train": _train, "knn": _knn, "attention": _attention, "doctor": _doctor}[args.command]
     try:

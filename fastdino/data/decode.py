@@ -24,6 +24,9 @@ from PIL import Image, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
 # A block of 8 x 8 pixels takes a bit at the very least. Flat gray at quality 1 has 256 pixels a byte, in 4:2:0 170.
 PIXELS_PER_JPEG_BYTE = 512
+# Pixels times scans of a JPEG: each scan goes over all pixels, at 2.5 ns a pixel. Progressive files have about 10.
+MAX_SCANNED = 2**32
+STRIP = 2**22  # pixels that Pillow converts at once: the whole image would be in memory twice more
 MAX_PIXELS = 178_956_970  # an image of more is refused, as Pillow does: 512 MiB of RGB
 Pixels = NDArray[np.uint8]
 
@@ -84,6 +87,27 @@ def _check_size(width: int, height: int) -> None:
         raise BadImage(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded")
 
 
+def _check_jpeg(data: bytes, width: int, height: int) -> None:
+    """Refuse what would take memory or time out of all proportion to its bytes."""
+    _check_size(width, height)
+    if width * height > PIXELS_PER_JPEG_BYTE * len(data):
+        raise BadImage(f"{len(data):,} bytes cannot hold the {width} x {height} pixels that the header claims")
+    if _may_have_many_scans(data) and (n_scans := data.count(b"\xff\xda\0")) * width * height > MAX_SCANNED:
+        raise BadImage(f"{n_scans:,} scans of {width} x {height} pixels are more than are decoded")
+
+
+def _may_have_many_scans(data: bytes) -> bool:
+    """Not where the frame is sequential and the first scan holds all its components, as in most files."""
+    start, frame = 2, b""
+    while (segment := data[start : start + 10])[:1] == b"\xff" and len(segment) == 10:
+        if segment[1] == 0xDA:
+            return frame[1:2] not in (b"\xc0", b"\xc1") or segment[4] < frame[9]
+        if segment[1] in (0xC0, 0xC1, 0xC2):
+            frame = segment
+        start += 2 + int.from_bytes(segment[2:4], "big")
+    return True
+
+
 def _open_jpeg(data: bytes, enough: int) -> Opened | None:
     """A plain JPEG, or None where Pillow should judge."""
     try:
@@ -92,9 +116,7 @@ def _open_jpeg(data: bytes, enough: int) -> Opened | None:
         return None
     if color not in ("YCbCr", "Gray"):
         return None
-    _check_size(width, height)
-    if width * height > PIXELS_PER_JPEG_BYTE * len(data):
-        raise BadImage(f"{len(data):,} bytes cannot hold the {width} x {height} pixels that the header claims")
+    _check_jpeg(data, width, height)
     divisor = next((d for d in (8, 4, 2) if enough and min(width, height) >= d * enough), 1)
     width, height = -(-width // divisor), -(-height // divisor)
     least = {"min_height": height, "min_width": width} if divisor > 1 else {}
@@ -122,11 +144,13 @@ def _open_with_pillow(data: bytes) -> Opened:
         raise BadImage("is no JPEG, PNG, WebP, GIF, BMP, TIFF or PPM") from error
     except Exception as error:  # a broken file makes codecs raise nearly anything
         raise BadImage(_reason(error)) from error
+    if image.format in ("JPEG", "MPO"):
+        _check_jpeg(data, *image.size)
     _check_size(*image.size)
 
     def write(pixels: Pixels) -> None:
         try:
-            pixels[:] = _to_rgb(image)
+            _write_rgb(image, pixels)
         except BadImage:
             raise
         except Exception as error:
@@ -135,10 +159,19 @@ def _open_with_pillow(data: bytes) -> Opened:
     return Opened(*image.size, write)
 
 
-def _to_rgb(image: Image.Image) -> Pixels:
-    """(height, width, 3) or, of gray, (height, width, 1)."""
-    if not image.mode.startswith(("I", "F")):
-        return np.asarray(image.convert("RGB"))
+def _write_rgb(image: Image.Image, pixels: Pixels) -> None:
+    image.load()
+    if image.mode.startswith(("I", "F")):
+        pixels[:] = _scaled(image)
+        return
+    n_rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, n_rows):
+        strip = image.crop((0, top, image.width, min(top + n_rows, image.height)))
+        pixels[top : top + n_rows] = np.asarray(strip.convert("RGB"))
+
+
+def _scaled(image: Image.Image) -> Pixels:
+    """Gray of more than 8 bits -> (height, width, 1)."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F" and 0 <= low <= high <= 1:

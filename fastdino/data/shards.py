@@ -1,5 +1,6 @@
 """Images in tar and parquet files, many to a file, read at random."""
 
+import errno
 import io
 import os
 import tarfile
@@ -63,30 +64,28 @@ class TarSource:
     def _members(self, shard: str) -> list[tuple[str, int, int]]:
         """(name, offset, bytes) of the complete files in a shard."""
         members: list[tuple[str, int, int]] = []
-        gaps: list[tuple[int, bytes]] = []
+        gaps: list[tuple[int, int, int]] = []  # where, bytes, marks of headers
         try:
             with open(shard, "rb") as file:
                 n_bytes, end = os.fstat(file.fileno()).st_size, 0
-                for member in _headers(file):
-                    if strange := os.pread(file.fileno(), member.offset - end, end).strip(b"\0"):
-                        gaps.append((end, strange))
+                for member in _headers(file, n_bytes):
+                    gaps += _strange(file, end, member.offset)
                     end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     if member.offset_data + member.size > n_bytes:
                         self.damage.append(f"{printable(shard)}/{printable(member.name)}: the shard ends inside it")
                         break
                     if member.isreg() and not os.path.basename(member.name).startswith("."):
                         members.append((member.name, member.offset_data, member.size))
-                rest = os.pread(file.fileno(), max(n_bytes - end, 0), end)
+                if end > n_bytes or os.pread(file.fileno(), len(END), end) != END:
+                    self.cut.append(shard)
+                    gaps += _strange(file, end, n_bytes)
         except (tarfile.TarError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise UserError(f"{printable(shard)}: expected an uncompressed tar file: {reason}") from error
-        if not rest.startswith(END):
-            self.cut.append(shard)
-            gaps += [(end, rest)] if rest.strip(b"\0") else []
         usual = n_bytes / (len(members) + len(gaps) + 1)
-        for start, gap in gaps:
+        for start, size, n_marks in gaps:
             # As many as have left a mark of a header, or would have room there; one at the least.
-            n_lost = max(1, gap.count(b"ustar"), round(len(gap) / usual))
+            n_lost = max(1, n_marks, round(size / usual))
             where = f"{printable(shard)}, of {len(members)} whole members"
             self.damage += [
                 f"{where}: lost behind a damaged header at byte {start:,} ({i + 1} of about {n_lost})"
@@ -127,26 +126,55 @@ class TarSource:
         return f"{len(self):,} images in {several(self.shards)}, {kind(self)}{cut}{lost}"
 
 
-def _headers(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def _headers(file: BinaryIO, n_bytes: int) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar file that can be read; the blocks of those that cannot are skipped one by one."""
     if file.read(tarfile.BLOCKSIZE * 2048).find(b"ustar") < 0:
         file.seek(0)
         tarfile.open(fileobj=file, mode="r:").close()  # raises, unless it is of before 1988
-    file.seek(0)
-    n_bytes = os.fstat(file.fileno()).st_size
-    with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as archive:
-        while True:
+    archive = tarfile.TarFile(fileobj=io.BytesIO(END))  # of nothing: it knows how to read a header, and keeps its place
+    archive.fileobj = file
+    start = 0
+    while start < n_bytes:
+        file.seek(start)
+        try:
+            member = tarfile.TarInfo.fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined] # of zeros: an end, or what was never written
+            piece = next(_pieces(file, start + tarfile.BLOCKSIZE, n_bytes), None)
+            start = piece[0] // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE if piece else n_bytes
+            continue
+        except Exception:  # a damaged header, or one that it extends, makes tarfile raise nearly anything
+            start += tarfile.BLOCKSIZE
+            continue
+        if member.size < 0 or archive.offset <= start:  # it would be read again for ever
+            start += tarfile.BLOCKSIZE
+            continue
+        start = archive.offset
+        yield member
+
+
+def _pieces(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of what is not zero from start to end, by MiB at most; holes of a sparse file are not read."""
+    while start < end:
+        if hasattr(os, "SEEK_DATA"):
             try:
-                member = archive.next()
-            except tarfile.TarError:  # of a long name whose own header is damaged
-                archive.offset += tarfile.BLOCKSIZE
-                if archive.offset < n_bytes:
-                    continue
-                return
-            if member is None:
-                return
-            archive.members = []  # type: ignore[attr-defined] # which it would keep, a kilobyte for each
-            yield member
+                start = file.seek(start, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                    return
+        if not (data := os.pread(file.fileno(), min(2**20, end - start), start)):
+            return
+        if stripped := data.lstrip(b"\0"):
+            yield start + len(data) - len(stripped), stripped.rstrip(b"\0")
+        start += len(data)
+
+
+def _strange(file: BinaryIO, start: int, end: int) -> list[tuple[int, int, int]]:
+    """(offset, bytes, marks of headers) of what lies between members, where only zeros should be; or nothing."""
+    pieces = [(offset, len(data), data.count(b"ustar")) for offset, data in _pieces(file, start, end)]
+    if not pieces:
+        return []
+    first, (last, size, _) = pieces[0][0], pieces[-1]
+    return [(first, last + size - first, sum(n_marks for *_, n_marks in pieces))]
 
 
 class ParquetSource:
@@ -176,12 +204,14 @@ class ParquetSource:
                     label = next((c for c in ("label", "labels", "cls") if c in schema.names), None)
                     self.column = self.column or next((f.name for f in schema if _holds_images(f.type, types)), "")
                     if self.column not in schema.names:
-                        raise UserError(
-                            f"{printable(path)}: no column of images (bytes), only {', '.join(schema.names)}"
-                        )
-                    for group in range(file.num_row_groups):
+                        found = printable(", ".join(schema.names))
+                        raise UserError(f"{printable(path)}: no column of images (bytes), only {found}")
+                    n_rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                    if min(n_rows, default=0) < 0 or sum(n_rows) > os.path.getsize(path):
+                        raise OSError(f"claims {sum(n_rows):,} rows in {os.path.getsize(path):,} bytes")
+                    for group, n in enumerate(n_rows):
                         self.groups.append((number, group))
-                        starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
+                        starts.append(starts[-1] + n)
                     if label and types.is_integer(schema.field(label).type):
                         labels.append(file.read([label])[label].to_numpy())
             except UserError:

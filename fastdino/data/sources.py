@@ -117,14 +117,14 @@ def list_images(folder: Path) -> tuple[list[str], list[str]]:
 
 def read_file(path: str | Path) -> bytes:
     """The bytes of an image file. Raises OSError, also for what is no regular file, or larger than MAX_BYTES."""
-    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # or a pipe would be waited for
-    with open(opened, "rb") as file:
-        status = os.fstat(opened)
+    # Without O_NONBLOCK, opening a pipe waits for somebody who writes. An opener, so that no descriptor is lost.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError("is no regular file")
         if status.st_size > MAX_BYTES:
             raise OSError(f"{status.st_size:,} bytes are more than the {MAX_BYTES:,} that are read")
-        return file.read()
+        return file.read(MAX_BYTES)
 
 
 def kind(source: ImageSource) -> str:
@@ -177,8 +177,9 @@ def open_source(path: str | Path) -> ImageSource:
     text = str(path)
     if os.path.isdir(text):
         for extension, kind in SHARDS.items():
-            found = (file for file in Path(text).iterdir() if file.suffix.lower() == extension and file.is_file())
-            if shards := sorted(map(str, found)):
+            named = (file for file in Path(text).iterdir() if file.suffix.lower() == extension)
+            # A broken link is a shard that is missing: opening it says so.
+            if shards := sorted(str(file) for file in named if file.is_file() or not file.exists()):
                 return kind(shards)
         return FolderSource(text)
     files = [text] if os.path.exists(text) else expand(text)

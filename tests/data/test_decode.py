@@ -180,3 +180,27 @@ def test_the_flattest_jpeg_is_read_and_a_claim_beyond_it_is_not(options):
     claim = (13_000).to_bytes(2, "big")
     with pytest.raises(BadImage, match=r"bytes cannot hold the 13000 x 13000 pixels that the header claims"):
         open_image(data[:start] + claim + claim + data[start + 4 :])
+
+
+def test_jpegs_that_pillow_decodes_cannot_claim_more_than_they_hold_either():
+    data = encoded(Image.new("CMYK", (64, 64)), format="JPEG")
+    start = data.index(b"\xff\xc0") + 5
+    with pytest.raises(BadImage, match="bytes cannot hold the 13000 x 13000 pixels"):
+        open_image(data[:start] + (13_000).to_bytes(2, "big") * 2 + data[start + 4 :])
+
+
+def test_a_jpeg_of_endless_scans_is_refused_and_a_progressive_one_is_not():
+    """The same scan again and again costs a few bytes each time, and all pixels."""
+    data = encoded(Image.new("L", (2000, 2000), 128), format="JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    assert decode(data).size == (2000, 2000)
+    with pytest.raises(BadImage, match=r"2,005 scans of 2000 x 2000 pixels are more than are decoded"):
+        open_image(data[:last] + data[last:-2] * 2000 + data[-2:])
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK", "LA", "RGB"])
+def test_conversion_in_strips_is_the_wholes(photos, monkeypatch, mode):
+    monkeypatch.setattr("fastdino.data.decode.STRIP", 7 * 70)
+    photo = Image.fromarray(photos[2][:50, :70]).convert(mode)
+    data = encoded(photo, format="TIFF" if mode == "CMYK" else "PNG")
+    assert np.array_equal(np.asarray(decode(data)), as_the_original(data))

@@ -82,21 +82,24 @@ def test_names_are_shown_without_what_a_terminal_or_a_file_would_choke_on(name, 
 def test_a_broken_image_with_a_hostile_name_is_counted_and_named(tmp_path, jpeg, tiny_photos_flags):
     for i in range(30):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg)
-    for name in (b"\xff\xfe.jpg", b"\x1b[31mred.jpg"):
+    for name in (b"\xff\xfe.jpg", b"\x1b[31mred.jpg", "é.jpg".encode()):
         with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
             file.write(b"broken")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fastdino.train", "--data_path", str(tmp_path), "--output_dir", str(out)]
-    done = subprocess.run([*command, *tiny_photos_flags], capture_output=True, check=False)
+    ascii_terminal = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, *tiny_photos_flags], capture_output=True, check=False, env=ascii_terminal)
     assert done.returncode == 0, done.stderr
-    assert b"skipped 2 unreadable of 32 images" in done.stdout
+    assert b"skipped 3 unreadable of 33 images" in done.stdout
+    assert rb"/\xe9.jpg: " in done.stdout
     assert b"\x1b" not in done.stdout
     named = (out / "bad_images.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in named] == [
         rf"{tmp_path}/\udcff\udcfe.jpg",
         rf"{tmp_path}/\x1b[31mred.jpg",
+        f"{tmp_path}/é.jpg",
     ]
-    assert json.loads((out / "log.txt").read_text())["bad_images"] == 2
+    assert json.loads((out / "log.txt").read_text())["bad_images"] == 3
 
 
 @pytest.fixture
@@ -204,3 +207,55 @@ def test_a_damaged_parquet_file_is_refused_in_one_line(tmp_path):
 def test_arrays_of_another_kind_are_bad_images():
     with pytest.raises(BadImage, match="expected an array"):
         decode(np.zeros((4, 4, 4), np.uint8))
+
+
+def test_a_link_to_a_shard_that_is_gone_is_said(tmp_path, jpeg):
+    write_shard(tmp_path / "a.tar", ["0.jpg"], jpeg)
+    (tmp_path / "b.tar").symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(UserError, match=r"b\.tar: expected an uncompressed tar file: No such file"):
+        open_source(tmp_path)
+
+
+def test_a_shard_with_room_to_spare_is_read_at_once(tmp_path, jpeg):
+    path = write_shard(tmp_path / "a.tar", ["0.jpg", "1.jpg"], jpeg)
+    os.truncate(path, 2**40)  # as a download reserves it; no block of it is on the disk
+    source = TarSource([path])
+    assert source.names == ["0.jpg", "1.jpg"]
+    assert not source.damage
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"size": "-5000"}, {"GNU.sparse.map": "a,b"}, {"GNU.sparse.size": "x"}, {"size": "9" * 30}],
+    ids=lambda wrong: next(iter(wrong.items()))[0] + next(iter(wrong.values()))[:3],
+)
+def test_a_wrong_number_in_a_header_loses_one_image_or_cuts_the_shard(tmp_path, jpeg, wrong):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for i in range(4):
+            member = tarfile.TarInfo(f"{i}.jpg")
+            member.size, member.pax_headers = len(jpeg), wrong if i == 2 else {}
+            archive.addfile(member, io.BytesIO(jpeg))
+    source = TarSource([tmp_path / "a.tar"])
+    assert [source[i] for i in (0, 1)] == [jpeg] * 2
+    assert len(source.damage) == 1
+    assert source.names[:2] == ["0.jpg", "1.jpg"]
+    assert source.cut or "3.jpg" in source.names
+
+
+def test_a_folder_in_place_of_an_image_takes_no_descriptor(tmp_path):
+    held = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(OSError, match="directory"):
+            read_file(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == held
+
+
+def test_parquet_files_that_claim_more_rows_than_bytes_are_refused(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": pa.array([b""] * 100_000), "\x1b": ["x"] * 100_000}), path)
+    with pytest.raises(UserError, match=r"claims 100,000 rows in [\d,]+ bytes"):
+        ParquetSource([path])
+    pq.write_table(pa.table({"\x1b[31m": ["x"]}), path)
+    with pytest.raises(UserError, match=r"only \\x1b\[31m"):
+        ParquetSource([path])
