@@ -3,21 +3,26 @@
 import errno
 import io
 import os
+import re
+import resource
 import tarfile
 import threading
-from collections import OrderedDict
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdino.data.sources import EXTENSIONS, class_folders, kind, labels_of, read_file, several
+from fastdino.data.sources import EXTENSIONS, MAX_BYTES, class_folders, kind, labels_of, read_file, several
 from fastdino.errors import UserError, printable
 
-END = bytes(2 * tarfile.BLOCKSIZE)  # what a tar file ends in; behind it anything may lie
-MAX_OPEN = 32  # shards at once: a process may often open 1,024 files, and there are far more shards
+BLOCK = tarfile.BLOCKSIZE
+END = bytes(2 * BLOCK)  # what a tar file ends in; behind it anything may lie
+MAX_OPEN = 1024  # shards that stay open, and no more than a quarter of the files that the process may open
+BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|II\*\0|MM\0\*", re.DOTALL)  # of an image file
 
 
 class TarSource:
@@ -26,7 +31,8 @@ class TarSource:
     Labels as WebDataset keeps them, in a member `key.cls` (or, if those are short words that repeat, `key.txt`) beside
     `key.jpg`; otherwise the folders inside the shards name classes, as for FolderSource. Raises UserError where there
     is no image, or a shard is no tar. A damaged header loses its own member alone; a shard that was cut gives its
-    complete members. damage: a line for each member that is known to be lost.
+    complete members. damage: a line for each member that is known to be lost; where neighbours are lost together, as
+    many as their bytes had room for. What lay behind a cut is unknown: it is said, and not counted.
     Members are read by `pread`, not through a memory map: a shard cut under a map ends the process with SIGBUS.
     """
 
@@ -35,19 +41,19 @@ class TarSource:
         self.cut: list[str] = []
         self.damage: list[str] = []
         self.names: list[str] = []
-        self._open: OrderedDict[int, io.FileIO] = OrderedDict()
-        self._lock = threading.Lock()
-        where: list[tuple[int, int, int]] = []  # shard, offset, bytes
+        self._open: dict[int, io.FileIO] = {}
+        self._max_open = max(1, min(MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        where: list[tuple[int, int, int, int]] = []  # shard, offset, bytes, checksum of the header
         keys: list[str] = []
         texts: dict[str, dict[str, str]] = {"cls": {}, "txt": {}}
         for number, shard in enumerate(self.shards):
-            for name, offset, size in self._members(shard):
+            for name, offset, size, mark in self._members(shard):
                 folder, file = os.path.split(name)
                 stem, _, extension = file.partition(".")
                 key = f"{number}/{folder}/{stem}"
                 if f".{extension.lower()}".endswith(EXTENSIONS) and stem:
                     self.names.append(name)
-                    where.append((number, offset, size))
+                    where.append((number, offset, size, mark))
                     keys.append(key)
                 elif extension in texts and size < 256:
                     texts[extension][key] = self._read(number, offset, size).decode(errors="replace").strip()
@@ -61,47 +67,66 @@ class TarSource:
                 self.classes, self.labels = labels_of(names)
                 break
 
-    def _members(self, shard: str) -> list[tuple[str, int, int]]:
-        """(name, offset, bytes) of the complete files in a shard."""
-        members: list[tuple[str, int, int]] = []
+    def _members(self, shard: str) -> list[tuple[str, int, int, int]]:
+        """(name, offset, bytes, checksum of the header) of the complete files in a shard."""
+        members: list[tuple[str, int, int, int]] = []
+        spans: list[int] = []  # bytes of each member, with its headers
         gaps: list[tuple[int, int, int]] = []  # where, bytes, marks of headers
         try:
             with open(shard, "rb") as file:
                 n_bytes, end = os.fstat(file.fileno()).st_size, 0
-                for member in _headers(file, n_bytes):
-                    gaps += _strange(file, end, member.offset)
-                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                    if member.offset_data + member.size > n_bytes:
+                for member, after in _headers(file, n_bytes):
+                    gaps += (strange := _strange(file, end, member.offset))
+                    end = after
+                    # Links and folders may state a size and have no data; of a sparse file the holes are left out.
+                    if min(after, member.offset_data + member.size) > n_bytes:
                         self.damage.append(f"{printable(shard)}/{printable(member.name)}: the shard ends inside it")
                         break
-                    if member.isreg() and not os.path.basename(member.name).startswith("."):
-                        members.append((member.name, member.offset_data, member.size))
+                    spans.append(after - member.offset)
+                    if not member.isreg() or os.path.basename(member.name).startswith("."):
+                        continue
+                    if lost := _lost(member, file):
+                        if not strange or strange[0][1] > 2 * BLOCK:  # else that is its other header, counted already
+                            self.damage.append(f"{printable(shard)}/{printable(member.name)}: {lost}")
+                    else:
+                        mark = zlib.crc32(os.pread(file.fileno(), BLOCK, member.offset_data - BLOCK))
+                        members.append((member.name, member.offset_data, member.size, mark))
                 if end > n_bytes or os.pread(file.fileno(), len(END), end) != END:
                     self.cut.append(shard)
                     gaps += _strange(file, end, n_bytes)
         except (tarfile.TarError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise UserError(f"{printable(shard)}: expected an uncompressed tar file: {reason}") from error
-        usual = n_bytes / (len(members) + len(gaps) + 1)
+        usual = sum(spans) / len(spans) if spans else n_bytes
         for start, size, n_marks in gaps:
             # As many as have left a mark of a header, or would have room there; one at the least.
             n_lost = max(1, n_marks, round(size / usual))
             where = f"{printable(shard)}, of {len(members)} whole members"
-            self.damage += [
-                f"{where}: lost behind a damaged header at byte {start:,} ({i + 1} of about {n_lost})"
-                for i in range(n_lost)
-            ]
+            lost = f"lost behind a damaged header at byte {start:,} of {n_bytes:,}, {size:,} bytes skipped"
+            self.damage += [f"{where}: {lost} ({i + 1} of about {n_lost})" for i in range(n_lost)]
         return members
 
     def _file(self, number: int) -> io.FileIO:
-        """A shard, opened; few stay open. What is dropped here is closed when the last thread has read from it."""
-        with self._lock:
-            if number not in self._open:
-                self._open[number] = io.FileIO(self.shards[number])
-                if len(self._open) > MAX_OPEN:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(number)
-            return self._open[number]
+        """A shard, opened; closed when the last thread has read from it, unless it is among the first, which stay open.
+
+        Reads are at random: a cache of the shards read last would be hit no more often, and need a lock.
+        """
+        if file := self._open.get(number):
+            return file
+        file = self._opened(number)
+        return self._open.setdefault(number, file) if len(self._open) < self._max_open else file
+
+    def _opened(self, number: int) -> io.FileIO:
+        """A shard, opened now; where the process has too many files open, fewer of ours stay open."""
+        while True:
+            try:
+                return io.FileIO(self.shards[number])
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._open:
+                    raise
+            with suppress(KeyError):  # other threads do the same
+                self._open.popitem()
+            self._max_open = len(self._open)
 
     def _read(self, number: int, offset: int, size: int) -> bytes:
         file = self._file(number)
@@ -111,11 +136,15 @@ class TarSource:
         return len(self.where)
 
     def __getitem__(self, index: int) -> bytes:
-        shard, offset, size = self.where[index].tolist()
-        data = self._read(shard, offset, size)
-        if len(data) < size:
+        shard, offset, size, mark = self.where[index].tolist()
+        if size > MAX_BYTES:
+            raise OSError(f"{size:,} bytes are more than the {MAX_BYTES:,} that are read")
+        data = self._read(shard, offset - BLOCK, BLOCK + size)
+        if len(data) < BLOCK + size:
             raise OSError(f"{printable(self.shards[shard])} ends inside it")
-        return data
+        if zlib.crc32(data[:BLOCK]) != mark:
+            raise OSError(f"{printable(self.shards[shard])} is another file than when it was opened")
+        return data[BLOCK:]
 
     def name(self, index: int) -> str:
         return printable(f"{self.shards[self.where[index, 0]]}/{self.names[index]}")
@@ -126,9 +155,20 @@ class TarSource:
         return f"{len(self):,} images in {several(self.shards)}, {kind(self)}{cut}{lost}"
 
 
-def _headers(file: BinaryIO, n_bytes: int) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar file that can be read; the blocks of those that cannot are skipped one by one."""
-    if file.read(tarfile.BLOCKSIZE * 2048).find(b"ustar") < 0:
+def _lost(member: tarfile.TarInfo, file: BinaryIO) -> str:
+    """Why the whole file of a member is no image that could be read, though it was one; or nothing."""
+    if member.name.lower().endswith(EXTENSIONS):
+        return "is stored as a sparse file, which is not read" if member.issparse() else ""
+    # A long name has a header of its own. Where that is damaged, its first 100 bytes are left, or nothing.
+    if len(os.fsencode(member.name)) not in (0, tarfile.LENGTH_NAME):
+        return ""
+    is_image = BEGINNING.match(os.pread(file.fileno(), 12, member.offset_data))
+    return "an image whose long name is damaged" if is_image else ""
+
+
+def _headers(file: BinaryIO, n_bytes: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """(header that can be read, where what it describes ends); the blocks of other headers are skipped one by one."""
+    if file.read(BLOCK * 2048).find(b"ustar") < 0:
         file.seek(0)
         tarfile.open(fileobj=file, mode="r:").close()  # raises, unless it is of before 1988
     archive = tarfile.TarFile(fileobj=io.BytesIO(END))  # of nothing: it knows how to read a header, and keeps its place
@@ -139,17 +179,17 @@ def _headers(file: BinaryIO, n_bytes: int) -> Iterator[tarfile.TarInfo]:
         try:
             member = tarfile.TarInfo.fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined] # of zeros: an end, or what was never written
-            piece = next(_pieces(file, start + tarfile.BLOCKSIZE, n_bytes), None)
-            start = piece[0] // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE if piece else n_bytes
+            piece = next(_pieces(file, start + BLOCK, n_bytes), None)
+            start = piece[0] // BLOCK * BLOCK if piece else n_bytes
             continue
         except Exception:  # a damaged header, or one that it extends, makes tarfile raise nearly anything
-            start += tarfile.BLOCKSIZE
+            start += BLOCK
             continue
         if member.size < 0 or archive.offset <= start:  # it would be read again for ever
-            start += tarfile.BLOCKSIZE
+            start += BLOCK
             continue
         start = archive.offset
-        yield member
+        yield member, start
 
 
 def _pieces(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, bytes]]:
@@ -203,7 +243,7 @@ class ParquetSource:
                     schema = file.schema_arrow
                     label = next((c for c in ("label", "labels", "cls") if c in schema.names), None)
                     self.column = self.column or next((f.name for f in schema if _holds_images(f.type, types)), "")
-                    if self.column not in schema.names:
+                    if self.column not in schema.names or not _holds_images(schema.field(self.column).type, types):
                         found = printable(", ".join(schema.names))
                         raise UserError(f"{printable(path)}: no column of images (bytes), only {found}")
                     n_rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -261,6 +301,8 @@ class ParquetSource:
         data = value.get("bytes") if isinstance(value, dict) else value
         if data is None and isinstance(value, dict) and value.get("path"):
             return self._beside(self.paths[self.groups[number][0]], value["path"])
+        if not isinstance(data, bytes | None):
+            raise OSError(f"expected bytes, found {type(data).__name__}")
         return data or b""
 
     def _beside(self, file: str, path: str) -> bytes:
