@@ -11,9 +11,10 @@ from trials.mounts import why_not
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(
-    "script", ["kills", "poison", "signals", "disks", "power", "pairs", "checkpoints", "contents", "shards", "images"]
-)
+SCRIPTS = "kills poison signals disks power pairs checkpoints contents shards parquets images"
+
+
+@pytest.mark.parametrize("script", SCRIPTS.split())
 def test_nothing_is_lost(script: str) -> None:
     """In a process of its own, which forks its runs: some 10 to 25 seconds each."""
     if script in ("disks", "power") and (reason := why_not()):
