@@ -11,6 +11,7 @@ import pytest
 from trials.shards import BLOCK, MUTATIONS, pictures, shard, tar_outcome
 
 from fastdino.data.shards import ParquetSource, TarSource
+from fastdino.data.sources import MAX_BYTES
 from fastdino.errors import UserError
 
 
@@ -147,3 +148,17 @@ def test_parquet_files_have_images_in_a_column_of_one_kind(tmp_path, images):
     os.replace(other, good)
     with pytest.raises(OSError, match="expected bytes, found int"):
         source[0]
+
+
+def test_a_member_larger_than_any_image_file_is_not_read(tmp_path, images):
+    member = tarfile.TarInfo("a.jpg")
+    member.size = MAX_BYTES + 1
+    path = tmp_path / "a.tar"
+    path.write_bytes(member.tobuf())
+    os.truncate(path, BLOCK + -(-member.size // BLOCK) * BLOCK)  # no block of it is on the disk
+    with open(path, "ab") as file:
+        file.write(shard(images[:1]))
+    source = TarSource([path])
+    with pytest.raises(OSError, match="536,870,913 bytes are more than the 536,870,912 that are read"):
+        source[0]
+    assert source[1] == images[0]
