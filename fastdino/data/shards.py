@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import re
-import resource
 import tarfile
 import threading
 import zlib
@@ -42,7 +41,7 @@ class TarSource:
         self.damage: list[str] = []
         self.names: list[str] = []
         self._open: dict[int, io.FileIO] = {}
-        self._max_open = max(1, min(MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self._max_open = max(1, min(MAX_OPEN, open_files_limit() // 4))
         where: list[tuple[int, int, int, int]] = []  # shard, offset, bytes, checksum of the header
         keys: list[str] = []
         texts: dict[str, dict[str, str]] = {"cls": {}, "txt": {}}
@@ -153,6 +152,15 @@ class TarSource:
         cut = f"; {several(self.cut)} cut short, the complete images are used" if self.cut else ""
         lost = f"; about {len(self.damage)} more are lost, as {self.damage[0]}" if self.damage else ""
         return f"{len(self):,} images in {several(self.shards)}, {kind(self)}{cut}{lost}"
+
+
+def open_files_limit() -> int:
+    """How many files this process may open at once."""
+    try:
+        import resource
+    except ImportError:  # on Windows, where the C library opens 512
+        return 512
+    return int(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def _lost(member: tarfile.TarInfo, file: BinaryIO) -> str:

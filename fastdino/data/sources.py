@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 from fastdino.errors import UserError, printable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
 MAX_BYTES = 2**29  # of an image's file: as many as the largest image has that is decoded, in RGB
 
 
@@ -29,6 +27,7 @@ class ImageSource(Protocol):
     """Images by index.
 
     labels: (n,) int64 class of each, or None. classes: their names. describe: one phrase for the log.
+    May have `damage`: a line for each image that is known to be lost, as TarSource does; those count as unreadable.
     """
 
     labels: NDArray[np.int64] | None
@@ -142,6 +141,7 @@ def labels_of(names: Sequence[str]) -> tuple[Sequence[str], NDArray[np.int64] | 
 
 
 def class_folders(paths: Sequence[str]) -> tuple[Sequence[str], NDArray[np.int64] | None]:
+    """(classes, labels) from the first folder of each path; none where an image lies in no folder."""
     parts = [Path(path).parts for path in paths]
     return labels_of([p[0] for p in parts]) if all(len(p) > 1 for p in parts) else ([], None)
 

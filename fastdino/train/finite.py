@@ -37,16 +37,15 @@ def tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, value
         if isinstance(value, argparse.Namespace):
             value = vars(value)
-        items = (
-            value.items()
-            if isinstance(value, Mapping)
-            else enumerate(value)
-            if isinstance(value, (list, tuple))
-            else ()
-        )
-        if id(value) not in seen:
-            seen.add(id(value))
-            left += reversed([(f"{name}.{key}" if name else str(key), inner) for key, inner in items])
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        items: list[tuple[Any, Any]] = []
+        if isinstance(value, Mapping):
+            items = list(value.items())
+        elif isinstance(value, (list, tuple)):
+            items = list(enumerate(value))
+        left += [(f"{name}.{key}" if name else str(key), inner) for key, inner in reversed(items)]
 
 
 @torch.no_grad()

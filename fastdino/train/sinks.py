@@ -22,6 +22,7 @@ from fastdino.train.folder import RunFolder
 
 Entry = dict[str, Any]
 LOG = "log.txt"
+DRAWN = ("epoch", "train_loss", "train_teacher_entropy", "train_lr", "train_momentum", "knn", "knn_before")
 REDRAW_AFTER = 60.0  # seconds between drawings of the curves during a run
 
 
@@ -89,13 +90,14 @@ class LogFile(Sink):
         """
         entries: list[Entry] = []
         path = self._folder.path / LOG
-        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-            with suppress(json.JSONDecodeError):
-                entry = json.loads(line)
-                if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
-                    while entries and entries[-1]["epoch"] >= entry["epoch"]:
-                        entries.pop()
-                    entries.append(entry)
+        if not path.is_file():
+            return entries
+        with path.open(errors="replace") as file:
+            for line in file:
+                with suppress(json.JSONDecodeError):
+                    entry = json.loads(line)
+                    if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
+                        add(entries, entry)
         return entries
 
     def mend(self) -> None:
@@ -112,21 +114,34 @@ class LogFile(Sink):
         self._folder.write(LOG, lambda path: files.append(path, json.dumps(entry) + "\n"))
 
 
+def add(entries: list[Entry], entry: Entry) -> None:
+    """Put an epoch's entry behind those of the epochs before it; later ones are to be trained again."""
+    while entries and entries[-1]["epoch"] >= entry["epoch"]:
+        entries.pop()
+    entries.append(entry)
+
+
 class Curves(Sink):
-    """curves.png, from log.txt: now and then, and at the end."""
+    """curves.png: now and then, and at the end. Knows of each epoch what it draws, those in log.txt included."""
 
     def __init__(self, log: LogFile, out_dim: int, folder: RunFolder) -> None:
-        self._log, self._out_dim, self._folder = log, out_dim, folder
+        self._entries = [self._drawn(entry) for entry in log.read()]
+        self._out_dim, self._folder = out_dim, folder
         self._drawn_at = time.monotonic()
+
+    @staticmethod
+    def _drawn(entry: Entry) -> Entry:
+        return {key: entry[key] for key in DRAWN if entry.get(key) is not None}
 
     def epoch(self, entry: Entry) -> None:
         """Draw, where the last picture is old."""
+        add(self._entries, self._drawn(entry))
         if time.monotonic() - self._drawn_at > REDRAW_AFTER:
             self.close()
 
     def close(self) -> None:
         """Draw."""
-        self._folder.write("curves.png", lambda path: draw_curves(self._log.read(), self._out_dim, path))
+        self._folder.write("curves.png", lambda path: draw_curves(self._entries, self._out_dim, path))
         self._drawn_at = time.monotonic()
 
 
