@@ -1,0 +1,137 @@
+"""The original's five evaluations, as they stand, on a checkpoint of ours with BatchNorm in the head.
+
+They run where FASTDINO_PEERS holds `dino/` and torchvision imports, each in a process of its own, on a CPU.
+"""
+
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from test_original import PEER, needs_the_original, saved
+
+from fastdino.cli import main
+
+
+def _imports_torchvision() -> bool:
+    command = [sys.executable, "-c", "import torchvision.datasets"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+pytestmark = [
+    needs_the_original,
+    pytest.mark.skipif(PEER.is_dir() and not _imports_torchvision(), reason="needs a torchvision that imports"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of a ViT-Ti/16 after one step."""
+    path = tmp_path_factory.mktemp("run") / "checkpoint.pth"
+    saved(path, patch_size=16, use_bn_in_head=True)
+    return path
+
+
+def digit(i):
+    """One of scikit-learn's digits as a picture, no two of the same size."""
+    small = Image.fromarray((load_digits().images[i] * 255 / 16).astype(np.uint8))
+    return small.resize((160 + 8 * (i % 5), 200), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def labelled(folder):
+    """train/ and val/ with five classes; the original's k-NN divides by a hundred test images."""
+    digits = load_digits()
+    for label in range(5):
+        for n, i in enumerate(np.flatnonzero(digits.target == label)[:30]):
+            path = folder / ("train" if n < 8 else "val") / str(label) / f"{i:04}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digit(i).save(path)
+
+
+def oxford(folder):
+    """Ten images, of which the first two are queries, too."""
+    (folder / "roxford5k/jpg").mkdir(parents=True)
+    names = [f"image_{i}" for i in range(10)]
+    for i, name in enumerate(names):
+        digit(i).save(folder / f"roxford5k/jpg/{name}.jpg")
+    relevant = [{"easy": [q], "hard": [q + 2, q + 4], "junk": [9]} for q in range(2)]
+    with (folder / "roxford5k/gnd_roxford5k.pkl").open("wb") as file:
+        pickle.dump({"imlist": names, "qimlist": names[:2], "gnd": relevant}, file)
+
+
+def copydays(folder):
+    """157 originals, as the program expects, of which every attack is as many (229 strong ones)."""
+    attacks = [f"jpegqual/{q}" for q in (3, 5, 8, 10, 15, 20, 30, 50, 75)]
+    attacks += [f"crops/{s}" for s in (10, 15, 20, 30, 40, 50, 60, 70, 80)]
+    pixels = np.asarray(digit(0).resize((32, 32)))
+    for name in ("original", "strong", *attacks):
+        (folder / name).mkdir(parents=True)
+        for i in range(229 if name == "strong" else 157):
+            Image.fromarray(pixels + np.uint8(i)).save(folder / name / f"{2000 + i % 157}{i // 157:02}.jpg")
+
+
+def davis(folder):
+    """A film of three frames; a square is the object."""
+    for name in ("JPEGImages/480p/film", "Annotations/480p/film", "ImageSets/2017"):
+        (folder / name).mkdir(parents=True)
+    (folder / "ImageSets/2017/val.txt").write_text("film\n")
+    for i in range(3):
+        digit(i).resize((128, 128)).save(folder / f"JPEGImages/480p/film/{i:05}.jpg")
+    mask = np.zeros((128, 128), np.uint8)
+    mask[40:90, 40:90] = 1
+    Image.fromarray(mask).save(folder / "Annotations/480p/film/00000.png")
+
+
+def evaluate(program, checkpoint, data, out, *flags):
+    """What the program prints."""
+    common = ["--arch", "vit_tiny", "--patch_size", "16", "--pretrained_weights", checkpoint, "--data_path", data]
+    common += [] if "video" in program else ["--num_workers", 0]
+    command = [sys.executable, Path(__file__).with_name("original_on_cpu.py"), PEER, program, *common, *flags]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=out)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r"_IncompatibleKeys\(missing_keys=\[\],", result.stdout), result.stdout[-3000:]
+    return result.stdout
+
+
+def test_knn_gives_our_numbers(checkpoint, tmp_path, capsys):
+    labelled(tmp_path / "data")
+    said = evaluate("eval_knn.py", checkpoint, tmp_path / "data", tmp_path, "--nb_knn", 5, 10)
+    theirs = [float(x) for x in re.findall(r"-NN classifier result: Top1: ([\d.]+)", said)]
+    flags = ["--pretrained_weights", checkpoint, "--data_path", tmp_path / "data", "--nb_knn", 5, 10]
+    assert main(["knn", *map(str, flags)]) == 0
+    ours = [float(x) for x in re.findall(r"-NN.* (0\.\d+)", capsys.readouterr().out)]
+    assert len(ours) == 2
+    assert theirs == pytest.approx([100 * x for x in ours], abs=0.01)
+
+
+def test_linear_trains(checkpoint, tmp_path):
+    labelled(tmp_path / "data")
+    said = evaluate("eval_linear.py", checkpoint, tmp_path / "data", tmp_path, "--num_labels", 5, "--epochs", 2)
+    assert "Training of the supervised linear classifier on frozen features completed." in said
+
+
+def test_retrieval_finds_images(checkpoint, tmp_path):
+    oxford(tmp_path / "data")
+    said = evaluate("eval_image_retrieval.py", checkpoint, tmp_path / "data", tmp_path)
+    assert re.search(r">> roxford5k: mAP M: [\d.]+, H: [\d.]+", said)
+
+
+def test_copies_are_found(checkpoint, tmp_path):
+    copydays(tmp_path / "data")
+    said = evaluate("eval_copy_detection.py", checkpoint, tmp_path / "data", tmp_path, "--imsize", 32)
+    assert "eval on original mAP=1.000" in said
+    assert len(re.findall(r"eval on \S+ mAP=", said)) == 20
+
+
+def test_a_film_is_segmented(checkpoint, tmp_path):
+    davis(tmp_path / "data")
+    evaluate("eval_video_segmentation.py", checkpoint, tmp_path / "data", tmp_path)
+    first, *others = (np.asarray(Image.open(tmp_path / f"film/{i:05}.png")) for i in range(3))
+    assert first[40:90, 40:90].all()
+    for mask in others:
+        assert 0 < mask.mean() < 1
