@@ -1,5 +1,6 @@
 """DINO's fused ops, for anyone's training loop. Imports torch and triton, nothing else."""
 
+from fastdino_kernels.attention import cls_attention, short_attention
 from fastdino_kernels.augment import CropTable, PackedImages, multi_crop_augment
 from fastdino_kernels.center import batch_center, center_ema_, center_update_
 from fastdino_kernels.clip_adamw_ema import clip_adamw_ema_
@@ -16,9 +17,11 @@ __all__ = [
     "center_ema_",
     "center_update_",
     "clip_adamw_ema_",
+    "cls_attention",
     "dino_loss",
     "dino_loss_and_grad_",
     "dino_loss_with_stats",
     "ema_update_",
     "multi_crop_augment",
+    "short_attention",
 ]

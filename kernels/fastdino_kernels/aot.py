@@ -22,11 +22,11 @@ ROOMS = (
     "center",
     "ema",
     "clip_adamw_ema",
+    "attention",
     "augment.resize",
     "augment.color",
     "augment.blur",
 )  # by name: in the package, `dino_loss` is the function
-ARCHS = (80, 90, 100)
 WIDE_BITS = 128
 
 _GLOBAL_LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d+))?\.[busf](\d+)\s")
@@ -68,7 +68,12 @@ def compile_case(case: AotCase, arch: int) -> Usage:
         constexprs=dict(case.constexprs),
         attrs={(position[name],): [["tt.divisibility", 16]] for name in case.aligned if name in position},
     )
-    options = {"num_warps": case.num_warps, "enable_fp_fusion": case.fp_fusion, "maxnreg": case.max_registers}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.fp_fusion,
+        "maxnreg": case.max_registers,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -95,7 +100,7 @@ def main() -> int:
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         return subprocess.run([sys.executable, "-m", "fastdino_kernels.aot"], env=env).returncode
 
-    jobs = [(case, arch) for case in aot_cases() for arch in ARCHS]
+    jobs = [(case, arch) for case in aot_cases() for arch in case.archs]
     width = max(len(case.name) for case, _ in jobs)
     print(f"{'kernel':{width}}  {'arch':>6}  {'registers':>9}  {'stack B':>7}  {'shared B':>8}  {'widest load b':>13}")
     healthy = True

@@ -71,17 +71,21 @@ def on_own_device(launcher: Launcher) -> Launcher:
 class Launch:
     """How one kernel is launched: elements of its BLOCK axis per program, and warps per program.
 
-    max_registers: of a thread, where the assembler would else stop short of what hides the latency of memory.
+    num_stages: of a loop over loads, how many iterations' loads are under way. max_registers: of a thread, where the
+    assembler would else stop short of what hides the latency of memory.
     """
 
     block: int
     num_warps: int
+    num_stages: int = 3
     max_registers: int | None = None
 
     def block_for(self, n: int) -> int:
         """The block, or less where `n` elements need less; a power of two."""
         return min(self.block, max(16, triton.next_power_of_2(n)))
 
+
+ARCHS = (80, 90, 100)  # compute capabilities, times ten, of what `aot` compiles for: Ampere, Hopper, Blackwell
 
 LAUNCH = {
     # Predicted from sm_90 machine code, 2026-11-25, batch 64, bf16, % of a copy on H200 / H100: 82 / 92. Tried: block
@@ -95,6 +99,22 @@ LAUNCH = {
     "ema": Launch(block=2048, num_warps=8),
     "grad_norm": Launch(block=2048, num_warps=8),
     "clip_adamw_ema": Launch(block=1024, num_warps=8),
+    # block: queries at once. By rows of a tile; an architecture's own entry comes first. Predicted, 2026-11-28, ViT-S,
+    # B 64, % of a copy on H200 / H100: forward 86 / 92 at 37 tokens and 57 / 70 at 197, backward 83 / 93 and 31 / 40.
+    # Tried: 128 rows for 37 tokens 57 / 73 and 36 / 46; both lengths in one launch, whose registers are then those of
+    # 197, the same; forward of 197 without a cap on registers 43 / 55; its backward with keys in parts of 128 and the
+    # output read instead of a second sum, 89 us instead of 107, but 32 bytes of stack and gradients added up in bf16.
+    "short_attention_fwd_64": Launch(block=64, num_warps=4, num_stages=1),
+    "short_attention_fwd_128": Launch(block=64, num_warps=4, num_stages=1),
+    "short_attention_fwd_256": Launch(block=64, num_warps=4, num_stages=1),
+    "short_attention_fwd_256_sm90": Launch(block=64, num_warps=4, num_stages=1, max_registers=168),
+    "short_attention_bwd_64": Launch(block=64, num_warps=4, num_stages=1),
+    "short_attention_bwd_128": Launch(block=16, num_warps=4, num_stages=1),
+    "short_attention_bwd_256": Launch(block=32, num_warps=8, num_stages=4),
+    "short_attention_bwd_256_sm80": Launch(block=16, num_warps=8, num_stages=2),
+    "cls_attention_64": Launch(block=1, num_warps=2),
+    "cls_attention_128": Launch(block=1, num_warps=4),
+    "cls_attention_256": Launch(block=1, num_warps=8),
     "resize_weights": Launch(block=32, num_warps=1),
     "resize": Launch(block=32, num_warps=1),  # columns: a warp is a row, so that sums need no exchange
     "augment_color": Launch(block=1024, num_warps=4),
@@ -117,8 +137,11 @@ class AotCase:
     aligned: tuple[str, ...] = ()
     """Runtime arguments that are multiples of 16 in real models (pointers: of 16 bytes), as a launch would find out."""
     num_warps: int = 4
+    num_stages: int = 3
     max_registers: int | None = None
     fp_fusion: bool = True
     """Whether a multiplication and an addition may become one operation, rounded once."""
     narrow_load: str = ""
     """Why no load of this kernel is 128 bits wide, where none is."""
+    archs: tuple[int, ...] = ARCHS
+    """What it is launched so on."""

@@ -145,3 +145,23 @@ def clip_adamw_ema_(
             param_copy.copy_(param)
         if teacher is not None and teacher_copy is not None:
             teacher_copy.copy_(teacher)
+
+
+def short_attention(qkv: Tensor, groups: Sequence[tuple[int, int]], scale: float) -> Tensor:
+    """softmax(scale * q k^T) v within each image, (M, 3, H, D) -> (M, H, D)."""
+    parts = [promote(qkv[:0, 0])]
+    for part, group in zip(qkv.split([n * size for n, size in groups]), groups):
+        q, k, v = promote(part).unflatten(0, group).permute(2, 0, 3, 1, 4)  # each (n, H, N, D)
+        out = (scale * q @ k.transpose(-2, -1)).softmax(-1) @ v
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).to(qkv.dtype)
+
+
+def cls_attention(q: Tensor, kv: Tensor, groups: Sequence[tuple[int, int]], scale: float) -> Tensor:
+    """`short_attention` of one query per image, (n, H, D), over keys and values (M, 2, H, D) -> (n, H, D)."""
+    parts = [promote(q[:0])]
+    queries = promote(q).split([n for n, _ in groups])
+    for of_group, part, group in zip(queries, kv.split([n * size for n, size in groups]), groups):
+        k, v = promote(part).unflatten(0, group).permute(2, 0, 3, 1, 4)  # each (n, H, N, D)
+        parts.append(((scale * of_group[:, :, None] @ k.transpose(-2, -1)).softmax(-1) @ v)[:, :, 0])
+    return torch.cat(parts).to(q.dtype)

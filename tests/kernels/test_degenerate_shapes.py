@@ -29,19 +29,23 @@ CATCH = """
     launch.TRITON_DEVICES.add("cpu")
     caught = {}
 
-    def catch(kernel, *args, grid, warmup, num_warps=4, maxnreg=None, **constexprs):
+    def catch(kernel, *args, grid, warmup, num_warps=4, num_stages=3, maxnreg=None, **constexprs):
         assert len(grid) <= 3 and all(1 <= n < limit for n, limit in zip(grid, (2**31, 2**16, 2**16))), grid
         types, aligned = {}, []
         for parameter, value in zip(kernel.params, args):
             if parameter.is_constexpr or isinstance(value, int) and value == 1:
                 constexprs[parameter.name] = value
                 continue
+            if isinstance(value, float):
+                types[parameter.name] = "fp32"
+                continue
             address = value if isinstance(value, int) else value.data_ptr()
             integer = "i32" if address < 2**31 else "i64"
             types[parameter.name] = integer if isinstance(value, int) else TYPES[value.dtype]
             aligned += [parameter.name] if address % 16 == 0 else []
         case = launch.AotCase(name=kernel.__name__, kernel=kernel, signature=types, constexprs=constexprs,
-                              aligned=tuple(aligned), num_warps=num_warps, max_registers=maxnreg)
+                              aligned=tuple(aligned), num_warps=num_warps, num_stages=num_stages,
+                              max_registers=maxnreg)
         caught[repr((kernel.__name__, types, constexprs, aligned))] = case
 
     def loss(v, t, b, k, dtype):
@@ -54,10 +58,16 @@ CATCH = """
         fk.center_update_(torch.zeros(k), torch.zeros(t, b, k, dtype=dtype), torch.tensor(0.9))
         fk.center_ema_(torch.zeros(k), torch.zeros(k), torch.tensor(0.9))
 
+    def attention(n, size, heads, dim, dtype):
+        qkv = torch.zeros(n * size, 3, heads, dim, dtype=dtype, requires_grad=True)
+        fk.short_attention(qkv, [(n, size)]).backward(torch.zeros(n * size, heads, dim, dtype=dtype))
+        q, kv = qkv.detach()[:n, 0].requires_grad_(), qkv.detach()[:, 1:].requires_grad_()
+        fk.cls_attention(q, kv, [(n, size)]).backward(torch.zeros_like(q))
+
     with mock.patch.object(JITFunction, "run", catch):
         for call in sys.argv[1:]:
             op, *shape, dtype = call.split()
-            {"loss": loss, "center": center}[op](*map(int, shape), getattr(torch, dtype))
+            {"loss": loss, "center": center, "attention": attention}[op](*map(int, shape), getattr(torch, dtype))
             with ThreadPoolExecutor() as pool:
                 stacks = pool.map(lambda case: compile_case(case, 90).stack_bytes, caught.values())
             for case, stack in zip(caught.values(), stacks):
@@ -66,6 +76,7 @@ CATCH = """
 """
 LOSS = ("_dino_loss_fwd_kernel", "_dino_loss_join_kernel", "_dino_loss_mean_kernel", "_dino_loss_bwd_kernel")
 CENTER = ("_batch_center_kernel", "_center_update_kernel", "_center_ema_kernel")
+ATTENTION = tuple(f"_{op}_attention_{way}_kernel" for op in ("short", "cls") for way in ("fwd", "bwd"))
 CALLS = {
     "loss 2 1 1 1 float32": LOSS,  # V, T, B, K: everything is 1
     "loss 13 3 2 17 bfloat16": LOSS,  # a program per student view
@@ -74,6 +85,9 @@ CALLS = {
     "loss 12 2 1 65536 float16": LOSS,  # the most views of a program
     "center 1 1 1 float32": CENTER,  # T, B, K
     "center 3 65 17 bfloat16": CENTER,
+    "attention 1 1 1 16 bfloat16": ATTENTION,  # images, tokens, heads, channels of a head
+    "attention 1 256 1 64 float16": ATTENTION,
+    "attention 3 129 5 32 bfloat16": ATTENTION,
 }
 
 

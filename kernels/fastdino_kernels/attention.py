@@ -1,0 +1,444 @@
+"""softmax(scale * q k^T) v within each of many short images, one launch each way for all that are equally long.
+
+Attention Is All You Need (arXiv:1706.03762), equation 1. Axes: M tokens of all images, N tokens of an image (at most
+256), H heads, D channels of a head. q, k and v lie packed as one linear map leaves them, (M, 3, H, D), and so does
+their gradient: nothing is split or joined.
+An image's keys and values stay on chip, so its scores are seen whole: no running maximum, and each gradient is written
+once, by one program, in the same order on every run. A tile has 64, 128 or 256 rows; short images share one.
+Memory, in units of M*H*D: forward reads 3, writes 1; backward reads 4, writes 3. Beside qkv one fp32 number per token
+and head is kept for the backward pass; the output is not.
+Dtypes: bf16 and fp16 in and out; statistics and sums in fp32. fp32 and fp64 take the plain form.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdino_kernels import reference
+from fastdino_kernels.checks import check_floating, check_same_device, check_shape
+from fastdino_kernels.launch import ARCHS, INTERPRETED, LAUNCH, AotCase, Launch, on_own_device, tl, triton, use_triton
+
+BLOCKS, HEAD_DIMS = (64, 128, 256), (16, 32, 64)
+HALF = (torch.bfloat16, torch.float16)
+LOG2E = tl.constexpr(1.4426950408889634)  # the exponential is exp2's
+
+
+# A tile holds BLOCK // N whole images, fewer at the end: their first row and how many rows they have. That an image
+# alone has N is said in so many words, for then the compiler drops what would be masked: a fifth of 197's columns.
+@triton.jit
+def _tile(first_row, n_images, H: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0) // H * (BLOCK // N)
+    start = first_row + tl.cast(first, tl.int64) * N
+    return start, N if BLOCK // N == 1 else tl.minimum(BLOCK // N, n_images - first) * N
+
+
+# Which keys a query attends to: its image's. In a tile of one image that is all of its rows.
+@triton.jit
+def _same_image(queries, keys, rows, N: tl.constexpr, BLOCK: tl.constexpr):
+    seen = keys < rows
+    if BLOCK // N > 1:
+        seen = seen & (queries // N == keys // N)
+    return seen
+
+
+# A program is a tile and a head; heads of a tile follow one another. Reads 3*M*H*D, writes M*H*D + M*H fp32.
+@triton.jit
+def _short_attention_fwd_kernel(
+    qkv_ptr,  # (M, 3, H, D)
+    out_ptr,  # (M, H, D)
+    lse_ptr,  # (H, M) fp32: log2 of the sum of exp2 of the scaled scores
+    n_tokens,  # M
+    first_row,  # of the images
+    n_images,
+    scale,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    start, rows = _tile(first_row, n_images, H, N, BLOCK)
+    head, d, keys = tl.program_id(0) % H, tl.arange(0, D), tl.arange(0, BLOCK)
+    qkv_ptr += start * (3 * H * D) + head * D
+    out_ptr += start * (H * D) + head * D
+    lse_ptr += tl.cast(head, tl.int64) * n_tokens + start
+    key_at = keys[:, None] * (3 * H * D) + d[None, :]
+    k = tl.load(qkv_ptr + H * D + key_at, mask=(keys < rows)[:, None], other=0.0)
+    v = tl.load(qkv_ptr + 2 * H * D + key_at, mask=(keys < rows)[:, None], other=0.0)
+    for first in range(0, rows, BLOCK_Q):
+        queries = first + tl.arange(0, BLOCK_Q)
+        mask = queries < rows
+        q = tl.load(qkv_ptr + queries[:, None] * (3 * H * D) + d[None, :], mask=mask[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        seen = _same_image(queries[:, None], keys[None, :], rows, N, BLOCK)
+        scores = tl.where(seen, scores, float("-inf"))
+        # Rows behind the last may see no key, and -inf - -inf is NaN.
+        top = tl.where(mask, tl.max(scores, axis=1), 0.0) * (scale * LOG2E)
+        probs = tl.exp2(scores * (scale * LOG2E) - top[:, None])
+        total = tl.where(mask, tl.sum(probs, axis=1), 1.0)
+        out = tl.dot(probs.to(v.dtype), v, input_precision="ieee") / total[:, None]
+        tl.store(out_ptr + queries[:, None] * (H * D) + d[None, :], out, mask=mask[:, None])
+        tl.store(lse_ptr + queries, top + tl.log2(total), mask=mask)
+
+
+# Keys along the rows, queries along the columns: scores need no exchange to be the left operands of the products with
+# grad and q, and an image of 197 tokens wastes 27 queries of the last block, not 59.
+# Reads 4*M*H*D + M*H fp32, writes 3*M*H*D.
+@triton.jit
+def _short_attention_bwd_kernel(
+    grad_ptr,  # (M, H, D)
+    qkv_ptr,  # (M, 3, H, D)
+    lse_ptr,  # (H, M) fp32
+    grad_qkv_ptr,  # (M, 3, H, D)
+    n_tokens,
+    first_row,
+    n_images,
+    scale,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    start, rows = _tile(first_row, n_images, H, N, BLOCK)
+    head, d, keys = tl.program_id(0) % H, tl.arange(0, D), tl.arange(0, BLOCK)
+    qkv_ptr += start * (3 * H * D) + head * D
+    grad_qkv_ptr += start * (3 * H * D) + head * D
+    grad_ptr += start * (H * D) + head * D
+    lse_ptr += tl.cast(head, tl.int64) * n_tokens + start
+    key_at = keys[:, None] * (3 * H * D) + d[None, :]
+    k = tl.load(qkv_ptr + H * D + key_at, mask=(keys < rows)[:, None], other=0.0)
+    v = tl.load(qkv_ptr + 2 * H * D + key_at, mask=(keys < rows)[:, None], other=0.0)
+    grad_k, grad_v = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    for first in range(0, rows, BLOCK_Q):
+        queries = first + tl.arange(0, BLOCK_Q)
+        mask = queries < rows
+        q = tl.load(qkv_ptr + queries[:, None] * (3 * H * D) + d[None, :], mask=mask[:, None], other=0.0)
+        grad = tl.load(grad_ptr + queries[:, None] * (H * D) + d[None, :], mask=mask[:, None], other=0.0)
+        lse = tl.load(lse_ptr + queries, mask=mask, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        seen = _same_image(queries[None, :], keys[:, None], rows, N, BLOCK)
+        probs = tl.where(seen, tl.exp2(scores * (scale * LOG2E) - lse[None, :]), 0.0)
+        grad_probs = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        # sum(probs * grad_probs) is also sum(out * grad), but the output need not be read for it.
+        inner = tl.sum(probs * grad_probs, axis=0)
+        grad_scores = (probs * (grad_probs - inner[None, :])).to(q.dtype)
+        grad_v = tl.dot(probs.to(q.dtype), grad, grad_v, input_precision="ieee")
+        grad_k = tl.dot(grad_scores, q, grad_k, input_precision="ieee")
+        grad_q = tl.dot(tl.trans(k), grad_scores, input_precision="ieee") * scale  # (D, BLOCK_Q)
+        tl.store(grad_qkv_ptr + queries[None, :] * (3 * H * D) + d[:, None], grad_q, mask=mask[None, :])
+    tl.store(grad_qkv_ptr + H * D + key_at, grad_k * scale, mask=(keys < rows)[:, None])
+    tl.store(grad_qkv_ptr + 2 * H * D + key_at, grad_v, mask=(keys < rows)[:, None])
+
+
+# Of CLS alone as a query: keys N, those behind the last at zero.
+@triton.jit
+def _cls_probs(q, k, keys, scale, N: tl.constexpr):
+    scores = tl.where(keys < N, tl.sum(k.to(tl.float32) * q[None, :], axis=1), float("-inf"))
+    probs = tl.exp2((scores - tl.max(scores, axis=0)) * (scale * LOG2E))
+    return probs / tl.sum(probs, axis=0)
+
+
+# A program is an image and a head; nothing is worth a tensor core. Reads 2*M*H*D, writes n*H*D.
+@triton.jit
+def _cls_attention_fwd_kernel(
+    q_ptr,  # (n, H, D)
+    kv_ptr,  # (M, 2, H, D)
+    out_ptr,  # (n, H, D)
+    first_row,
+    first_image,
+    scale,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image, head = tl.cast(tl.program_id(0) // H, tl.int64), tl.program_id(0) % H
+    d, keys = tl.arange(0, D), tl.arange(0, BLOCK)
+    q_at = (first_image + image) * (H * D) + head * D + d
+    kv_ptr += (first_row + image * N) * (2 * H * D) + head * D
+    at, mask = keys[:, None] * (2 * H * D) + d[None, :], (keys < N)[:, None]
+    k = tl.load(kv_ptr + at, mask=mask, other=0.0)
+    v = tl.load(kv_ptr + H * D + at, mask=mask, other=0.0)
+    probs = _cls_probs(tl.load(q_ptr + q_at).to(tl.float32), k, keys, scale, N)
+    tl.store(out_ptr + q_at, tl.sum(probs[:, None] * v.to(tl.float32), axis=0))
+
+
+# Reads 2*M*H*D, writes 2*M*H*D; the probabilities are computed again.
+@triton.jit
+def _cls_attention_bwd_kernel(
+    grad_ptr,  # (n, H, D)
+    q_ptr,  # (n, H, D)
+    kv_ptr,  # (M, 2, H, D)
+    grad_q_ptr,  # (n, H, D)
+    grad_kv_ptr,  # (M, 2, H, D)
+    first_row,
+    first_image,
+    scale,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image, head = tl.cast(tl.program_id(0) // H, tl.int64), tl.program_id(0) % H
+    d, keys = tl.arange(0, D), tl.arange(0, BLOCK)
+    q_at = (first_image + image) * (H * D) + head * D + d
+    kv_ptr += (first_row + image * N) * (2 * H * D) + head * D
+    grad_kv_ptr += (first_row + image * N) * (2 * H * D) + head * D
+    at, mask = keys[:, None] * (2 * H * D) + d[None, :], (keys < N)[:, None]
+    k = tl.load(kv_ptr + at, mask=mask, other=0.0)
+    v = tl.load(kv_ptr + H * D + at, mask=mask, other=0.0)
+    q, grad = tl.load(q_ptr + q_at).to(tl.float32), tl.load(grad_ptr + q_at).to(tl.float32)
+    probs = _cls_probs(q, k, keys, scale, N)
+    grad_probs = tl.sum(v.to(tl.float32) * grad[None, :], axis=1)
+    grad_scores = probs * (grad_probs - tl.sum(probs * grad_probs, axis=0)) * scale
+    tl.store(grad_kv_ptr + at, grad_scores[:, None] * q[None, :], mask=mask)
+    tl.store(grad_kv_ptr + H * D + at, probs[:, None] * grad[None, :], mask=mask)
+    tl.store(grad_q_ptr + q_at, tl.sum(grad_scores[:, None] * k.to(tl.float32), axis=0))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Images that are equally long: where their tokens begin, the first of them, how many they are, tokens of each."""
+
+    first_row: int
+    first_image: int
+    n_images: int
+    n_tokens: int
+
+    @property
+    def block(self) -> int:
+        """Rows of a tile: the smallest of three that holds an image, and then as many images as fit."""
+        return next(block for block in BLOCKS if self.n_tokens <= block)
+
+    @property
+    def n_tiles(self) -> int:
+        return -(-self.n_images // (self.block // self.n_tokens))
+
+
+def _groups(flat: Sequence[int]) -> Iterator[_Group]:
+    """From (images, tokens of each), one after another, as an operator takes them; without groups of no images."""
+    row = image = 0
+    for n_images, n_tokens in zip(flat[::2], flat[1::2]):
+        if n_images:
+            yield _Group(row, image, n_images, n_tokens)
+        row, image = row + n_images * n_tokens, image + n_images
+
+
+def _launch(op: str, block: int, arch: int) -> Launch:
+    """arch: one of ARCHS."""
+    name = f"{op}_{block}"
+    return LAUNCH.get(f"{name}_sm{arch}", LAUNCH[name])
+
+
+def _arch(device: torch.device) -> int:
+    """The one of ARCHS that a device is, or is older than; the interpreter is Hopper."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+    return next((arch for arch in ARCHS if major <= arch // 10), ARCHS[-1])
+
+
+@torch.library.custom_op("fastdino::short_attention", mutates_args=())
+@on_own_device
+def _short_attention(qkv: Tensor, groups: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    qkv = qkv.contiguous()
+    n_tokens, _, n_heads, head_dim = qkv.shape
+    out = qkv.new_empty(n_tokens, n_heads, head_dim)
+    lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
+    for group in _groups(groups):
+        launch = _launch("short_attention_fwd", group.block, _arch(qkv.device))
+        _short_attention_fwd_kernel[(group.n_tiles * n_heads,)](
+            qkv, out, lse, n_tokens, group.first_row, group.n_images, scale,
+            group.n_tokens, n_heads, head_dim, group.block, launch.block,
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            maxnreg=launch.max_registers if head_dim == 64 else None,
+        )  # fmt: skip
+    return out, lse
+
+
+@_short_attention.register_fake
+def _(qkv: Tensor, groups: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    n_tokens, _, n_heads, head_dim = qkv.shape
+    return qkv.new_empty(n_tokens, n_heads, head_dim), qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("fastdino::short_attention_backward", mutates_args=())
+@on_own_device
+def _short_attention_backward(grad: Tensor, qkv: Tensor, lse: Tensor, groups: Sequence[int], scale: float) -> Tensor:
+    grad, qkv = grad.contiguous(), qkv.contiguous()
+    n_tokens, _, n_heads, head_dim = qkv.shape
+    grad_qkv = torch.empty_like(qkv)
+    for group in _groups(groups):
+        launch = _launch("short_attention_bwd", group.block, _arch(qkv.device))
+        _short_attention_bwd_kernel[(group.n_tiles * n_heads,)](
+            grad, qkv, lse, grad_qkv, n_tokens, group.first_row, group.n_images, scale,
+            group.n_tokens, n_heads, head_dim, group.block, launch.block,
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    return grad_qkv
+
+
+@_short_attention_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, lse: Tensor, groups: Sequence[int], scale: float) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    qkv, ctx.groups, ctx.scale = inputs
+    ctx.save_for_backward(qkv, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
+    if grad is None:
+        return None, None, None
+    return _short_attention_backward(grad, *ctx.saved_tensors, ctx.groups, ctx.scale), None, None
+
+
+_short_attention.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("fastdino::cls_attention", mutates_args=())
+@on_own_device
+def _cls_attention(q: Tensor, kv: Tensor, groups: Sequence[int], scale: float) -> Tensor:
+    q, kv = q.contiguous(), kv.contiguous()
+    out, (_, n_heads, head_dim) = torch.empty_like(q), q.shape
+    for group in _groups(groups):
+        launch = LAUNCH[f"cls_attention_{group.block}"]
+        _cls_attention_fwd_kernel[(group.n_images * n_heads,)](
+            q, kv, out, group.first_row, group.first_image, scale, group.n_tokens, n_heads, head_dim, group.block,
+            num_warps=launch.num_warps,
+        )  # fmt: skip
+    return out
+
+
+@_cls_attention.register_fake
+def _(q: Tensor, kv: Tensor, groups: Sequence[int], scale: float) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("fastdino::cls_attention_backward", mutates_args=())
+@on_own_device
+def _cls_attention_backward(
+    grad: Tensor, q: Tensor, kv: Tensor, groups: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    grad, q, kv = grad.contiguous(), q.contiguous(), kv.contiguous()
+    grad_q, grad_kv, (_, n_heads, head_dim) = torch.empty_like(q), torch.empty_like(kv), q.shape
+    for group in _groups(groups):
+        launch = LAUNCH[f"cls_attention_{group.block}"]
+        _cls_attention_bwd_kernel[(group.n_images * n_heads,)](
+            grad, q, kv, grad_q, grad_kv, group.first_row, group.first_image, scale,
+            group.n_tokens, n_heads, head_dim, group.block, num_warps=launch.num_warps,
+        )  # fmt: skip
+    return grad_q, grad_kv
+
+
+@_cls_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, kv: Tensor, groups: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), kv.new_empty(kv.shape)
+
+
+def _keep_cls(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, kv, ctx.groups, ctx.scale = inputs
+    ctx.save_for_backward(q, kv)
+
+
+def _backward_cls(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *_cls_attention_backward(grad, *ctx.saved_tensors, ctx.groups, ctx.scale), None, None
+
+
+_cls_attention.register_autograd(_backward_cls, setup_context=_keep_cls)
+
+
+def why_not(head_dim: int, groups: Sequence[tuple[int, int]]) -> str | None:
+    """What of such heads and images the kernels do not take, in words; None where they take all."""
+    if head_dim not in HEAD_DIMS:
+        return f"expected a head of {', '.join(map(str, HEAD_DIMS))} channels, got {head_dim}"
+    if (longest := max([0, *(size for _, size in groups)])) > BLOCKS[-1]:
+        return f"expected images of at most {BLOCKS[-1]} tokens, got {longest}"
+    return None
+
+
+def _check(name: str, x: Tensor, n_parts: int, groups: Sequence[tuple[int, int]]) -> None:
+    check_floating(name, x)
+    check_shape(name, x, ("M", n_parts, "H", "D"))
+    for n_images, n_tokens in groups:
+        if n_images < 0 or n_tokens < 1:
+            raise ValueError(f"groups: expected images of 1 token or more, got {n_images} of {n_tokens}")
+    if (n_tokens := sum(n * size for n, size in groups)) != x.shape[0]:
+        raise ValueError(f"groups: expected {x.shape[0]} tokens, as {name} has, got {n_tokens}")
+    if words := why_not(x.shape[-1], groups):
+        raise ValueError(f"{name}: {words}")
+
+
+def _takes(x: Tensor) -> bool:
+    """fp32 only where the kernels are interpreted: its products would take no tensor core and twice the room."""
+    return use_triton(x) and (x.dtype in HALF or INTERPRETED)
+
+
+def short_attention(qkv: Tensor, groups: Sequence[tuple[int, int]], scale: float | None = None) -> Tensor:
+    """softmax(scale * q k^T) v within each image.
+
+    qkv: (M, 3, H, D), tokens of all images one after another; D 16, 32 or 64. groups: (images, tokens of each) of
+    images that are equally long, in this order; at most 256 tokens. scale: None for 1 / sqrt(D).
+    Returns (M, H, D), differentiable by qkv.
+    Raises ValueError for another shape, dtype, width of a head or length of an image, and where the groups do not have
+    M tokens. Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
+    """
+    _check("qkv", qkv, 3, groups)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if not _takes(qkv):
+        return reference.short_attention(qkv, groups, scale)
+    out, _ = _short_attention(qkv, [x for group in groups for x in group], scale)
+    return out
+
+
+def cls_attention(q: Tensor, kv: Tensor, groups: Sequence[tuple[int, int]], scale: float | None = None) -> Tensor:
+    """`short_attention` of one query per image, for the last block of a network of which only CLS is read.
+
+    q: (images, H, D). kv: (M, 2, H, D), keys and values of all tokens. groups, scale, what is raised: as there.
+    Returns (images, H, D), differentiable by q and kv.
+    """
+    _check("kv", kv, 2, groups)
+    check_shape("q", q, (sum(n for n, _ in groups), *kv.shape[2:]))
+    check_same_device(q=q, kv=kv)
+    if q.dtype != kv.dtype:
+        raise ValueError(f"q: expected {kv.dtype}, as kv has, got {q.dtype}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not _takes(kv):
+        return reference.cls_attention(q, kv, groups, scale)
+    return _cls_attention(q, kv, [x for group in groups for x in group], scale)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """ViT-S/16 at 224 and 96 pixels; B and L have the same heads, and more of them. 110 tokens: 168 pixels."""
+    sizes = dict.fromkeys(("n_tokens", "first_row", "first_image", "n_images"), "i32")
+    names = ["qkv", "out", "grad", "grad_qkv", "q", "kv", "grad_q", "grad_kv", "lse"]
+    pointers = tuple(f"{name}_ptr" for name in names)
+    kernels = {
+        "short_attention_fwd": _short_attention_fwd_kernel,
+        "short_attention_bwd": _short_attention_bwd_kernel,
+        "cls_attention_fwd": _cls_attention_fwd_kernel,
+        "cls_attention_bwd": _cls_attention_bwd_kernel,
+    }
+    heads = (("bf16", 64), ("bf16", 32), ("fp16", 64))
+    for (op, kernel), (dtype, head_dim), n_tokens in product(kernels.items(), heads, (37, 110, 197)):
+        block = _Group(0, 0, 1, n_tokens).block
+        of_archs = {arch: _launch(op if "short" in op else op[:-4], block, arch) for arch in ARCHS}
+        for launch in dict.fromkeys(of_archs.values()):
+            constants = {"N": n_tokens, "H": 6, "D": head_dim, "BLOCK": block, "BLOCK_Q": launch.block}
+            yield AotCase(
+                name=f"{op} {dtype} D{head_dim} N{n_tokens}",
+                kernel=kernel,
+                signature={**{name: f"*{dtype}" for name in pointers}, "lse_ptr": "*fp32", **sizes, "scale": "fp32"},
+                constexprs={name: x for name, x in constants.items() if name in kernel.arg_names},
+                aligned=(*pointers, "n_tokens", "first_row", "first_image", "n_images"),
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+                max_registers=launch.max_registers if head_dim == 64 else None,
+                archs=tuple(arch for arch, x in of_archs.items() if x == launch),
+            )
