@@ -5,8 +5,8 @@
   be taken in another order. Random numbers are Inductor's, so that drop-path drops other images than in eager; the same
   seed gives the same run within a mode.
 - graph: the compiled iteration, and all that follows it, captured in one CUDA graph: the same kernels as in compiled,
-  in one launch. Bits may differ between reruns where PyTorch's kernels add atomically: the backward pass of the
-  position embedding's interpolation, and of xformers' and flash attention. Our own kernels do not.
+  in one launch. Bits may differ between reruns where PyTorch's kernels add atomically: the backward pass of xformers'
+  and flash attention, and in eager that of the position embedding's interpolation. Our own kernels do not.
 
 A mode that fails falls back to the one before it, on all processes together, and says why in one line. It is found out
 before anything has changed: a first iteration is compiled and computed before its gradients are averaged, a graph is
