@@ -36,7 +36,9 @@ def test_vit_matches_the_original(golden, rel, precision):
 
 
 @pytest.mark.parametrize("name", ["head_fp64", "head_bn_fp64"])
-def test_head_matches_the_original(golden, rel, name):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_head_matches_the_original(golden, rel, name, compiled):
+    torch._dynamo.reset()
     data = golden(name)
     state = data.state("state")
     hidden_dim, bottleneck_dim = len(state["mlp.0.bias"]), state["last_layer.weight_v"].shape[1]
@@ -44,7 +46,7 @@ def test_head_matches_the_original(golden, rel, name):
     head.load_state_dict(state)
     assert [n for n, p in head.named_parameters() if not p.requires_grad] == data["frozen"]
     x = data["x"].requires_grad_()
-    y = head(x)
+    y = (torch.compile(head, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else head)(x)
     (y * torch.linspace(-1, 1, 96, dtype=torch.float64)).sum().backward()
     assert rel(y, data["y"]) < 1e-10
     assert rel(x.grad, data["dx"]) < 1e-10
