@@ -62,6 +62,9 @@ HALF = {"bf16": torch.bfloat16, "fp32": None}
 
 
 def crops_of(case: Case) -> list[Tensor]:
+    """fp32 for every provider, as the original's loader makes them. Ours makes them in the step's dtype on a GPU, so
+    that here `ours` casts, 0.2 GB at B 64, what it would only copy, 0.13 GB.
+    """
     generator = torch.Generator().manual_seed(1)
     sides = [224] * 2 + [96] * case.n_local
     return [torch.randn(case.batch, 3, side, side, generator=generator).to(DEVICE) for side in sides]

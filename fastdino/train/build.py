@@ -139,6 +139,8 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
         device=process.device,
         augment=config.augment,
         dct_scale=config.dct_scale,
+        # The kernels have no fp64.
+        dtype=torch.float32 if step.run.crop_dtype == torch.float64 else step.run.crop_dtype,
     )
     return Parts(
         config=config,

@@ -137,7 +137,7 @@ class Modes:
     def _load(self, crops: Sequence[Tensor]) -> None:
         shapes = [crop.shape for crop in crops]
         if not self._static:
-            self._static = [torch.empty_like(crop, dtype=self._step.run.dtype) for crop in crops]
+            self._static = [torch.empty_like(crop, dtype=self._step.run.crop_dtype) for crop in crops]
         elif shapes != [x.shape for x in self._static]:
             raise ValueError(
                 f"crops: expected the captured shapes {[tuple(x.shape) for x in self._static]}, "
