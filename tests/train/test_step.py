@@ -7,6 +7,7 @@ import pytest
 import torch
 from fake_device import no_host_sync
 from torch import nn
+from torch._inductor import list_mode_options
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_steps import NITER, make_crops, make_networks, make_step
 
@@ -70,6 +71,17 @@ def test_compiled_is_one_graph_for_all_iterations(monkeypatch, capsys):
     assert len(graphs) == 1, graphs
     with capsys.disabled():
         print(f"\n[one graph of {graphs[0]} nodes, traced once in ten iterations]", end=" ")
+
+
+@pytest.mark.parametrize(("effort", "mode"), [("default", None), ("max", "max-autotune-no-cudagraphs")])
+def test_the_compiler_is_told_how_hard_to_try(monkeypatch, effort, mode):
+    """By a name that this PyTorch knows, and without graphs of its own, which would be inside of ours."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: seen.append(options["mode"]) or f)
+    make_step(mode="compiled", effort=effort)
+    assert seen == [mode]
+    assert not list_mode_options().get(mode, {}).get("triton.cudagraphs")
+    assert mode is None or list_mode_options()[mode]["max_autotune"]
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"accumulate": 4}, {"checkpointing": True}], ids=str)
@@ -185,6 +197,7 @@ def test_a_graph_on_a_cpu_says_so(monkeypatch):
     ("options", "message"),
     [
         ({"mode": "fast"}, "mode: expected one of eager, compiled, graph, got 'fast'"),
+        ({"effort": "most"}, "compile: expected one of default, max, got 'most'"),
         ({"accumulate": 0}, "accumulate: expected 1 or more, got 0"),
         ({"attention_backend": "flash"}, "attention: expected auto, xformers, varlen, sdpa, got 'flash'"),
     ],
