@@ -100,10 +100,10 @@ class Modes:
         if mode != "eager":
             for norm in norms:
                 norm.forward = torch.compiler.disable(norm.forward)  # type: ignore[method-assign]
-            # Not block by block: that compiles in a third of the time, but residuals then no longer join the norm of
-            # the next block. A step of ViT-S with 64 images moves 1.8 GB more, of 61, in 57 launches more, and each
-            # block's drop-path would be drawn in launches of its own. As nested regions of one graph: half the time,
-            # 1.7 GB, 44 launches. Counted in what PyTorch 2.14 generates, November 2026.
+            # Not block by block: that compiles in a third of the time, but residuals no longer join the norm of the
+            # next block, and drop-path is drawn in launches of its own. A step of ViT-S with 64 images moves 2.8 GB
+            # more, of 62, in 207 launches more; without drop-path 1.8 GB in 57. As nested regions of one graph, without
+            # drop-path: half the time, 1.7 GB in 44. Counted in what PyTorch 2.14 generates, November 2026.
             forward = self._step.forward
             self._forward = torch.compile(forward, fullgraph=not norms, dynamic=False, mode=self._effort)
 
