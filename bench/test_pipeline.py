@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.measure import CORES, DEVICE, ON_GPU, QUICK, require, times_ms
-from bench.test_step import MAIN, NITER_PER_EP, Case, made, over
+from bench.test_step import HALF, MAIN, NITER_PER_EP, Case, made, over
 from fastdino.data.augment import apply_crop
 from fastdino.data.decode import decode_array, open_image
 from fastdino.data.loader import CropLoader, EpochSampler
@@ -138,7 +138,8 @@ def test_training(provider: str, case: Case, timed: Any, encoded: list[bytes]) -
     """JPEG files to changed weights; `data_wait`: the share of the time that the step waits for crops."""
     n_steps = 20 if ON_GPU else 3
     source = SequenceSource(encoded * -(-case.batch * n_steps // N_IMAGES))
-    loader = CropLoader(source, RECIPE, EpochSampler(len(source), case.batch, 0), num_workers=CORES, device=DEVICE)
+    sampler, dtype = EpochSampler(len(source), case.batch, 0), HALF[case.dtype] or torch.float32
+    loader = CropLoader(source, RECIPE, sampler, num_workers=CORES, device=DEVICE, dtype=dtype)
     waits, iteration = [], cycle(range(NITER_PER_EP))
 
     def run() -> None:

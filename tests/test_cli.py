@@ -146,6 +146,7 @@ MISTAKES = {
         "--attention: varlen has kernels for CUDA only, and the model is on",
     ),
     "graph without a GPU": ("--step graph --device cpu", "--step: graph needs a CUDA device; use auto, compiled or"),
+    "nothing to tune": ("--compile max --device cpu", "--compile: max needs a step that is compiled; use --step compi"),
     "fp16 without a GPU": ("--amp_dtype fp16 --device cpu", "--amp_dtype: fp16 needs a GPU; on a CPU use bf16"),
     "output is a file": ("--output_dir file", "--output_dir: expected a folder, got the file file"),
     "output below a file": ("--output_dir file/run", "--output_dir: expected a folder, got the file file"),

@@ -8,7 +8,10 @@ Axes: B images, N tokens (1 + patches), M tokens of all images, H heads, D chann
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from operator import index
 from typing import cast
 
 import torch
@@ -162,6 +165,48 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
+def _resize(positions: Tensor, rows: int, cols: int) -> Tensor:
+    """(1, side * side, D) -> (1, rows * cols, D), bicubic."""
+    side = math.isqrt(positions.shape[1])
+    # Not `size=(rows, cols)`: the original passes scale factors with 0.1 added against rounding, and the bicubic
+    # grid follows the factor. At 96 pixels the two differ by 28% RMS, and published weights were trained with this.
+    resized = F.interpolate(
+        positions.unflatten(1, (side, side)).permute(0, 3, 1, 2),
+        scale_factor=((rows + 0.1) / side, (cols + 0.1) / side),
+        mode="bicubic",
+    )
+    return resized.flatten(2).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """In an object: Dynamo takes several tensors that one function returned for one."""
+
+    values: Tensor
+
+
+@torch.compiler.assume_constant_result
+def _resize_matrix(side: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> _Matrix:
+    """`_resize` is linear: its matrix, (rows * cols, side * side), is what it makes of the identity.
+
+    A constant to a compiler, which runs this while it traces.
+    """
+    with torch.inference_mode(False):  # an inference tensor could not be kept for a backward pass
+        identity = torch.eye(side * side, dtype=dtype, device=device)
+        return _Matrix(_resize(identity[None], rows, cols)[0].contiguous())
+
+
+def _resize_by_matrix(positions: Tensor, rows: int, cols: int) -> Tensor:
+    """`_resize` as one product, in fp32 where positions are half precision: for a compiler, which would make some 25
+    launches of an interpolation, and add up its gradient atomically, with other bits each time.
+    """
+    side, full = math.isqrt(positions.shape[1]), torch.promote_types(positions.dtype, torch.float32)
+    matrix = _resize_matrix(side, rows, cols, full, positions.device).values
+    device_type = positions.device.type
+    with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
+        return (matrix @ positions.to(full)).to(positions.dtype)
+
+
 def init_linear(module: nn.Module, std: float = 0.02) -> None:
     """Weights from a normal of deviation `std` cut at +-2, biases zero, norms at one; convolutions keep PyTorch's."""
     if isinstance(module, nn.Linear):
@@ -245,18 +290,13 @@ class VisionTransformer(nn.Module):
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
         """Position embedding (1, N, D) for tokens x (B, N, D) of images of w x h pixels, (B, 3, w, h)."""
         side = math.isqrt(self.pos_embed.shape[1] - 1)
-        rows, cols = self.patch_embed.grid(w, h)
+        # Positions hold for one size: a tracer that has left it open settles on the one it is shown.
+        rows, cols = map(index, self.patch_embed.grid(w, h))
         if rows == cols == side and w == h:
             return self.pos_embed
         cls_pos, patch_pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        # Not `size=(rows, cols)`: the original passes scale factors with 0.1 added against rounding, and the bicubic
-        # grid follows the factor. At 96 pixels the two differ by 28% RMS, and published weights were trained with this.
-        patch_pos = F.interpolate(
-            patch_pos.unflatten(1, (side, side)).permute(0, 3, 1, 2),
-            scale_factor=((rows + 0.1) / side, (cols + 0.1) / side),
-            mode="bicubic",
-        )
-        return torch.cat((cls_pos, patch_pos.flatten(2).transpose(1, 2)), dim=1)
+        resize = _resize_by_matrix if torch.compiler.is_dynamo_compiling() else _resize
+        return torch.cat((cls_pos, resize(patch_pos, rows, cols)), dim=1)
 
     def prepare_tokens(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, N, D) tokens, CLS first, positions added."""

@@ -139,6 +139,8 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
         device=process.device,
         augment=config.augment,
         dct_scale=config.dct_scale,
+        # The kernels have no fp64.
+        dtype=torch.float32 if step.run.crop_dtype == torch.float64 else step.run.crop_dtype,
     )
     return Parts(
         config=config,
@@ -239,6 +241,9 @@ def build_step(
     if config.step == "graph" and no_graph:
         raise UserError(f"--step: graph needs {no_graph}; use auto, compiled or eager")
     automatic = "eager" if device.type != "cuda" else "compiled" if no_graph else "graph"
+    mode = automatic if config.step == "auto" else config.step
+    if config.compile != "default" and mode == "eager":
+        raise UserError(f"--compile: {config.compile} needs a step that is compiled; use --step compiled, or graph")
     for network in networks:
         distributed.synchronize_batchnorm(network, process)
         network.to(device)
@@ -261,9 +266,10 @@ def build_step(
             clip_grad=config.clip_grad,
             freeze_last_layer=config.freeze_last_layer,
             amp_dtype=precision,
-            mode=automatic if config.step == "auto" else config.step,
+            mode=mode,
             accumulate=config.accumulate,
             attention_backend=config.attention,
+            effort=config.compile,
             say=say,
         )
         sides = [config.global_crops_size] * 2 + [config.local_crops_size] * config.local_crops_number

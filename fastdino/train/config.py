@@ -28,6 +28,12 @@ def _modes() -> Sequence[str]:
     return ["auto", *MODES]
 
 
+def _efforts() -> Sequence[str]:
+    from fastdino.train.modes import EFFORTS
+
+    return list(EFFORTS)
+
+
 def flag(
     default: Any, group: str, meaning: str, choices: Sequence[str] | Callable[[], Sequence[str]] | None = None
 ) -> Any:
@@ -75,6 +81,7 @@ class TrainConfig:
         "auto", "Optimisation", "which half: bf16 where the GPU has it, else fp16", ("auto", "bf16", "fp16")
     )
     step: str = flag("auto", "Optimisation", "how a step runs: graph on GPUs, eager on CPU", _modes)
+    compile: str = flag("default", "Optimisation", "max tunes compiled kernels, for minutes at the start", _efforts)
     attention: str = flag("auto", "Optimisation", "attention kernels; auto times what works", ("auto", *BACKENDS))
     accumulate: int = flag(1, "Optimisation", "parts that a batch is computed in, one update for all; less memory")
     checkpointing: bool = flag(False, "Optimisation", "recompute activations in the backward pass; less memory")

@@ -33,8 +33,8 @@ class Networks:
     """Student and teacher as they are run in a precision, and what ties them to the masters, which keep full precision.
 
     amp_dtype: half precision, or None. on_copies: half precision is that of copies of the weights, which the optimizer
-    writes, and not autocast's. Attributes: student, teacher: as run; dtype: what they compute in; copies: pairs
-    (master's parameter, its copy).
+    writes, and not autocast's. Attributes: student, teacher: as run; dtype: what they compute in; crop_dtype: what they
+    are given, full precision under autocast; copies: pairs (master's parameter, its copy).
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Networks:
         master = next(student.parameters())
         self.device_type, self.amp_dtype, self.dtype = master.device.type, amp_dtype, amp_dtype or master.dtype
         self._autocasts = amp_dtype is not None and not on_copies
+        self.crop_dtype = master.dtype if self._autocasts else self.dtype
         self.student, self.teacher = student, teacher
         self.copies: list[tuple[Tensor, Tensor]] = []
         if amp_dtype is not None and on_copies:
@@ -57,8 +58,8 @@ class Networks:
 
     def logits(self, crops: Sequence[Tensor], n_teacher_views: int) -> tuple[Tensor, Tensor]:
         """(student's (V * B, K), teacher's (n_teacher_views * B, K)), crop-major."""
-        if self.dtype != crops[0].dtype and not self._autocasts:
-            crops = [crop.to(self.dtype) for crop in crops]
+        if crops[0].dtype != self.crop_dtype:
+            crops = [crop.to(self.crop_dtype) for crop in crops]
         with torch.autocast(self.device_type, self.amp_dtype) if self._autocasts else nullcontext():
             with torch.no_grad():
                 teacher = self.teacher(crops[:n_teacher_views])

@@ -33,9 +33,10 @@ class TrainStep:
     norm of one tensor's gradient, 0 for none. freeze_last_layer: epochs without an update of the prototypes.
     amp_dtype: bf16 computes on copies of the weights (adamw) or under autocast (sgd, lars), fp16 under autocast with a
     GradScaler. mode: see `modes`. accumulate: parts that a batch is computed in, one update for all of them.
-    attention_backend: a name of model.attention.BACKENDS, or auto. say: is told where something falls back.
+    attention_backend: a name of model.attention.BACKENDS, or auto. effort: the compiler's, a name of modes.EFFORTS.
+    say: is told where something falls back.
     With several processes gradients are averaged over them before the clip, also in a graph.
-    Raises ValueError for a mode, a backend or a number of parts that cannot be.
+    Raises ValueError for a mode, a backend, an effort or a number of parts that cannot be.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class TrainStep:
         mode: str = "eager",
         accumulate: int = 1,
         attention_backend: str = "auto",
+        effort: str = "default",
         say: Callable[[str], object] = print,
     ) -> None:
         if accumulate < 1:
@@ -77,7 +79,7 @@ class TrainStep:
         self._as_metrics = _named((*self.metric_names, "state"))
         self._metrics = torch.zeros(len(self.metric_names) + 1, dtype=full, device=self.device)
         self._state = [buffer for buffer in loss.buffers() if buffer.is_floating_point()]
-        self._modes = Modes(self, mode, say)
+        self._modes = Modes(self, mode, say, effort)
 
     def __call__(self, crops: Sequence[Tensor], iteration: int) -> Any:
         """V normalised crops (B, 3, H, W), and the iteration counted from 0 over the whole run.

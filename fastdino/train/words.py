@@ -41,7 +41,8 @@ def introduce(parts: Parts, say: Say) -> None:
         f"run     {config.epochs} epochs x {parts.niter} steps of {config.optimizer} on {process.device}"
         f"{processes}, {precision}, {workers}{fewer}"
     )
-    say(f"step    {step.mode}" + (f"; attention {step.attention}" if step.attention else ""))
+    tuned = ", tuned" if config.compile == "max" else ""
+    say(f"step    {step.mode}{tuned}" + (f"; attention {step.attention}" if step.attention else ""))
     if parts.resumed.iteration or parts.resumed.changes or parts.resumed.notes:
         _tell_of_resume(parts, say)
 

@@ -323,8 +323,8 @@ class FakeCuda:
         for name in ("device", "stream"):
             monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
 
-    def augment(self, images, crops, size, **_):
-        return self.said("augment", torch.empty(len(crops.image), 3, size, size))
+    def augment(self, images, crops, size, dtype, exact):
+        return self.said("augment", torch.empty(len(crops.image), 3, size, size, dtype=dtype))
 
     def said(self, word, value=None):
         if self.log[-1:] != [word]:
@@ -341,9 +341,11 @@ class FakeCuda:
 
 
 def test_a_buffer_is_free_once_it_is_copied_and_no_core_spins(photo_folder, monkeypatch):
-    """Crops may still be in the making: only who uses them waits for those, on the device."""
+    """Crops may still be in the making, in the dtype that was asked for: only who uses them waits for those, on the
+    device.
+    """
     source = FolderSource(photo_folder)
-    loader = CropLoader(source, RECIPE, EpochSampler(len(source), 4, 5))
+    loader = CropLoader(source, RECIPE, EpochSampler(len(source), 4, 5), dtype=torch.bfloat16)
     loader.on_gpu, loader._stream = True, "side stream"
     cuda = FakeCuda(monkeypatch)
     batch = next(iter(loader))
@@ -356,6 +358,7 @@ def test_a_buffer_is_free_once_it_is_copied_and_no_core_spins(photo_folder, monk
     ]
     assert batch.ready.name == "spinning"
     assert (batch.global_crops.shape, batch.local_crops.shape) == ((2, 4, 3, 32, 32), (3, 4, 3, 16, 16))
+    assert batch.global_crops.dtype == batch.local_crops.dtype == torch.bfloat16
 
 
 @pytest.mark.gpu

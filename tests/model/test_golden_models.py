@@ -1,5 +1,6 @@
 """The networks give the original's numbers, under the original's names."""
 
+import copy
 import gc
 import json
 from contextlib import nullcontext
@@ -35,7 +36,9 @@ def test_vit_matches_the_original(golden, rel, precision):
 
 
 @pytest.mark.parametrize("name", ["head_fp64", "head_bn_fp64"])
-def test_head_matches_the_original(golden, rel, name):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_head_matches_the_original(golden, rel, name, compiled):
+    torch._dynamo.reset()
     data = golden(name)
     state = data.state("state")
     hidden_dim, bottleneck_dim = len(state["mlp.0.bias"]), state["last_layer.weight_v"].shape[1]
@@ -43,7 +46,7 @@ def test_head_matches_the_original(golden, rel, name):
     head.load_state_dict(state)
     assert [n for n, p in head.named_parameters() if not p.requires_grad] == data["frozen"]
     x = data["x"].requires_grad_()
-    y = head(x)
+    y = (torch.compile(head, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else head)(x)
     (y * torch.linspace(-1, 1, 96, dtype=torch.float64)).sum().backward()
     assert rel(y, data["y"]) < 1e-10
     assert rel(x.grad, data["dx"]) < 1e-10
@@ -114,6 +117,51 @@ def test_sides_that_the_patch_does_not_divide_lose_the_rest_as_in_a_convolution(
     whole = x[:, :, : shape[0] // 8 * 8, : shape[1] // 8 * 8]
     if shape[0] // 8 != shape[1] // 8:  # else the whole square has its positions as they are
         assert torch.equal(vit(x), vit(whole))
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (160, 224), (304, 256)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "budget"), [(torch.float32, 2e-6), (torch.float64, 1e-12), (torch.bfloat16, 2**-8)], ids=str
+)
+def test_a_compiler_resizes_positions_by_one_product(dtype, budget, shape):
+    """With the interpolation's values and gradient, and the same bits each time, also under autocast."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    vit = VisionTransformer([224], 16, embed_dim=48, depth=1, num_heads=3).to(dtype)
+    full = copy.deepcopy(vit).to(torch.promote_types(dtype, torch.float32))
+    upstream, graphs = torch.randn_like(full.interpolate_pos_encoding(None, *shape)).to(dtype), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def values_and_gradient(function, vit, autocast=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            positions = function(None, *shape)
+        return positions, *torch.autograd.grad(positions, vit.pos_embed, upstream.to(positions.dtype))
+
+    compiled = torch.compile(vit.interpolate_pos_encoding, fullgraph=True, dynamic=False, backend=backend)
+    expected = values_and_gradient(full.interpolate_pos_encoding, full)
+    for autocast in (False, True):
+        got, again = (values_and_gradient(compiled, vit, autocast) for _ in range(2))
+        for x, y, truth in zip(got, again, expected, strict=True):
+            assert x.dtype == dtype
+            assert torch.equal(x, y)
+            assert (x - truth).abs().max() < budget * truth.abs().max()
+    names = {getattr(node.target, "__name__", str(node.target)) for graph in graphs for node in graph.graph.nodes}
+    assert "matmul" in names
+    assert "interpolate" not in names
+
+
+def test_a_compiled_backbone_takes_images_of_several_sizes():
+    """Several in one graph, and more than were there when it was first compiled."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    vit = VisionTransformer([32], 8, embed_dim=24, depth=1, num_heads=3)
+    compiled = torch.compile(vit, fullgraph=True, backend="eager")
+    for side in (16, 24):
+        images = [torch.randn(2, 3, *shape) for shape in ((side, side), (side, side + 8))]
+        torch.testing.assert_close(compiled(images), vit(images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("option", [{"qk_scale": 0.5}, {"drop_rate": 0.1}, {"attn_drop_rate": 0.1}], ids=str)

@@ -23,7 +23,9 @@ def outputs(function, dtype, inputs, upstream):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["copies", "autocast"])
-def test_prototypes_in_bf16(autocast):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_prototypes_in_bf16(compiled, autocast):
+    torch._dynamo.reset()
     torch.manual_seed(0)
     x = F.normalize(torch.randn(12, 64), dim=-1).to(bf16)
     g, v = (1 + torch.rand(300, 1)).to(bf16), nn.init.kaiming_uniform_(torch.empty(300, 64)).to(bf16)
@@ -33,6 +35,8 @@ def test_prototypes_in_bf16(autocast):
         with torch.autocast("cpu", bf16, enabled=autocast):
             return torch.func.functional_call(layer, {"weight_g": g, "weight_v": v}, x)
 
+    if compiled:
+        ours = torch.compile(ours, fullgraph=True, dynamic=False, backend="aot_eager")
     upstream = torch.randn(12, 300).to(bf16)
     truth = outputs(
         lambda x, g, v: F.linear(x, g * v / v.norm(dim=1, keepdim=True)), torch.float64, (x, g, v), upstream

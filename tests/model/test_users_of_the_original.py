@@ -162,10 +162,11 @@ def _onnx(vit, x, folder):
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's exporters
 @pytest.mark.parametrize("export", [_exported, _traced, _onnx], ids=["export", "jit.trace", "onnx"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-def test_an_exported_backbone_takes_any_batch(export, frozen, tmp_path):
+@pytest.mark.parametrize("shape", [(32, 32), (16, 24)], ids=["positions as they are", "resized"])
+def test_an_exported_backbone_takes_any_batch(export, frozen, shape, tmp_path):
     torch.manual_seed(0)
     vit = VisionTransformer([32], 8, embed_dim=24, depth=3, num_heads=3).eval().requires_grad_(not frozen)
-    function = export(vit, torch.randn(5, 3, 32, 32), tmp_path)
+    function = export(vit, torch.randn(5, 3, *shape), tmp_path)
     for n in (1, 5, 32):
-        x = torch.randn(n, 3, 32, 32)
+        x = torch.randn(n, 3, *shape)
         torch.testing.assert_close(function(x), vit(x), rtol=1e-5, atol=1e-5)

@@ -2,10 +2,12 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from fake_device import no_host_sync
 from torch import nn
+from torch._inductor import list_mode_options
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_steps import NITER, make_crops, make_networks, make_step
 
@@ -71,6 +73,17 @@ def test_compiled_is_one_graph_for_all_iterations(monkeypatch, capsys):
         print(f"\n[one graph of {graphs[0]} nodes, traced once in ten iterations]", end=" ")
 
 
+@pytest.mark.parametrize(("effort", "mode"), [("default", None), ("max", "max-autotune-no-cudagraphs")])
+def test_the_compiler_is_told_how_hard_to_try(monkeypatch, effort, mode):
+    """By a name that this PyTorch knows, and without graphs of its own, which would be inside of ours."""
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: seen.append(options["mode"]) or f)
+    make_step(mode="compiled", effort=effort)
+    assert seen == [mode]
+    assert not list_mode_options().get(mode, {}).get("triton.cudagraphs")
+    assert mode is None or list_mode_options()[mode]["max_autotune"]
+
+
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"accumulate": 4}, {"checkpointing": True}], ids=str)
 def test_less_memory_is_the_same_step(options):
     ours, plain = make_step(**options), make_step()
@@ -100,6 +113,32 @@ def test_bf16_parts_are_added_up_in_fp32():
     step(make_crops(), 0)
     assert all(p.grad.dtype == torch.float32 for p in step.student.parameters() if p.grad is not None)
     assert any(p.grad is not None for p in step.student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, "float32"), ({"amp_dtype": torch.bfloat16}, "bfloat16"), ({"optimizer": "sgd"}, "float32")]
+    + [({"optimizer": name, "amp_dtype": torch.bfloat16}, "float32") for name in ("sgd", "lars")],
+    ids=str,
+)
+def test_crops_in_the_steps_dtype_are_those_that_it_would_cast(options, expected):
+    """So that whoever makes them can write them so. Autocast decides per operator, and is given full precision."""
+    step, other = make_step(**options), make_step(**options)
+    assert str(step.run.crop_dtype) == f"torch.{expected}"
+    for i in range(3):
+        cast = [crop.to(step.run.crop_dtype) for crop in make_crops(i)]
+        assert torch.equal(step(cast, i).loss, other(make_crops(i), i).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_each_number_of_a_row_has_16_bytes_of_its_own(dtype):
+    """At another address a compiler would take it for unaligned, and with it all that an operator makes of it."""
+    table = ScheduleTable({name: np.arange(3.0) for name in "abcde"}, torch.device("cpu"), dtype)
+    table.advance()
+    table.advance()
+    for number in table.row.values():
+        assert number == 1
+        assert number.storage_offset() * number.itemsize % 16 == 0
 
 
 def test_a_twin_shares_batchnorm_and_buffers():
@@ -158,6 +197,7 @@ def test_a_graph_on_a_cpu_says_so(monkeypatch):
     ("options", "message"),
     [
         ({"mode": "fast"}, "mode: expected one of eager, compiled, graph, got 'fast'"),
+        ({"effort": "most"}, "compile: expected one of default, max, got 'most'"),
         ({"accumulate": 0}, "accumulate: expected 1 or more, got 0"),
         ({"attention_backend": "flash"}, "attention: expected auto, xformers, varlen, sdpa, got 'flash'"),
     ],
