@@ -11,7 +11,7 @@ Dtypes: bf16 and fp16 in and out; statistics and sums in fp32. fp32 and fp64 tak
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -201,6 +201,11 @@ def _cls_attention_bwd_kernel(
     tl.store(grad_q_ptr + q_at, tl.sum(grad_scores[:, None] * k.to(tl.float32), axis=0))
 
 
+def _block(n_tokens: int) -> int:
+    """Rows of a tile: the fewest of three that hold an image, and then as many images as fit."""
+    return next(block for block in BLOCKS if n_tokens <= block)
+
+
 @dataclass(frozen=True)
 class _Group:
     """Images that are equally long: where their tokens begin, the first of them, how many they are, tokens of each."""
@@ -212,12 +217,11 @@ class _Group:
 
     @property
     def block(self) -> int:
-        """Rows of a tile: the smallest of three that holds an image, and then as many images as fit."""
-        return next(block for block in BLOCKS if self.n_tokens <= block)
+        return _block(self.n_tokens)
 
     @property
     def n_tiles(self) -> int:
-        return -(-self.n_images // (self.block // self.n_tokens))
+        return triton.cdiv(self.n_images, self.block // self.n_tokens)
 
 
 def _groups(flat: Sequence[int]) -> Iterator[_Group]:
@@ -229,10 +233,11 @@ def _groups(flat: Sequence[int]) -> Iterator[_Group]:
         row, image = row + n_images * n_tokens, image + n_images
 
 
-def _launch(op: str, block: int, arch: int) -> Launch:
-    """arch: one of ARCHS."""
-    name = f"{op}_{block}"
-    return LAUNCH.get(f"{name}_sm{arch}", LAUNCH[name])
+def _launch(op: str, n_tokens: int, head_dim: int, arch: int) -> Launch:
+    """arch: one of ARCHS. A cap on registers holds where 168 are enough: up to 208 tokens, whose columns are kept."""
+    name = f"{op}_{_block(n_tokens)}"
+    launch = LAUNCH.get(f"{name}_sm{arch}", LAUNCH[name])
+    return launch if head_dim == 64 and n_tokens <= 208 else replace(launch, max_registers=None)
 
 
 def _arch(device: torch.device) -> int:
@@ -249,12 +254,12 @@ def _short_attention(qkv: Tensor, groups: Sequence[int], scale: float) -> tuple[
     out = qkv.new_empty(n_tokens, n_heads, head_dim)
     lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
     for group in _groups(groups):
-        launch = _launch("short_attention_fwd", group.block, _arch(qkv.device))
+        launch = _launch("short_attention_fwd", group.n_tokens, head_dim, _arch(qkv.device))
         _short_attention_fwd_kernel[(group.n_tiles * n_heads,)](
             qkv, out, lse, n_tokens, group.first_row, group.n_images, scale,
             group.n_tokens, n_heads, head_dim, group.block, launch.block,
             num_warps=launch.num_warps, num_stages=launch.num_stages,
-            maxnreg=launch.max_registers if head_dim == 64 else None,
+            maxnreg=launch.max_registers,
         )  # fmt: skip
     return out, lse
 
@@ -272,7 +277,7 @@ def _short_attention_backward(grad: Tensor, qkv: Tensor, lse: Tensor, groups: Se
     n_tokens, _, n_heads, head_dim = qkv.shape
     grad_qkv = torch.empty_like(qkv)
     for group in _groups(groups):
-        launch = _launch("short_attention_bwd", group.block, _arch(qkv.device))
+        launch = _launch("short_attention_bwd", group.n_tokens, head_dim, _arch(qkv.device))
         _short_attention_bwd_kernel[(group.n_tiles * n_heads,)](
             grad, qkv, lse, grad_qkv, n_tokens, group.first_row, group.n_images, scale,
             group.n_tokens, n_heads, head_dim, group.block, launch.block,
@@ -427,10 +432,10 @@ def aot_cases() -> Iterator[AotCase]:
     }
     heads = (("bf16", 64), ("bf16", 32), ("fp16", 64))
     for (op, kernel), (dtype, head_dim), n_tokens in product(kernels.items(), heads, (37, 110, 197)):
-        block = _Group(0, 0, 1, n_tokens).block
-        of_archs = {arch: _launch(op if "short" in op else op[:-4], block, arch) for arch in ARCHS}
+        name = op if "short" in op else op[:-4]
+        of_archs = {arch: _launch(name, n_tokens, head_dim, arch) for arch in ARCHS}
         for launch in dict.fromkeys(of_archs.values()):
-            constants = {"N": n_tokens, "H": 6, "D": head_dim, "BLOCK": block, "BLOCK_Q": launch.block}
+            constants = {"N": n_tokens, "H": 6, "D": head_dim, "BLOCK": _block(n_tokens), "BLOCK_Q": launch.block}
             yield AotCase(
                 name=f"{op} {dtype} D{head_dim} N{n_tokens}",
                 kernel=kernel,
@@ -439,6 +444,6 @@ def aot_cases() -> Iterator[AotCase]:
                 aligned=(*pointers, "n_tokens", "first_row", "first_image", "n_images"),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
-                max_registers=launch.max_registers if head_dim == 64 else None,
+                max_registers=launch.max_registers,
                 archs=tuple(arch for arch, x in of_archs.items() if x == launch),
             )
