@@ -1,6 +1,6 @@
 """Attention forward and backward over the packed crops of a step: 197 tokens of each global, 37 of each local.
 
-Every provider gets q, k, v (M, H, D) as the model has them, views of one (M, 3, H, D).
+Every provider gets q, k, v as the model has them, one (M, 3, H, D).
 Axes: M tokens of all images, N tokens of an image, H heads, D channels of a head.
 """
 
@@ -21,9 +21,9 @@ HEAD_DIM, N_LOCAL = 64, 8
 HEADS, BATCH = ((6, 12), 64) if ON_GPU else ((3,), 4)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, images: Packing) -> list[Tensor]:
+def plain(qkv: Tensor, scale: float, images: Packing) -> list[Tensor]:
     """The probabilities written to memory, per resolution."""
-    groups = zip(*([part.transpose(1, 2) for part in images.split(x)] for x in (q, k, v)))
+    groups = zip(*([part.transpose(1, 2) for part in images.split(x)] for x in qkv.unbind(1)))
     outputs = ((query @ key.transpose(-2, -1) * scale).softmax(-1) @ value for query, key, value in groups)
     return [out.transpose(1, 2).flatten(0, 1) for out in outputs]
 
@@ -37,7 +37,7 @@ def both_ways(provider: str, batch: int, heads: int, dtype: torch.dtype = DTYPE)
     upstream = torch.ones_like(qkv[:, 0])
 
     def run() -> list[Tensor]:
-        parts = op(*qkv.unbind(1), HEAD_DIM**-0.5, images)
+        parts = op(qkv, HEAD_DIM**-0.5, images)
         return [*parts, *torch.autograd.grad(parts, qkv, upstream.split([len(part) for part in parts]))]
 
     return run

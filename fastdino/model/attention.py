@@ -7,7 +7,7 @@ Axes: M tokens of all images, n images of a group, N tokens of an image, H heads
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.recompute import recomputed
+from fastdino_kernels import cls_attention, short_attention
+from fastdino_kernels.attention import why_not as short_attention_lacks
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -57,23 +59,25 @@ class Packing(NamedTuple):
         return torch.cat([x[:, None].expand(group).flatten() for x, group in zip(parts, self.groups)])[:, None]
 
 
-# q, k, v (M, H, D), scale, packing -> (M, H, D) in parts, as they were computed
-AttentionOp = Callable[[Tensor, Tensor, Tensor, float, Packing], list[Tensor]]
+# qkv (M, 3, H, D), scale, packing -> (M, H, D) in parts, as they were computed
+AttentionOp = Callable[[Tensor, float, Packing], list[Tensor]]
+# The same of CLS alone: q (images, H, D), kv (M, 2, H, D), scale, packing -> (images, H, D)
+ClsAttentionOp = Callable[[Tensor, Tensor, float, Packing], list[Tensor]]
 
 
 def _by_hand(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return ((q * scale) @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
-def _one_resolution(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """(n, N, H, D) -> (n, N, H, D) by PyTorch's scaled_dot_product_attention: runs everywhere, in every dtype.
+def _one_resolution(qkv: Sequence[Tensor], scale: float) -> Tensor:
+    """q, k, v, each (n, N, H, D) -> (n, N, H, D) by PyTorch's scaled_dot_product_attention: everywhere, in every dtype.
 
     But not in half precision on a CPU: there PyTorch's kernel takes 18.0 and 14.3 ms, matrix products by hand 10.5 and
     3.6, their probabilities computed twice (forward and backward of 3 heads, 8 images of 197 tokens and 32 of 37; one
     core of an AMD EPYC with avx512_bf16, torch 2.13, November 2026).
     """
-    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type != "cpu" or q.dtype not in HALF:
+    query, key, value = (x.transpose(1, 2) for x in qkv)
+    if query.device.type != "cpu" or query.dtype not in HALF:
         # Which of its kernels runs (cuDNN's, flash, efficient) PyTorch decides by device, dtype, head dim and
         # switches of the process: for a compiler's trace as for a call, so what was timed is what is compiled.
         out = F.scaled_dot_product_attention(query, key, value, scale=scale)
@@ -84,10 +88,25 @@ def _one_resolution(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.transpose(1, 2)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> list[Tensor]:
+def sdpa(qkv: Tensor, scale: float, packing: Packing) -> list[Tensor]:
     """`_one_resolution` of each group."""
-    groups = zip(packing.split(q), packing.split(k), packing.split(v))
-    return [_one_resolution(*group, scale).flatten(0, 1) for group in groups]
+    return [_one_resolution(group.unbind(2), scale).flatten(0, 1) for group in packing.split(qkv)]
+
+
+def sdpa_of_cls(q: Tensor, kv: Tensor, scale: float, packing: Packing) -> list[Tensor]:
+    """`sdpa` with one query per image."""
+    groups = zip(packing.of_cls.split(q), packing.split(kv))
+    return [_one_resolution((query, *group.unbind(2)), scale).flatten(0, 1) for query, group in groups]
+
+
+def ours(qkv: Tensor, scale: float, packing: Packing) -> list[Tensor]:
+    """Kernels for short images, which read qkv and write its gradient as it lies."""
+    return [short_attention(qkv, packing.groups, scale)]
+
+
+def ours_of_cls(q: Tensor, kv: Tensor, scale: float, packing: Packing) -> list[Tensor]:
+    """`ours` with one query per image."""
+    return [cls_attention(q, kv, packing.groups, scale)]
 
 
 # Where images end, as a kernel wants it: by (what makes it, groups, device). Kept for good: captured graphs read it.
@@ -117,12 +136,13 @@ def _block_diagonal_mask(lengths: list[int], device: torch.device) -> Any:
     return BlockDiagonalMask.from_seqlens(lengths, device=device)
 
 
-def xformers(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> list[Tensor]:
+def xformers(qkv: Tensor, scale: float, packing: Packing) -> list[Tensor]:
     """xformers' memory-efficient attention over all groups in one call."""
     from xformers.ops import memory_efficient_attention
 
-    mask = _layout(_block_diagonal_mask, packing.groups, q.device)
-    return [memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask, scale=scale)[0]]
+    mask = _layout(_block_diagonal_mask, packing.groups, qkv.device)
+    q, k, v = qkv[None].unbind(2)
+    return [memory_efficient_attention(q, k, v, attn_bias=mask, scale=scale)[0]]
 
 
 def _load_cuda12_runtime() -> bool:
@@ -169,13 +189,14 @@ def _boundaries(lengths: list[int], device: torch.device) -> _Boundaries:
     return _Boundaries(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths))
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> list[Tensor]:
+def varlen(qkv: Tensor, scale: float, packing: Packing) -> list[Tensor]:
     """torch.nn.attention.varlen over all groups in one call. A scale of its own is folded into q: not every version
     takes one. Flash or, from 2.14 on and for images of more than 128 tokens on Hopper, cuDNN: by shapes, in every call.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    images = _layout(_boundaries, packing.groups, q.device)
+    images = _layout(_boundaries, packing.groups, qkv.device)
+    q, k, v = qkv.unbind(1)
     q = q * (scale * q.shape[-1] ** 0.5) if scale != q.shape[-1] ** -0.5 else q
     out = varlen_attn(q, k, v, images.starts, images.starts, images.longest, images.longest)
     assert isinstance(out, Tensor)
@@ -186,16 +207,19 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> l
 class Backend:
     """A way to compute attention of packed tokens.
 
-    run: what does it. on_cuda_only: it has no kernels elsewhere. dtypes: what it has kernels for, None for all.
-    compiled_dtypes: the same under a compiler. lacks: what it misses on this machine, in words.
+    run: what does it. run_cls: what does it for CLS alone. on_cuda_only: it has no kernels elsewhere. dtypes: what it
+    has kernels for, None for all. compiled_dtypes: the same under a compiler. lacks: what it misses here, in words.
+    refuses: why it does not take heads of so many channels over such images, in words; None where it does.
     """
 
     name: str
     run: AttentionOp
+    run_cls: ClsAttentionOp = sdpa_of_cls
     on_cuda_only: bool = True
     dtypes: tuple[torch.dtype, ...] | None = HALF
     compiled_dtypes: tuple[torch.dtype, ...] | None = HALF
     lacks: Callable[[], str | None] = lambda: None
+    refuses: Callable[[int, Sequence[tuple[int, int]]], str | None] = lambda head_dim, groups: None
 
     def takes(self, device_type: str, dtype: torch.dtype, compiled: bool) -> bool:
         """Whether it has kernels for such tensors."""
@@ -206,6 +230,8 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
+        # fp32 takes the plain form, as do CPU tensors: for tests.
+        Backend("ours", ours, ours_of_cls, False, None, None, refuses=short_attention_lacks),
         # Not fp32 where compiled: what PyTorch shows the compiler of the backward kernel lacks an argument
         # (meta__efficient_attention_backward has no `out`: versions 2.11, 2.13 and 2.14).
         Backend("xformers", xformers, dtypes=(*HALF, torch.float32), lacks=_xformers_lacks),
@@ -232,17 +258,30 @@ def _join(*parts: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing | None) -> Tensor:
+def _backend_for(x: Tensor, packing: Packing) -> Backend:
+    """The backend in use, or SDPA where that has no kernel for x, (M, ..., H, D)."""
+    backend = _Current.backend
+    takes = backend.takes(x.device.type, x.dtype, torch.compiler.is_compiling())
+    return backend if takes and not backend.refuses(x.shape[-1], packing.groups) else BACKENDS["sdpa"]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """(M, H, D) in parts -> (M, H * D). Autograd keeps the parts for the attention itself."""
+    parts = [part.flatten(1) for part in parts]
+    return parts[0] if len(parts) == 1 else recomputed(_join, *parts)
+
+
+def attention(qkv: Tensor, scale: float, packing: Packing | None) -> Tensor:
     """softmax(scale * q k^T) v, within each image, by the backend in use, or by SDPA where that has no kernel.
 
-    q, k, v: (M, H, D). Returns (M, H * D). Without a packing, by SDPA: (n, N, H, D) to (n, N, H * D).
+    qkv: (M, 3, H, D). Returns (M, H * D). Without a packing, by SDPA: (n, N, 3, H, D) to (n, N, H * D).
     Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
     """
     if packing is None:
-        return _one_resolution(q, k, v, scale).flatten(2)
-    backend = _Current.backend
-    if not backend.takes(q.device.type, q.dtype, torch.compiler.is_compiling()):
-        backend = BACKENDS["sdpa"]
-    parts = [part.flatten(1) for part in backend.run(q, k, v, scale, packing)]
-    # Autograd keeps the parts for the attention itself.
-    return parts[0] if len(parts) == 1 else recomputed(_join, *parts)
+        return _one_resolution(qkv.unbind(2), scale).flatten(2)
+    return _joined(_backend_for(qkv, packing).run(qkv, scale, packing))
+
+
+def attention_of_cls(q: Tensor, kv: Tensor, scale: float, packing: Packing) -> Tensor:
+    """`attention` with one query per image: q (images, H, D), kv (M, 2, H, D) -> (images, H * D)."""
+    return _joined(_backend_for(kv, packing).run_cls(q, kv, scale, packing))

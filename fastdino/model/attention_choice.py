@@ -1,6 +1,6 @@
 """Which way to compute attention: what runs here, which is fastest on a step's own shapes, agreed over all processes.
 
-Timed is what will run: views of one qkv matrix, both ways, traced where the step is compiled, inside of a CUDA graph.
+Timed is what will run: of one qkv matrix, both ways, traced where the step is compiled, inside of a CUDA graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ class _Workload(NamedTuple):
     device: str = "cuda"
 
     def qkv(self, packing: Packing) -> Tensor:
-        """(M, 3, H, D), of which the model's q, k and v are views. Leaves the run's random numbers alone."""
+        """(M, 3, H, D), as the model's linear map leaves it. Leaves the run's random numbers alone."""
         shape, own = (sum(packing.sizes), 3, self.n_heads, self.head_dim), torch.Generator(self.device)
         return torch.randn(shape, generator=own, device=self.device, dtype=self.dtype, requires_grad=True)
 
@@ -54,8 +54,7 @@ class _Workload(NamedTuple):
         student, teacher = self.qkv(self.student), self.qkv(self.teacher) if self.teacher else None
 
         def attend(qkv: Tensor, packing: Packing) -> list[Tensor]:
-            q, k, v = qkv.unbind(1)
-            return run(q, k, v, self.head_dim**-0.5, packing)
+            return run(qkv, self.head_dim**-0.5, packing)
 
         upstream = [out.detach() for out in attend(student, self.student)]
 
@@ -194,6 +193,8 @@ def choose(
     """
     check(asked, device_type, dtype, compiled)
     if asked != "auto":
+        if words := BACKENDS[asked].refuses(head_dim, packing.groups):
+            return Choice("sdpa", f"sdpa, because {asked} does not take these crops: {words}")
         return Choice(asked, f"{asked}, as asked")
     if device_type != "cuda":
         return Choice("sdpa", "sdpa")
@@ -203,6 +204,8 @@ def choose(
     def outcome(name: str) -> float | str:
         if missing := why_not(name, device_type, dtype, compiled):
             return missing
+        if words := BACKENDS[name].refuses(head_dim, packing.groups):
+            return f"{name} does not take these crops: {words}"
         try:
             return _time_ms(work.of(BACKENDS[name]))
         except StuckCapture:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdino.model.attention import Packing, attention
+from fastdino.model.attention import Packing, attention, attention_of_cls
 from fastdino.model.drop_path import MODES, Path, draw
 from fastdino.model.recompute import keep_recipes, recomputed
 
@@ -83,14 +83,28 @@ class Attention(nn.Module):
         with_map=False: None in their place, because the fused kernels never write them down; x may be packed, (M, D).
         cls_only: what CLS attends to, (B, 1, D) or (images, D).
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # each (..., H, D / H)
+        if cls_only and not with_map and type(self.qkv) is nn.Linear:  # not somebody's own in its place
+            return self.proj(self._attended_by_cls(x, packing)), None
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (..., 3, H, D / H)
         probs = None
         if with_map:
+            q, k, v = qkv.unbind(-3)
             probs = torch.einsum("bqhd,bkhd->bhqk", q * self.scale, k).softmax(-1)
             attended = torch.einsum("bhqk,bkhd->bqhd", probs, v).flatten(-2)
         else:
-            attended = attention(q, k, v, self.scale, packing)
+            attended = attention(qkv, self.scale, packing)
         return self.proj(_cls(attended, packing) if cls_only else attended), probs
+
+    def _attended_by_cls(self, x: Tensor, packing: Packing | None) -> Tensor:
+        """What CLS attends to, (images, D) or (B, 1, D); the patches make no queries."""
+        images = packing or Packing(((x.shape[0], x.shape[1]),))
+        tokens, sizes = x.flatten(0, -2), (x.shape[-1], 2 * x.shape[-1])
+        to_q, to_kv = self.qkv.weight.split(sizes)
+        bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        q = F.linear(images.cls(tokens), to_q, bias_q).unflatten(-1, (self.num_heads, -1))
+        kv = F.linear(tokens, to_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
+        attended = attention_of_cls(q, kv, self.scale, images)
+        return attended if packing else attended[:, None]
 
 
 class Block(nn.Module):

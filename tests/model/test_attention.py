@@ -28,10 +28,10 @@ def layout(lengths, device):
     return Layout(lengths, device)
 
 
-def stub(q, k, v, scale, packing):
-    images = attention._layout(layout, packing.groups, q.device)
-    parts = attention.sdpa(q, k, v, scale, packing)
-    return [torch.cat(parts) * (images.lengths.sum() / len(q))]  # a factor of 1
+def stub(qkv, scale, packing):
+    images = attention._layout(layout, packing.groups, qkv.device)
+    parts = attention.sdpa(qkv, scale, packing)
+    return [torch.cat(parts) * (images.lengths.sum() / len(qkv))]  # a factor of 1
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_step_is_traced_once_whatever_else_attends(use_stub, mode, checkpointi
         return graph.forward
 
     vit = VisionTransformer(
-        [16], 8, embed_dim=16, depth=2, num_heads=2, drop_path_rate=0.4, drop_path_mode=mode,
+        [16], 8, embed_dim=16, depth=3, num_heads=2, drop_path_rate=0.4, drop_path_mode=mode,
         checkpointing=checkpointing,
     )  # fmt: skip
     images = [torch.randn(4, 3, 16, 16), torch.randn(6, 3, 8, 8)]
@@ -83,26 +83,26 @@ def test_a_step_is_traced_once_whatever_else_attends(use_stub, mode, checkpointi
 
 
 def test_a_layout_made_without_gradients_serves_a_backward_pass(use_stub):
-    q, k, v = torch.randn(98, 3, 2, 8, requires_grad=True).unbind(1)
+    qkv = torch.randn(98, 3, 2, 8, requires_grad=True)
     with torch.inference_mode():
-        attention.attention(q, k, v, 0.5, STUDENT)
-    attention.attention(q, k, v, 0.5, STUDENT).sum().backward()
+        attention.attention(qkv, 0.5, STUDENT)
+    attention.attention(qkv, 0.5, STUDENT).sum().backward()
     assert len(attention._LAYOUTS) == 1
 
 
 def test_what_a_backend_has_no_kernel_for_goes_to_sdpa(monkeypatch):
     seen = []
 
-    def half_only(q, k, v, scale, packing):
-        seen.append(q.dtype)
-        return attention.sdpa(q, k, v, scale, packing)
+    def half_only(qkv, scale, packing):
+        seen.append(qkv.dtype)
+        return attention.sdpa(qkv, scale, packing)
 
     backend = Backend("half", half_only, on_cuda_only=False)
     monkeypatch.setattr(attention._Current, "backend", backend)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        q = torch.randn(98, 2, 8, dtype=dtype)
-        joined = torch.cat(attention.sdpa(q, q, q, 0.5, STUDENT)).flatten(1)
-        assert torch.equal(attention.attention(q, q, q, 0.5, STUDENT), joined)
+        qkv = torch.randn(98, 3, 2, 8, dtype=dtype)
+        joined = torch.cat(attention.sdpa(qkv, 0.5, STUDENT)).flatten(1)
+        assert torch.equal(attention.attention(qkv, 0.5, STUDENT), joined)
     assert seen == [torch.bfloat16]
 
 
@@ -123,10 +123,10 @@ def outcomes(monkeypatch, **of_backend):
 
 
 def test_auto_takes_the_fastest_and_says_what_it_measured(monkeypatch, fresh):
-    outcomes(monkeypatch, xformers="xformers is not installed", varlen=1.2, sdpa=1.5)
+    outcomes(monkeypatch, ours=1.9, xformers="xformers is not installed", varlen=1.2, sdpa=1.5)
     choice = choose(STUDENT, 6, 64, "cuda", torch.bfloat16)
     assert choice.backend == "varlen"
-    assert str(choice) == "varlen 1.20 ms, sdpa (flash) 1.50 ms; xformers is not installed"
+    assert str(choice) == "varlen 1.20 ms, sdpa (flash) 1.50 ms, ours 1.90 ms; xformers is not installed"
 
 
 def test_auto_leaves_out_what_raises_and_says_why(monkeypatch, fresh):
@@ -137,13 +137,12 @@ def test_auto_leaves_out_what_raises_and_says_why(monkeypatch, fresh):
             raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
     except RuntimeError as error:
         spoilt = error
-    outcomes(
-        monkeypatch, xformers=NotImplementedError("No operator found:\n  a, b\n  a needs 8"), varlen=spoilt, sdpa=2.0
-    )
+    xformers = NotImplementedError("No operator found:\n  a, b\n  a needs 8")
+    outcomes(monkeypatch, ours=3.0, xformers=xformers, varlen=spoilt, sdpa=2.0)
     choice = choose(STUDENT, 6, 64, "cuda", torch.bfloat16)
     assert choice.backend == "sdpa"
     assert choice.reason.split("; ") == [
-        "sdpa (flash) 2.00 ms",
+        "sdpa (flash) 2.00 ms, ours 3.00 ms",
         "xformers does not run here: NotImplementedError: No operator found: a needs 8",
         "varlen does not run here: RuntimeError: operation failed due to a previous error during capture, after "
         "RuntimeError: operation not permitted when stream is capturing",
@@ -151,11 +150,28 @@ def test_auto_leaves_out_what_raises_and_says_why(monkeypatch, fresh):
 
 
 def test_nothing_that_runs_is_an_error_with_all_reasons(monkeypatch, fresh):
-    outcomes(monkeypatch, xformers="xformers is not installed", varlen=ValueError(), sdpa=RuntimeError("no memory"))
+    reasons = {"ours": "no Triton", "xformers": "xformers is not installed"}
+    outcomes(monkeypatch, **reasons, varlen=ValueError(), sdpa=RuntimeError("no memory"))
     with pytest.raises(
         RuntimeError, match=r"not installed; varlen does not run here: ValueError; sdpa .*: RuntimeError: no memory"
     ):
         choose(STUDENT, 6, 64, "cuda", torch.bfloat16)
+
+
+def test_crops_that_ours_does_not_take_go_to_another_and_it_is_said(monkeypatch, fresh):
+    """Images of more than 256 tokens, heads of 24 channels."""
+    long = Packing(((2, 257), (4, 37)))
+    outcomes(monkeypatch, ours=0.1, xformers=2.0, varlen=3.0, sdpa=4.0)
+    choice = choose(long, 6, 64, "cuda", torch.bfloat16)
+    assert choice.backend == "xformers"
+    words = "ours does not take these crops: expected images of at most 256 tokens, got 257"
+    assert choice.reason.endswith(f"; {words}")
+    expected = "sdpa, because ours does not take these crops: expected a head of 16, 32, 64 channels, got 24"
+    assert choose(STUDENT, 2, 24, "cpu", torch.float32, "ours") == Choice("sdpa", expected)
+    monkeypatch.setattr(attention._Current, "backend", BACKENDS["ours"])
+    qkv = torch.randn(98, 3, 2, 24)
+    joined = torch.cat(attention.sdpa(qkv, 0.5, STUDENT)).flatten(1)
+    assert torch.equal(attention.attention(qkv, 0.5, STUDENT), joined)
 
 
 def test_what_is_asked_for_is_not_timed(fresh):
@@ -211,13 +227,13 @@ def test_the_cuda_12_runtime_is_looked_for_in_its_wheel_and_in_the_system(monkey
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "traced"])
 def test_what_is_timed_is_what_the_model_does(compiled):
-    """Views of one (M, 3, H, D) that keeps the gradient; the student's tokens both ways, the teacher's forward."""
+    """One (M, 3, H, D) that keeps the gradient; the student's tokens both ways, the teacher's forward."""
     calls, gradients = [], []
 
-    def spy(q, k, v, scale, packing):
+    def spy(qkv, scale, packing):
         if not torch.compiler.is_compiling():
-            calls.append((q.stride(), q._base is v._base, torch.is_grad_enabled(), scale, packing))
-        return attention.sdpa(q, k, v, scale, packing)
+            calls.append((qkv.is_contiguous(), torch.is_grad_enabled(), scale, packing))
+        return attention.sdpa(qkv, scale, packing)
 
     torch._dynamo.reset()
     work = workload(compiled=compiled).of(Backend("spy", spy))
@@ -233,14 +249,13 @@ def test_what_is_timed_is_what_the_model_does(compiled):
         work()
     assert [g.shape for g in gradients] == [(98, 3, 2, 16)]
     if not compiled:
-        strides = (96, 16, 1)
-        assert calls == [(strides, True, False, 0.25, TEACHER), (strides, True, True, 0.25, STUDENT)]
+        assert calls == [(True, False, 0.25, TEACHER), (True, True, 0.25, STUDENT)]
 
 
 def test_tracing_finds_what_a_compiled_step_would_trip_over():
-    def breaks(q, k, v, scale, packing):
+    def breaks(qkv, scale, packing):
         torch._dynamo.graph_break()
-        return attention.sdpa(q, k, v, scale, packing)
+        return attention.sdpa(qkv, scale, packing)
 
     backend = Backend("breaks", breaks)
     workload().of(backend)()
@@ -344,12 +359,12 @@ from fastdino.model.attention import Packing
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
-times = {"xformers": [0.5, "no kernel"], "varlen": [1.0, 3.0], "sdpa": [2.0, 1.5]}
+times = {"ours": [9.0, 9.0], "xformers": [0.5, "no kernel"], "varlen": [1.0, 3.0], "sdpa": [2.0, 1.5]}
 attention_choice.why_not = lambda name, *_: times[name][rank] if isinstance(times[name][rank], str) else None
 attention_choice._Workload.of = lambda self, backend: times[backend.name][rank]
 attention_choice._time_ms = float
 attention_choice._kernels_of_sdpa = lambda work: "flash"
-print(attention_choice.choose(Packing(((2, 3),)), 1, 8, "cuda", torch.bfloat16))
+print(attention_choice.choose(Packing(((2, 3),)), 1, 16, "cuda", torch.bfloat16))
 try:
     attention_choice.check("xformers", "cuda", torch.bfloat16)
 except ValueError as error:
@@ -377,6 +392,6 @@ def test_ranks_whose_times_disagree_choose_the_same(tmp_path):
     assert [process.returncode for process in ranks] == [0, 0]
     assert said[0] == said[1]
     assert said[0] == [
-        "sdpa (flash) 2.00 ms, varlen 3.00 ms; no kernel (rank 1)",
+        "sdpa (flash) 2.00 ms, varlen 3.00 ms, ours 9.00 ms; no kernel (rank 1)",
         "attention: no kernel (rank 1)",
     ]

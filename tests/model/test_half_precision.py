@@ -60,6 +60,6 @@ def test_attention_in_bf16():
 
     truth = outputs(plain, torch.float64, qkv, upstream)
     same_dtype = outputs(plain, bf16, qkv, upstream)
-    got = outputs(lambda q, k, v: torch.cat(sdpa(q, k, v, 0.25, packing)), bf16, qkv, upstream)
+    got = outputs(lambda *qkv: torch.cat(sdpa(torch.stack(qkv, 1), 0.25, packing)), bf16, qkv, upstream)
     for name, a, p, t in zip(("out", "d q", "d k", "d v"), got, same_dtype, truth, strict=True):
         assert_within_budget(name, a, p, t, bf16)

@@ -199,7 +199,7 @@ def test_a_graph_on_a_cpu_says_so(monkeypatch):
         ({"mode": "fast"}, "mode: expected one of eager, compiled, graph, got 'fast'"),
         ({"effort": "most"}, "compile: expected one of default, max, got 'most'"),
         ({"accumulate": 0}, "accumulate: expected 1 or more, got 0"),
-        ({"attention_backend": "flash"}, "attention: expected auto, xformers, varlen, sdpa, got 'flash'"),
+        ({"attention_backend": "flash"}, "attention: expected auto, ours, xformers, varlen, sdpa, got 'flash'"),
     ],
 )
 def test_mistakes_are_named(options, message):
