@@ -22,6 +22,7 @@ ROOMS = (
     "center",
     "ema",
     "clip_adamw_ema",
+    "mlp",
     "augment.resize",
     "augment.color",
     "augment.blur",
@@ -69,6 +70,8 @@ def compile_case(case: AotCase, arch: int) -> Usage:
         attrs={(position[name],): [["tt.divisibility", 16]] for name in case.aligned if name in position},
     )
     options = {"num_warps": case.num_warps, "enable_fp_fusion": case.fp_fusion, "maxnreg": case.max_registers}
+    if case.num_stages is not None:
+        options["num_stages"] = case.num_stages
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

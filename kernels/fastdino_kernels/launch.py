@@ -117,6 +117,7 @@ class AotCase:
     aligned: tuple[str, ...] = ()
     """Runtime arguments that are multiples of 16 in real models (pointers: of 16 bytes), as a launch would find out."""
     num_warps: int = 4
+    num_stages: int | None = None
     max_registers: int | None = None
     fp_fusion: bool = True
     """Whether a multiplication and an addition may become one operation, rounded once."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -145,3 +146,13 @@ def clip_adamw_ema_(
             param_copy.copy_(param)
         if teacher is not None and teacher_copy is not None:
             teacher_copy.copy_(teacher)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x W^T + b), exact; in x's own dtype, as a model would compute it."""
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """gelu(x W1^T + b1) W2^T + b2; in x's own dtype."""
+    return F.linear(linear_gelu(x, w1, b1), w2, b2)
