@@ -27,7 +27,6 @@ ROOMS = (
     "augment.color",
     "augment.blur",
 )  # by name: in the package, `dino_loss` is the function
-ARCHS = (80, 90, 100)
 WIDE_BITS = 128
 
 _GLOBAL_LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d+))?\.[busf](\d+)\s")
@@ -98,7 +97,7 @@ def main() -> int:
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         return subprocess.run([sys.executable, "-m", "fastdino_kernels.aot"], env=env).returncode
 
-    jobs = [(case, arch) for case in aot_cases() for arch in ARCHS]
+    jobs = [(case, arch) for case in aot_cases() for arch in case.archs]
     width = max(len(case.name) for case, _ in jobs)
     print(f"{'kernel':{width}}  {'arch':>6}  {'registers':>9}  {'stack B':>7}  {'shared B':>8}  {'widest load b':>13}")
     healthy = True

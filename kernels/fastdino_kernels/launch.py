@@ -102,6 +102,9 @@ LAUNCH = {
 }
 
 
+ARCHS = (80, 90, 100)  # that `aot` compiles for: A100, H100 and H200, B200
+
+
 @dataclass(frozen=True, kw_only=True)
 class AotCase:
     """A kernel in one configuration that real models use; every room yields its own from `aot_cases()`."""
@@ -123,3 +126,5 @@ class AotCase:
     """Whether a multiplication and an addition may become one operation, rounded once."""
     narrow_load: str = ""
     """Why no load of this kernel is 128 bits wide, where none is."""
+    archs: tuple[int, ...] = ARCHS
+    """Where it is launched in this configuration."""

@@ -51,6 +51,11 @@ TILES = {
     "linear_gelu": Tile(128, 128, 32, num_warps=4, num_stages=4),
     "linear_gelu_bwd": Tile(128, 128, 64, num_warps=8, num_stages=3),
 }
+# Before Hopper a program of 4 warps loads the operands of 12 steps ahead and spills.
+TILES_SM80 = {
+    "linear_gelu": Tile(128, 128, 32, num_warps=8, num_stages=4),
+    "linear_gelu_bwd": Tile(128, 128, 32, num_warps=8, num_stages=4),
+}
 
 
 # Phi(-a) for a >= 0, as 2 to a polynomial: 7 multiply-adds and one exp2, where erf takes 36 instructions. Off by 7e-7,
@@ -96,6 +101,18 @@ def _dot(a, b, total):
     return tl.dot(a, b, total, input_precision="ieee")
 
 
+# The left and the right half of a tile's columns; of its rows, those of even and those of odd eights. A thread's
+# elements of a product lie so that neither moves anything: each takes what it has.
+@triton.jit
+def _column_halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return x.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _row_halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return x.reshape(ROWS // 16, 2, 8, COLS).permute(0, 2, 3, 1).reshape(ROWS // 2, COLS, 2).split()
+
+
 # Reads M * D + D * H, writes 2 * M * H, or M * H without KEEP_HIDDEN; plain PyTorch reads M * H more.
 @triton.jit
 def _linear_gelu_kernel(
@@ -134,28 +151,24 @@ def _linear_gelu_kernel(
         x_at += BLOCK_K
         weight_at += BLOCK_K
 
-    inside = ((rows < n_tokens - first_row) | EVEN_M)[:, None] & ((cols < HIDDEN - first_col) | even_n)[None, :]
-    bias = tl.load(bias_ptr + first_col + cols, mask=(cols < HIDDEN - first_col) | even_n, other=0.0).to(tl.float32)
-    hidden = (total + bias[None, :]).to(act_ptr.dtype.element_ty)
+    half: tl.constexpr = BLOCK_N // 2
+    cols = tl.arange(0, half)
+    in_rows = (rows < n_tokens - first_row) | EVEN_M
     start = first_row.to(tl.int64) * HIDDEN + first_col
+    hidden_ptr += start
+    act_ptr += start
     at = rows[:, None] * HIDDEN + cols[None, :]
-    if KEEP_HIDDEN:
-        tl.store(hidden_ptr + start + at, hidden, mask=inside)
-    h = hidden.to(tl.float32)
-    a = tl.abs(h)
-    tl.store(act_ptr + start + at, _gelu(h, a, _tail(a)).to(act_ptr.dtype.element_ty), mask=inside)
-
-
-# The left and the right half of a tile's columns; of its rows, those of even and those of odd eights. A thread's
-# elements of a product lie so that neither moves anything: each takes what it has.
-@triton.jit
-def _column_halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
-    return x.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def _row_halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
-    return x.reshape(ROWS // 16, 2, 8, COLS).permute(0, 2, 3, 1).reshape(ROWS // 2, COLS, 2).split()
+    left, right = _column_halves(total, BLOCK_M, BLOCK_N)
+    for side in tl.static_range(2):
+        in_cols = (cols < HIDDEN - first_col - side * half) | even_n
+        inside = in_rows[:, None] & in_cols[None, :]
+        bias = tl.load(bias_ptr + first_col + side * half + cols, mask=in_cols, other=0.0).to(tl.float32)
+        hidden = ((left if side == 0 else right) + bias[None, :]).to(act_ptr.dtype.element_ty)
+        if KEEP_HIDDEN:
+            tl.store(hidden_ptr + at + side * half, hidden, mask=inside)
+        h = hidden.to(tl.float32)
+        a = tl.abs(h)
+        tl.store(act_ptr + at + side * half, _gelu(h, a, _tail(a)).to(act_ptr.dtype.element_ty), mask=inside)
 
 
 # Writes gelu(hidden) and d hidden of a part of a tile, and returns d hidden in fp32.
@@ -223,14 +236,19 @@ def _linear_gelu_bwd_kernel(
         even, odd = _row_halves(left if side == 0 else right, BLOCK_M, half)
         in_cols = (cols < HIDDEN - first_col - side * half) | even_n
         inside = ((rows < n_tokens - first_row) | EVEN_M)[:, None] & in_cols[None, :]
+        inside_odd = ((rows + 8 < n_tokens - first_row) | EVEN_M)[:, None] & in_cols[None, :]
         hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
+        hidden_odd = tl.load(hidden_ptr + at + 8 * HIDDEN, mask=inside_odd, other=0.0)
         grad = _gelu_backward(even, hidden, act_ptr + at, grad_ptr + at, inside, all_inside)
         at += 8 * HIDDEN
-        inside = ((rows + 8 < n_tokens - first_row) | EVEN_M)[:, None] & in_cols[None, :]
-        hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
-        grad += _gelu_backward(odd, hidden, act_ptr + at, grad_ptr + at, inside, all_inside)
+        grad += _gelu_backward(odd, hidden_odd, act_ptr + at, grad_ptr + at, inside_odd, all_inside)
         at += half - 8 * HIDDEN
         tl.store(part_ptr + side * half + cols, tl.sum(grad, axis=0), mask=in_cols)
+
+
+def _tile(kernel: str, device: torch.device) -> Tile:
+    before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    return (TILES_SM80 if before_hopper else TILES)[kernel]
 
 
 def _n_tiles(n_tokens: int, n_hidden: int, tile: Tile) -> int:
@@ -240,7 +258,7 @@ def _n_tiles(n_tokens: int, n_hidden: int, tile: Tile) -> int:
 @on_own_device
 def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, keep_hidden: bool) -> tuple[Tensor, Tensor]:
     """hidden and gelu(hidden), (M, H) both; without keep_hidden, gelu(hidden) twice."""
-    (n_tokens, n_channels), n_hidden, tile = x.shape, weight.shape[0], TILES["linear_gelu"]
+    (n_tokens, n_channels), n_hidden, tile = x.shape, weight.shape[0], _tile("linear_gelu", x.device)
     act = torch.empty(n_tokens, n_hidden, dtype=x.dtype, device=x.device)
     hidden = torch.empty_like(act) if keep_hidden else act
     if act.numel() > 0:
@@ -278,7 +296,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 @on_own_device
 def _linear_gelu_backward(grad_y: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """gelu(hidden) and d hidden, (M, H) both, and column sums of d hidden, (row tiles, H) fp32."""
-    (n_tokens, n_hidden), n_channels, tile = hidden.shape, weight.shape[0], TILES["linear_gelu_bwd"]
+    (n_tokens, n_hidden), n_channels, tile = hidden.shape, weight.shape[0], _tile("linear_gelu_bwd", hidden.device)
     act, grad = torch.empty_like(hidden), torch.empty_like(hidden)
     part = torch.empty(triton.cdiv(n_tokens, tile.block_m), n_hidden, dtype=torch.float32, device=hidden.device)
     if hidden.numel() > 0:
@@ -293,7 +311,7 @@ def _linear_gelu_backward(grad_y: Tensor, weight: Tensor, hidden: Tensor) -> tup
 
 @_linear_gelu_backward.register_fake
 def _(grad_y: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n_row_tiles = -(-hidden.shape[0] // TILES["linear_gelu_bwd"].block_m)
+    n_row_tiles = -(-hidden.shape[0] // TILES["linear_gelu_bwd"].block_m)  # the same in both tables
     part = hidden.new_empty(n_row_tiles, hidden.shape[1], dtype=torch.float32)
     return torch.empty_like(hidden), torch.empty_like(hidden), part
 
@@ -409,21 +427,22 @@ def aot_cases() -> Iterator[AotCase]:
     """The products of ViT-S/B/L, in whole tiles, and one of a number of tokens that is none."""
     pointers = ("x_ptr", "weight_ptr", "bias_ptr", "hidden_ptr", "act_ptr", "grad_y_ptr", "grad_ptr")
     types = dict.fromkeys(pointers, "*bf16") | {"part_ptr": "*fp32", "n_tokens": "i32"}
-    fwd, bwd = TILES["linear_gelu"], TILES["linear_gelu_bwd"]
     for n_channels, even in ((384, True), (384, False), (768, True), (1024, True)):
-        for name, kernel, tile, extra in (
-            ("linear_gelu", _linear_gelu_kernel, fwd, {"KEEP_HIDDEN": True}),
-            ("linear_gelu_backward", _linear_gelu_bwd_kernel, bwd, {}),
+        for kernel, function, extra in (
+            ("linear_gelu", _linear_gelu_kernel, {"KEEP_HIDDEN": True}),
+            ("linear_gelu_bwd", _linear_gelu_bwd_kernel, {}),
         ):
-            yield AotCase(
-                name=f"{name} bf16 D={n_channels}{'' if even else ' tail'}",
-                kernel=kernel,
-                signature=types,
-                constexprs={
-                    "CHANNELS": n_channels, "HIDDEN": 4 * n_channels, "EVEN_M": even, "GROUP": tile.group,
-                    "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, **extra,
-                },
-                aligned=(*pointers, "part_ptr"),
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )  # fmt: skip
+            for tile, archs, where in ((TILES[kernel], (90, 100), ""), (TILES_SM80[kernel], (80,), " before Hopper")):
+                yield AotCase(
+                    name=f"{kernel} bf16 D={n_channels}{'' if even else ' tail'}{where}",
+                    kernel=function,
+                    signature=types,
+                    constexprs={
+                        "CHANNELS": n_channels, "HIDDEN": 4 * n_channels, "EVEN_M": even, "GROUP": tile.group,
+                        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, **extra,
+                    },
+                    aligned=(*pointers, "part_ptr"),
+                    num_warps=tile.num_warps,
+                    num_stages=tile.num_stages,
+                    archs=archs,
+                )  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdino_kernels.aot import ARCHS, ROOMS, aot_cases, widest_global_load
+from fastdino_kernels.aot import ROOMS, aot_cases, widest_global_load
 from fastdino_kernels.launch import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton's compiler")
@@ -32,7 +32,7 @@ def test_report_is_clean_and_complete():
     title, *lines = report.stdout.splitlines()
     assert title.split()[:2] == ["kernel", "arch"]
     rows = [re.match(r"(.+?) +sm_(\d+) +(\d+) +(\d+) +(\d+) +(\d+)(.*)", line).groups() for line in lines]
-    assert {(name, int(arch)) for name, arch, *_ in rows} == {(c.name, arch) for c in aot_cases() for arch in ARCHS}
+    assert {(name, int(arch)) for name, arch, *_ in rows} == {(c.name, arch) for c in aot_cases() for arch in c.archs}
     for name, arch, registers, stack, _, widest_load, note in rows:
         assert int(registers) > 0, (name, arch)
         assert int(stack) == 0, (name, arch)
