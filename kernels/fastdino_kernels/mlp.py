@@ -56,6 +56,8 @@ TILES_SM80 = {
     "linear_gelu": Tile(128, 128, 32, num_warps=8, num_stages=4),
     "linear_gelu_bwd": Tile(128, 128, 32, num_warps=8, num_stages=4),
 }
+# Rows that do not start at 16 bytes are read element by element, by more instructions and registers.
+TILE_ODD = Tile(128, 64, 32, num_warps=8, num_stages=2)
 
 
 # Phi(-a) for a >= 0, as 2 to a polynomial: 7 multiply-adds and one exp2, where erf takes 36 instructions. Off by 7e-7,
@@ -238,16 +240,21 @@ def _linear_gelu_bwd_kernel(
         inside = ((rows < n_tokens - first_row) | EVEN_M)[:, None] & in_cols[None, :]
         inside_odd = ((rows + 8 < n_tokens - first_row) | EVEN_M)[:, None] & in_cols[None, :]
         hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0)
-        hidden_odd = tl.load(hidden_ptr + at + 8 * HIDDEN, mask=inside_odd, other=0.0)
+        if all_inside:  # ahead, to wait for memory once; where masks take registers, there are none for it
+            hidden_odd = tl.load(hidden_ptr + at + 8 * HIDDEN, mask=inside_odd, other=0.0)
         grad = _gelu_backward(even, hidden, act_ptr + at, grad_ptr + at, inside, all_inside)
         at += 8 * HIDDEN
+        if not all_inside:
+            hidden_odd = tl.load(hidden_ptr + at, mask=inside_odd, other=0.0)
         grad += _gelu_backward(odd, hidden_odd, act_ptr + at, grad_ptr + at, inside_odd, all_inside)
         at += half - 8 * HIDDEN
         tl.store(part_ptr + side * half + cols, tl.sum(grad, axis=0), mask=in_cols)
 
 
-def _tile(kernel: str, device: torch.device) -> Tile:
-    before_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+def _tile(kernel: str, weight: Tensor) -> Tile:
+    if weight.shape[0] % 16 or weight.shape[1] % 16:
+        return TILE_ODD
+    before_hopper = weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (9, 0)
     return (TILES_SM80 if before_hopper else TILES)[kernel]
 
 
@@ -258,7 +265,7 @@ def _n_tiles(n_tokens: int, n_hidden: int, tile: Tile) -> int:
 @on_own_device
 def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, keep_hidden: bool) -> tuple[Tensor, Tensor]:
     """hidden and gelu(hidden), (M, H) both; without keep_hidden, gelu(hidden) twice."""
-    (n_tokens, n_channels), n_hidden, tile = x.shape, weight.shape[0], _tile("linear_gelu", x.device)
+    (n_tokens, n_channels), n_hidden, tile = x.shape, weight.shape[0], _tile("linear_gelu", weight)
     act = torch.empty(n_tokens, n_hidden, dtype=x.dtype, device=x.device)
     hidden = torch.empty_like(act) if keep_hidden else act
     if act.numel() > 0:
@@ -296,7 +303,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 @on_own_device
 def _linear_gelu_backward(grad_y: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """gelu(hidden) and d hidden, (M, H) both, and column sums of d hidden, (row tiles, H) fp32."""
-    (n_tokens, n_hidden), n_channels, tile = hidden.shape, weight.shape[0], _tile("linear_gelu_bwd", hidden.device)
+    (n_tokens, n_hidden), n_channels, tile = hidden.shape, weight.shape[0], _tile("linear_gelu_bwd", weight)
     act, grad = torch.empty_like(hidden), torch.empty_like(hidden)
     part = torch.empty(triton.cdiv(n_tokens, tile.block_m), n_hidden, dtype=torch.float32, device=hidden.device)
     if hidden.numel() > 0:
@@ -311,7 +318,7 @@ def _linear_gelu_backward(grad_y: Tensor, weight: Tensor, hidden: Tensor) -> tup
 
 @_linear_gelu_backward.register_fake
 def _(grad_y: Tensor, weight: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n_row_tiles = -(-hidden.shape[0] // TILES["linear_gelu_bwd"].block_m)  # the same in both tables
+    n_row_tiles = -(-hidden.shape[0] // TILE_ODD.block_m)  # which is that of all tiles
     part = hidden.new_empty(n_row_tiles, hidden.shape[1], dtype=torch.float32)
     return torch.empty_like(hidden), torch.empty_like(hidden), part
 

@@ -29,7 +29,7 @@ CATCH = """
     launch.TRITON_DEVICES.add("cpu")
     caught = {}
 
-    def catch(kernel, *args, grid, warmup, num_warps=4, maxnreg=None, **constexprs):
+    def catch(kernel, *args, grid, warmup, num_warps=4, num_stages=None, maxnreg=None, **constexprs):
         assert len(grid) <= 3 and all(1 <= n < limit for n, limit in zip(grid, (2**31, 2**16, 2**16))), grid
         types, aligned = {}, []
         for parameter, value in zip(kernel.params, args):
@@ -41,7 +41,8 @@ CATCH = """
             types[parameter.name] = integer if isinstance(value, int) else TYPES[value.dtype]
             aligned += [parameter.name] if address % 16 == 0 else []
         case = launch.AotCase(name=kernel.__name__, kernel=kernel, signature=types, constexprs=constexprs,
-                              aligned=tuple(aligned), num_warps=num_warps, max_registers=maxnreg)
+                              aligned=tuple(aligned), num_warps=num_warps, num_stages=num_stages,
+                              max_registers=maxnreg)
         caught[repr((kernel.__name__, types, constexprs, aligned))] = case
 
     def loss(v, t, b, k, dtype):
@@ -54,10 +55,15 @@ CATCH = """
         fk.center_update_(torch.zeros(k), torch.zeros(t, b, k, dtype=dtype), torch.tensor(0.9))
         fk.center_ema_(torch.zeros(k), torch.zeros(k), torch.tensor(0.9))
 
+    def mlp(m, d, h, dtype):
+        x, w1, w2 = (torch.zeros(shape, dtype=dtype) for shape in ((m, d), (h, d), (d, h)))
+        fk.mlp(x, w1, w1[:, 0].contiguous(), w2, w2[:, 0].contiguous())
+        fk.mlp(x.requires_grad_(), w1, w1[:, 0].contiguous(), w2, w2[:, 0].contiguous()).sum().backward()
+
     with mock.patch.object(JITFunction, "run", catch):
         for call in sys.argv[1:]:
             op, *shape, dtype = call.split()
-            {"loss": loss, "center": center}[op](*map(int, shape), getattr(torch, dtype))
+            {"loss": loss, "center": center, "mlp": mlp}[op](*map(int, shape), getattr(torch, dtype))
             with ThreadPoolExecutor() as pool:
                 stacks = pool.map(lambda case: compile_case(case, 90).stack_bytes, caught.values())
             for case, stack in zip(caught.values(), stacks):
@@ -66,6 +72,7 @@ CATCH = """
 """
 LOSS = ("_dino_loss_fwd_kernel", "_dino_loss_join_kernel", "_dino_loss_mean_kernel", "_dino_loss_bwd_kernel")
 CENTER = ("_batch_center_kernel", "_center_update_kernel", "_center_ema_kernel")
+MLP = ("_linear_gelu_kernel", "_linear_gelu_kernel", "_linear_gelu_bwd_kernel")
 CALLS = {
     "loss 2 1 1 1 float32": LOSS,  # V, T, B, K: everything is 1
     "loss 13 3 2 17 bfloat16": LOSS,  # a program per student view
@@ -74,6 +81,9 @@ CALLS = {
     "loss 12 2 1 65536 float16": LOSS,  # the most views of a program
     "center 1 1 1 float32": CENTER,  # T, B, K
     "center 3 65 17 bfloat16": CENTER,
+    "mlp 1 1 1 bfloat16": MLP,  # M, D, H
+    "mlp 37 33 129 float16": MLP,  # tails everywhere, and nothing is aligned
+    "mlp 130 384 1536 bfloat16": MLP,  # ViT-S, and two tokens in the last tile
 }
 
 
