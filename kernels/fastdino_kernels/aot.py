@@ -23,6 +23,7 @@ ROOMS = (
     "ema",
     "clip_adamw_ema",
     "attention",
+    "mlp",
     "augment.resize",
     "augment.color",
     "augment.blur",

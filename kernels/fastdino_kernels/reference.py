@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -165,3 +166,13 @@ def cls_attention(q: Tensor, kv: Tensor, groups: Sequence[tuple[int, int]], scal
         k, v = promote(part).unflatten(0, group).permute(2, 0, 3, 1, 4)  # each (n, H, N, D)
         parts.append(((scale * of_group[:, :, None] @ k.transpose(-2, -1)).softmax(-1) @ v)[:, :, 0])
     return torch.cat(parts).to(q.dtype)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x W^T + b), exact; in x's own dtype, as a model would compute it."""
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """gelu(x W1^T + b1) W2^T + b2; in x's own dtype."""
+    return F.linear(linear_gelu(x, w1, b1), w2, b2)

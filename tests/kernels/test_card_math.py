@@ -1,4 +1,4 @@
-"""Loss and center stay within their budgets where exp2, log2 and division are as wrong as a card's may be."""
+"""Loss, center and MLP stay within their budgets where exp2, log2 and division are as wrong as a card's may be."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,10 @@ from budget import assert_error_at_most, assert_within_budget, loss_budgets
 from card_math import card_math
 from test_center import rows, updated
 from test_dino_loss import STUDENT_TEMP, TEACHER_TEMP, check_against_fp64, logits
+from test_mlp import check_against_fp64 as check_mlp
+from test_mlp import inputs, upstream
 
-from fastdino_kernels import batch_center, dino_loss_with_stats, reference
+from fastdino_kernels import batch_center, dino_loss_with_stats, mlp, reference
 from fastdino_kernels.launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a card has arithmetic of its own")
@@ -63,3 +65,9 @@ def test_center_matches_fp64(device):
     plain = updated(center, plain_mean, 0.9, op=reference.center_ema_)
     truth = updated(center.double(), true_mean, 0.9, op=reference.center_ema_)
     assert_within_budget("center_update_", updated(center, teacher, 0.9), plain, truth, fp32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, bf16], ids=["fp16", "bf16"])
+def test_mlp_and_its_gradients_match_fp64(dtype, device):
+    tensors = inputs(37, 33, 129, dtype, device)
+    check_mlp(mlp, reference.mlp, tensors, upstream(tensors, 33))

@@ -64,10 +64,16 @@ CATCH = """
         q, kv = qkv.detach()[:n, 0].requires_grad_(), qkv.detach()[:, 1:].requires_grad_()
         fk.cls_attention(q, kv, [(n, size)]).backward(torch.zeros_like(q))
 
+    def mlp(m, d, h, dtype):
+        x, w1, w2 = (torch.zeros(shape, dtype=dtype) for shape in ((m, d), (h, d), (d, h)))
+        fk.mlp(x, w1, w1[:, 0].contiguous(), w2, w2[:, 0].contiguous())
+        fk.mlp(x.requires_grad_(), w1, w1[:, 0].contiguous(), w2, w2[:, 0].contiguous()).sum().backward()
+
     with mock.patch.object(JITFunction, "run", catch):
         for call in sys.argv[1:]:
             op, *shape, dtype = call.split()
-            {"loss": loss, "center": center, "attention": attention}[op](*map(int, shape), getattr(torch, dtype))
+            ops = {"loss": loss, "center": center, "attention": attention, "mlp": mlp}
+            ops[op](*map(int, shape), getattr(torch, dtype))
             with ThreadPoolExecutor() as pool:
                 stacks = pool.map(lambda case: compile_case(case, 90).stack_bytes, caught.values())
             for case, stack in zip(caught.values(), stacks):
@@ -77,6 +83,7 @@ CATCH = """
 LOSS = ("_dino_loss_fwd_kernel", "_dino_loss_join_kernel", "_dino_loss_mean_kernel", "_dino_loss_bwd_kernel")
 CENTER = ("_batch_center_kernel", "_center_update_kernel", "_center_ema_kernel")
 ATTENTION = tuple(f"_{op}_attention_{way}_kernel" for op in ("short", "cls") for way in ("fwd", "bwd"))
+MLP = ("_linear_gelu_kernel", "_linear_gelu_kernel", "_linear_gelu_bwd_kernel")
 CALLS = {
     "loss 2 1 1 1 float32": LOSS,  # V, T, B, K: everything is 1
     "loss 13 3 2 17 bfloat16": LOSS,  # a program per student view
@@ -88,6 +95,9 @@ CALLS = {
     "attention 1 1 1 16 bfloat16": ATTENTION,  # images, tokens, heads, channels of a head
     "attention 1 256 1 64 float16": ATTENTION,
     "attention 3 129 5 32 bfloat16": ATTENTION,
+    "mlp 1 1 1 bfloat16": MLP,  # M, D, H
+    "mlp 37 33 129 float16": MLP,  # tails everywhere, and nothing is aligned
+    "mlp 130 384 1536 bfloat16": MLP,  # ViT-S, and two tokens in the last tile
 }
 
 

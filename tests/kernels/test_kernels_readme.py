@@ -49,6 +49,15 @@ def check_crops(scope: dict[str, Any]) -> None:
     assert crops.float().std() > 0.1
 
 
+def check_mlp(scope: dict[str, Any]) -> None:
+    leaf, fc1, fc2 = scope["tokens"].detach().requires_grad_(), scope["fc1"], scope["fc2"]
+    hidden = torch.nn.functional.gelu(fc1(leaf))
+    fc2(hidden).sum().backward()
+    torch.testing.assert_close(scope["hidden"], hidden)
+    torch.testing.assert_close(scope["y"], fc2(hidden))
+    torch.testing.assert_close(scope["tokens"].grad, leaf.grad)
+
+
 def check_loop(scope: dict[str, Any]) -> None:
     assert scope["loss"].isfinite()
     assert scope["center"].any()
@@ -63,6 +72,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "The teacher": check_teacher,
     "The optimizer": check_optimizer,
     "The crops": check_crops,
+    "The MLP": check_mlp,
     "In a DINOv2-style loop": check_loop,
 }
 
