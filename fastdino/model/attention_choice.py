@@ -5,31 +5,19 @@ Timed is what will run: of one qkv matrix, both ways, traced where the step is c
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from fastdino.capture import StuckCapture, capture
+from fastdino.capture import StuckCapture
 from fastdino.errors import reason
 from fastdino.model.attention import BACKENDS, AttentionOp, Backend, Packing, use_backend
 from fastdino.model.multicrop import MultiCropWrapper
+from fastdino.model.timing import Choice, agreed, said, time_ms
 
 PROBE = Packing(((2, 197), (4, 37)))  # more than 128 tokens, and fewer: libraries have other kernels for them
-WARM_UP, TIMINGS, REPLAYS = 3, 5, 5
-
-
-class Choice(NamedTuple):
-    """A backend, and why it; printed as the latter."""
-
-    backend: str
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason
 
 
 class _Workload(NamedTuple):
@@ -78,32 +66,6 @@ def _traced(run: AttentionOp) -> AttentionOp:
     return attend
 
 
-def _captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The work as a graph, after a warm-up on a side stream, which allocates, compiles and plans."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            work()
-    current.wait_stream(side)
-    return capture(work, side, torch.device("cuda", torch.cuda.current_device()))
-
-
-def _time_ms(work: Callable[[], object]) -> float:
-    """Median over replays of the work as a graph: the device's time, whatever the host would take to launch it."""
-    graph = _captured(work)
-    times = []
-    for _ in range(1 + TIMINGS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / REPLAYS)
-    return median(times[1:])
-
-
 def _kernels_of_sdpa(work: _Workload) -> str:
     """Names of what SDPA runs for the student's groups: cudnn, flash, efficient or math."""
     kernels = []
@@ -138,27 +100,6 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype, compiled: bool =
     return None
 
 
-def _agreed(outcomes: dict[str, float | str]) -> dict[str, float | str]:
-    """Of all ranks' outcomes per backend (ms, or why not) the worst, the same on every rank: a collective.
-
-    The slowest rank's time, since the others wait for it; and what cannot run on one rank can run on none.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return outcomes
-    ranks: list[dict[str, float | str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(ranks, outcomes)
-    worst: dict[str, float | str] = {}
-    for name in outcomes:
-        times = [x for x in (rank[name] for rank in ranks) if isinstance(x, float)]
-        reasons = {i: x for i, x in enumerate(rank[name] for rank in ranks) if isinstance(x, str)}
-        if not reasons:
-            worst[name] = max(times)
-        else:
-            rank, words = next(iter(reasons.items()))
-            worst[name] = f"{words} (rank {rank})" if times else words
-    return worst
-
-
 def check(asked: str, device_type: str, dtype: torch.dtype, compiled: bool = False) -> None:
     """Raises ValueError for a name that is none, and where the backend asked for cannot run on some rank: why.
 
@@ -168,7 +109,7 @@ def check(asked: str, device_type: str, dtype: torch.dtype, compiled: bool = Fal
         return
     if asked not in BACKENDS:
         raise ValueError(f"attention: expected auto, {', '.join(BACKENDS)}, got {asked!r}")
-    outcome = _agreed({asked: why_not(asked, device_type, dtype, compiled) or 0.0})[asked]
+    outcome = agreed({asked: why_not(asked, device_type, dtype, compiled) or 0.0})[asked]
     if isinstance(outcome, str):
         raise ValueError(f"attention: {outcome}")
 
@@ -207,21 +148,16 @@ def choose(
         if words := BACKENDS[name].refuses(head_dim, packing.groups):
             return f"{name} does not take these crops: {words}"
         try:
-            return _time_ms(work.of(BACKENDS[name]))
+            return time_ms(work.of(BACKENDS[name]))
         except StuckCapture:
             raise
         except Exception as error:
             return f"{name} does not run here: {reason(error)}"
 
-    outcomes = _agreed({name: outcome(name) for name in BACKENDS})
-    times = {name: ms for name, ms in outcomes.items() if isinstance(ms, float)}
-    reasons = [words for words in outcomes.values() if isinstance(words, str)]
-    if not times:
-        raise RuntimeError(f"attention: {'; '.join(reasons)}")
-    ranking = sorted(times, key=times.__getitem__)
-    titles = {name: f"{name} ({_kernels_of_sdpa(work)})" if name == "sdpa" else name for name in ranking}
-    words = ", ".join(f"{titles[name]} {times[name]:.2f} ms" for name in ranking)
-    return Choice(ranking[0], "; ".join([words, *reasons]))
+    outcomes = agreed({name: outcome(name) for name in BACKENDS})
+    if all(isinstance(result, str) for result in outcomes.values()):
+        raise RuntimeError(f"attention: {'; '.join(map(str, outcomes.values()))}")
+    return said(outcomes, {"sdpa": lambda: f"sdpa ({_kernels_of_sdpa(work)})"})
 
 
 def choose_for(
@@ -249,5 +185,5 @@ def choose_for(
         teacher=teacher,
         compiled=compiled,
     )
-    use_backend(choice.backend)
+    use_backend(choice.way)
     return choice

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.attention import Packing, attention, attention_of_cls
 from fastdino.model.drop_path import MODES, Path, draw
+from fastdino.model.mlp import Mlp
 from fastdino.model.recompute import keep_recipes, recomputed
 
 
@@ -33,31 +34,9 @@ class LayerNorm(nn.LayerNorm):
         return recomputed(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class GELU(nn.GELU):
-    """PyTorch's (exact), whose output is computed again in the backward pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of any shape."""
-        return recomputed(F.gelu, x)
-
-
 def layer_norm(dim: int) -> nn.LayerNorm:
     """LayerNorm with DINO's epsilon, a tenth of PyTorch's."""
     return LayerNorm(dim, eps=1e-6)
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return self.fc2(self.act(self.fc1(x)))
 
 
 def _cls(tokens: Tensor, packing: Packing | None) -> Tensor:

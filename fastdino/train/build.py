@@ -269,6 +269,7 @@ def build_step(
             mode=mode,
             accumulate=config.accumulate,
             attention_backend=config.attention,
+            mlp=config.mlp,
             effort=config.compile,
             say=say,
         )

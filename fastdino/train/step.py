@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdino.model import MultiCropWrapper, attention_choice
+from fastdino.model import MultiCropWrapper, attention_choice, choices
 from fastdino.objectives import Objective
 from fastdino.train.averaging import GradientAverager
 from fastdino.train.modes import Forward, Modes
@@ -33,8 +33,7 @@ class TrainStep:
     norm of one tensor's gradient, 0 for none. freeze_last_layer: epochs without an update of the prototypes.
     amp_dtype: bf16 computes on copies of the weights (adamw) or under autocast (sgd, lars), fp16 under autocast with a
     GradScaler. mode: see `modes`. accumulate: parts that a batch is computed in, one update for all of them.
-    attention_backend: a name of model.attention.BACKENDS, or auto. effort: the compiler's, a name of modes.EFFORTS.
-    say: is told where something falls back.
+    attention_backend, mlp: of attention.BACKENDS and mlp.WAYS, or auto. effort: of modes.EFFORTS. say: hears fallbacks.
     With several processes gradients are averaged over them before the clip, also in a graph.
     Raises ValueError for a mode, a backend, an effort or a number of parts that cannot be.
     """
@@ -54,14 +53,15 @@ class TrainStep:
         mode: str = "eager",
         accumulate: int = 1,
         attention_backend: str = "auto",
+        mlp: str = "auto",
         effort: str = "default",
         say: Callable[[str], object] = print,
     ) -> None:
         if accumulate < 1:
             raise ValueError(f"accumulate: expected 1 or more, got {accumulate}")
         self.student, self.teacher, self.loss, self.schedules = student, teacher, loss, schedules
-        self.accumulate, self.attention_backend = accumulate, attention_backend
-        self.attention: attention_choice.Choice | None = None
+        self.accumulate, self._asked = accumulate, (attention_backend, mlp)
+        self.kernels: dict[str, choices.Choice] | None = None  # which were chosen, once crops were seen
         self.device, full = next(student.parameters()).device, next(student.parameters()).dtype
         attention_choice.check(attention_backend, self.device.type, amp_dtype or full, compiled=mode != "eager")
         on_copies = amp_dtype == torch.bfloat16 and is_fused(optimizer, amp_dtype)
@@ -86,7 +86,7 @@ class TrainStep:
 
         Returns a named tuple of `metric_names` and `state`: 0-D tensors on the device, so that reading them can wait.
         """
-        if self.attention is None:
+        if self.kernels is None:
             self.prepare(crops)
         self.schedule.seek(iteration)
         self._modes(crops)
@@ -132,14 +132,12 @@ class TrainStep:
         self.update.optimizer.zero_grad()
 
     def prepare(self, crops: Sequence[Tensor]) -> None:
-        """Choose the attention for crops of these shapes. Raises ValueError where the parts do not divide the batch."""
+        """Choose kernels for crops of these shapes. Raises ValueError where the parts do not divide the batch."""
         if len(crops[0]) % self.accumulate:
             raise ValueError(f"accumulate: expected a divisor of the batch of {len(crops[0])}, got {self.accumulate}")
         part = [crop[: len(crop) // self.accumulate] for crop in crops]
-        n_teacher_views, compiled = self.loss.n_teacher_views, self.mode != "eager"
-        self.attention = attention_choice.choose_for(
-            self.student, part, n_teacher_views, self.run.dtype, self.attention_backend, compiled
-        )
+        given = self.student, part, self.loss.n_teacher_views, self.run.dtype
+        self.kernels = choices.choose_kernels(*given, self._asked, compiled=self.mode != "eager")
 
     @property
     def mode(self) -> str:

@@ -384,7 +384,8 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, 
 _mlp.register_autograd(_backward, setup_context=_keep)
 
 
-def _takes_kernels(*tensors: Tensor) -> bool:
+def takes_kernels(*tensors: Tensor) -> bool:
+    """Whether an MLP of such tensors runs in the kernels."""
     return (
         use_triton(*tensors) and all(x.dtype == tensors[0].dtype for x in tensors) and tensors[0].dtype in KERNEL_DTYPES
     )
@@ -425,7 +426,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.ndim == 0:
         raise ValueError("x: expected at least one axis, got a 0-D tensor")
     _check_linear(x, "weight", weight, "bias", bias, x.shape[-1])
-    if not _takes_kernels(x, weight, bias):
+    if not takes_kernels(x, weight, bias):
         return reference.linear_gelu(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     inputs = rows, weight.contiguous(), bias.contiguous()
@@ -447,7 +448,7 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         raise ValueError("x: expected at least one axis, got a 0-D tensor")
     _check_linear(x, "w1", w1, "b1", b1, x.shape[-1])
     _check_linear(x, "w2", w2, "b2", b2, w1.shape[0])
-    if not _takes_kernels(x, w1, b1, w2, b2):
+    if not takes_kernels(x, w1, b1, w2, b2):
         return reference.mlp(x, w1, b1, w2, b2)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     params = w1.contiguous(), b1.contiguous(), w2.contiguous(), b2.contiguous()

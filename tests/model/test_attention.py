@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fastdino import VisionTransformer, capture
-from fastdino.model import attention, attention_choice
+from fastdino.model import attention, attention_choice, timing
 from fastdino.model.attention import BACKENDS, Backend, Packing
-from fastdino.model.attention_choice import Choice, choose
+from fastdino.model.attention_choice import choose
+from fastdino.model.timing import Choice
 
 STUDENT, TEACHER = Packing(((4, 17), (6, 5))), Packing(((4, 17),))
 
@@ -118,14 +119,14 @@ def outcomes(monkeypatch, **of_backend):
         attention_choice, "why_not", lambda name, *_: of_backend[name] if type(of_backend[name]) is str else None
     )
     monkeypatch.setattr(attention_choice._Workload, "of", lambda self, backend: of_backend[backend.name])
-    monkeypatch.setattr(attention_choice, "_time_ms", time_ms)
+    monkeypatch.setattr(attention_choice, "time_ms", time_ms)
     monkeypatch.setattr(attention_choice, "_kernels_of_sdpa", lambda work: "flash")
 
 
 def test_auto_takes_the_fastest_and_says_what_it_measured(monkeypatch, fresh):
     outcomes(monkeypatch, ours=1.9, xformers="xformers is not installed", varlen=1.2, sdpa=1.5)
     choice = choose(STUDENT, 6, 64, "cuda", torch.bfloat16)
-    assert choice.backend == "varlen"
+    assert choice.way == "varlen"
     assert str(choice) == "varlen 1.20 ms, sdpa (flash) 1.50 ms, ours 1.90 ms; xformers is not installed"
 
 
@@ -140,7 +141,7 @@ def test_auto_leaves_out_what_raises_and_says_why(monkeypatch, fresh):
     xformers = NotImplementedError("No operator found:\n  a, b\n  a needs 8")
     outcomes(monkeypatch, ours=3.0, xformers=xformers, varlen=spoilt, sdpa=2.0)
     choice = choose(STUDENT, 6, 64, "cuda", torch.bfloat16)
-    assert choice.backend == "sdpa"
+    assert choice.way == "sdpa"
     assert choice.reason.split("; ") == [
         "sdpa (flash) 2.00 ms, ours 3.00 ms",
         "xformers does not run here: NotImplementedError: No operator found: a needs 8",
@@ -163,7 +164,7 @@ def test_crops_that_ours_does_not_take_go_to_another_and_it_is_said(monkeypatch,
     long = Packing(((2, 257), (4, 37)))
     outcomes(monkeypatch, ours=0.1, xformers=2.0, varlen=3.0, sdpa=4.0)
     choice = choose(long, 6, 64, "cuda", torch.bfloat16)
-    assert choice.backend == "xformers"
+    assert choice.way == "xformers"
     words = "ours does not take these crops: expected images of at most 256 tokens, got 257"
     assert choice.reason.endswith(f"; {words}")
     expected = "sdpa, because ours does not take these crops: expected a head of 16, 32, 64 channels, got 24"
@@ -328,16 +329,16 @@ class FakeCuda:
 def test_time_is_the_median_over_replays_of_a_graph(monkeypatch):
     cuda = FakeCuda(monkeypatch, milliseconds=[900, 10, 50, 20, 30, 40])  # the first one warms up
     ran_on = []
-    assert attention_choice._time_ms(lambda: ran_on.append(cuda.current)) == 30 / attention_choice.REPLAYS
-    assert ran_on == [cuda.side] * (attention_choice.WARM_UP + 1)
-    assert cuda.log == ["record", *["replay"] * attention_choice.REPLAYS, "record"] * 6
+    assert timing.time_ms(lambda: ran_on.append(cuda.current)) == 30 / timing.REPLAYS
+    assert ran_on == [cuda.side] * (timing.WARM_UP + 1)
+    assert cuda.log == ["record", *["replay"] * timing.REPLAYS, "record"] * 6
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
     cuda = FakeCuda(monkeypatch, fails="capture is over")
     monkeypatch.setattr(capture, "_leaves_capture", lambda device, pool: True)
     with pytest.raises(RuntimeError, match="capture is over"):
-        attention_choice._time_ms(lambda: None)
+        timing.time_ms(lambda: None)
     assert cuda.current is cuda.main
     assert cuda.log == ["reset"]
 
@@ -362,7 +363,7 @@ dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2
 times = {"ours": [9.0, 9.0], "xformers": [0.5, "no kernel"], "varlen": [1.0, 3.0], "sdpa": [2.0, 1.5]}
 attention_choice.why_not = lambda name, *_: times[name][rank] if isinstance(times[name][rank], str) else None
 attention_choice._Workload.of = lambda self, backend: times[backend.name][rank]
-attention_choice._time_ms = float
+attention_choice.time_ms = float
 attention_choice._kernels_of_sdpa = lambda work: "flash"
 print(attention_choice.choose(Packing(((2, 3),)), 1, 16, "cuda", torch.bfloat16))
 try:
