@@ -1,4 +1,4 @@
-"""Attention forward and backward over the packed crops of a step: 197 tokens of each global, 37 of each local.
+"""Attention and MLP forward and backward over the packed crops of a step: 197 tokens of each global, 37 of each local.
 
 Every provider gets q, k, v as the model has them, one (M, 3, H, D).
 Axes: M tokens of all images, N tokens of an image, H heads, D channels of a head.
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bench.measure import DEVICE, ON_GPU
-from bench.test_ops import DTYPE, MAIN, check
+from bench.test_ops import DTYPE, MAIN, check, compiled
 from fastdino.model import attention
 from fastdino.model.attention import Packing
 from fastdino.model.attention_choice import why_not
+from fastdino_kernels import mlp, reference
 
 HEAD_DIM, N_LOCAL = 64, 8
 HEADS, BATCH = ((6, 12), 64) if ON_GPU else ((3,), 4)
@@ -55,3 +56,34 @@ def test_crops(provider: str, heads: int, timed: Any) -> None:
     # Two products forward, twice as many backward; a product is 2 * N * N * D per head and image.
     n_flops = 3 * 2 * 2 * BATCH * (2 * 197**2 + N_LOCAL * 37**2) * HEAD_DIM * heads
     timed(both_ways(provider, BATCH, heads), n_bytes=n_bytes, n_flops=n_flops, dtype=MAIN.dtype)
+
+
+def mlp_both_ways(provider: str, batch: int, width: int, dtype: torch.dtype = DTYPE) -> Callable[[], list[Tensor]]:
+    """y, and the gradients of x and of both maps' weights and biases."""
+    torch.manual_seed(0)
+    op = {"ours": mlp, "plain": reference.mlp}.get(provider) or compiled(reference.mlp)
+    shapes = (batch * (2 * 197 + N_LOCAL * 37), width), (4 * width, width), (4 * width,), (width, 4 * width), (width,)
+    values = [torch.randn(shape, device=DEVICE) * shape[-1] ** -0.5 for shape in shapes]
+    inputs = [x.to(DTYPE).to(dtype).requires_grad_() for x in values]
+    upstream = torch.ones_like(inputs[0])
+
+    def run() -> list[Tensor]:
+        y = op(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, upstream)]
+
+    return run
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda n: f"B{BATCH} 2x197+{N_LOCAL}x37 D{n * HEAD_DIM}")
+@pytest.mark.parametrize("provider", ["ours", "plain", "compiled"])
+def test_mlp(provider: str, heads: int, timed: Any) -> None:
+    width, n_tokens = heads * HEAD_DIM, BATCH * (2 * 197 + N_LOCAL * 37)
+    ways = [
+        mlp_both_ways(*way) for way in ((provider, 2, width), ("plain", 2, width, torch.float64), ("plain", 2, width))
+    ]
+    check(*(way() for way in ways))
+    # Forward writes 4 D before GELU, 4 D behind it and y; backward reads the first and writes as much twice, and more D.
+    n_bytes = (2 + 8 + 4 + 8 + 8) * n_tokens * width * DTYPE.itemsize
+    timed(
+        mlp_both_ways(provider, BATCH, width), n_bytes=n_bytes, n_flops=3 * 16 * n_tokens * width**2, dtype=MAIN.dtype
+    )

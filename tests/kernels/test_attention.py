@@ -225,3 +225,39 @@ def test_what_does_not_fit_is_refused_of_cls(device):
         cls_attention(q, kv.half(), [(2, 3)])
     with pytest.raises(ValueError, match=r"kv: expected floating-point values, got torch.int64"):
         cls_attention(q, kv.long(), [(2, 3)])
+
+
+STEP = [(16, 197), (64, 37)]  # of 8 images: 2 crops of 224 pixels and 8 of 96, a sixteenth of each
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=["bf16", "fp16"])
+def test_a_steps_shapes_match_fp64(dtype, device):
+    check(short_attention, plain, reference.short_attention, (packed(STEP, 3, dtype, device, 6, 64),), STEP, 0.125)
+    kv = packed(STEP, 2, dtype, device, 6, 64)
+    q = random(80, 6, 64, dtype=dtype, device=device)
+    check(cls_attention, plain_cls, reference.cls_attention, (q, kv), STEP, 0.125)
+
+
+@pytest.mark.gpu
+def test_captured_attention_equals_eager(device):
+    qkv = packed(STEP, 3, bf16, device, 6, 64).requires_grad_()
+    upstream = torch.ones_like(qkv[:, 0])
+
+    def both() -> list[Tensor]:
+        out = short_attention(qkv, STEP)
+        return [out, *torch.autograd.grad(out, qkv, upstream)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        both()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    for seed in range(3):
+        with torch.no_grad():
+            qkv.copy_(random(*qkv.shape, dtype=bf16, device=device, seed=seed))
+        graph.replay()
+        for a, b in zip(captured, both(), strict=True):
+            assert torch.equal(a, b)

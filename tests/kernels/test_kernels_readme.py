@@ -49,6 +49,15 @@ def check_crops(scope: dict[str, Any]) -> None:
     assert crops.float().std() > 0.1
 
 
+def check_attention(scope: dict[str, Any]) -> None:
+    leaf, groups = scope["qkv"].detach().requires_grad_(), scope["groups"]
+    expected = reference.short_attention(leaf, groups, 64**-0.5)
+    expected.sum().backward()
+    torch.testing.assert_close(scope["out"], expected)
+    torch.testing.assert_close(scope["qkv"].grad, leaf.grad)
+    torch.testing.assert_close(scope["cls"], expected[scope["firsts"]])
+
+
 def check_mlp(scope: dict[str, Any]) -> None:
     leaf, fc1, fc2 = scope["tokens"].detach().requires_grad_(), scope["fc1"], scope["fc2"]
     hidden = torch.nn.functional.gelu(fc1(leaf))
@@ -72,6 +81,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "The teacher": check_teacher,
     "The optimizer": check_optimizer,
     "The crops": check_crops,
+    "Attention": check_attention,
     "The MLP": check_mlp,
     "In a DINOv2-style loop": check_loop,
 }

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from micro import micro_loss, micro_networks
 
 from fastdino import VisionTransformer, cosine_schedule, get_params_groups
+from fastdino.model import attention, mlp
 from fastdino.train.checkpoint import load_checkpoint, restore
 from fastdino.train.config import TrainConfig
 from fastdino.train.optim import OPTIMIZERS
@@ -111,10 +113,16 @@ def test_nine_compiled_steps_end_there_too(golden, rel, name, dtype, backend, mo
     assert_the_originals(data, step, losses, rel)
 
 
-def test_nine_steps_through_the_interpreted_kernels(golden, rel, ops):
-    """fp32, because the kernels leave fp64 to the reference."""
+def test_nine_steps_through_the_interpreted_kernels(golden, rel, ops, monkeypatch):
+    """fp32, because the kernels leave fp64 to the reference. Attention and MLP take it, and heads of 8, only here."""
     data = golden("trajectory_fp32")
-    assert_the_originals(data, *run_trajectory(data, torch.float32), rel)
+    monkeypatch.setattr(import_module("fastdino_kernels.attention"), "HEAD_DIMS", (8,))
+    monkeypatch.setattr(import_module("fastdino_kernels.mlp"), "KERNEL_DTYPES", {torch.float32})
+    monkeypatch.setattr(attention._Current, "backend", attention._Current.backend)
+    monkeypatch.setattr(mlp._Current, "way", mlp._Current.way)
+    step, losses = run_trajectory(data, torch.float32, attention_backend="ours", mlp="ours")
+    assert {str(choice) for choice in step.kernels.values()} == {"ours, as asked"}
+    assert_the_originals(data, step, losses, rel)
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"checkpointing": True}], ids=str)
