@@ -78,12 +78,10 @@ def mlp_both_ways(provider: str, batch: int, width: int, dtype: torch.dtype = DT
 @pytest.mark.parametrize("provider", ["ours", "plain", "compiled"])
 def test_mlp(provider: str, heads: int, timed: Any) -> None:
     width, n_tokens = heads * HEAD_DIM, BATCH * (2 * 197 + N_LOCAL * 37)
-    ways = [
-        mlp_both_ways(*way) for way in ((provider, 2, width), ("plain", 2, width, torch.float64), ("plain", 2, width))
-    ]
-    check(*(way() for way in ways))
-    # Forward writes 4 D before GELU, 4 D behind it and y; backward reads the first and writes as much twice, and more D.
-    n_bytes = (2 + 8 + 4 + 8 + 8) * n_tokens * width * DTYPE.itemsize
-    timed(
-        mlp_both_ways(provider, BATCH, width), n_bytes=n_bytes, n_flops=3 * 16 * n_tokens * width**2, dtype=MAIN.dtype
-    )
+    ways = (provider, 2, width), ("plain", 2, width, torch.float64), ("plain", 2, width)
+    check(*(mlp_both_ways(*way)() for way in ways))
+    # In D: x 1, before GELU 4 and behind it 4, written and read by the second map, y 1. Backward, in the same order: 1, 4
+    # read; both gradients of 4 written once and read by two maps each, behind GELU read; gradients of x and y 3.
+    n_bytes = (1 + 4 + 8 + 1 + 1 + 4 + 12 + 4 + 3) * n_tokens * width * DTYPE.itemsize
+    n_flops = 3 * 2 * 8 * n_tokens * width**2  # two maps of 4 D * D; backward twice that
+    timed(mlp_both_ways(provider, BATCH, width), n_bytes=n_bytes, n_flops=n_flops, dtype=MAIN.dtype)
