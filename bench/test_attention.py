@@ -80,8 +80,8 @@ def test_mlp(provider: str, heads: int, timed: Any) -> None:
     width, n_tokens = heads * HEAD_DIM, BATCH * (2 * 197 + N_LOCAL * 37)
     ways = (provider, 2, width), ("plain", 2, width, torch.float64), ("plain", 2, width)
     check(*(mlp_both_ways(*way)() for way in ways))
-    # In D: x 1, before GELU 4 and behind it 4, written and read by the second map, y 1. Backward, in the same order: 1, 4
-    # read; both gradients of 4 written once and read by two maps each, behind GELU read; gradients of x and y 3.
+    # In D: x, 4 before GELU, 4 behind it written and read by the second map, y. Backward reads x and the first 4, makes
+    # the second 4 and their gradient, each read by two maps, reads y's gradient twice and writes x's.
     n_bytes = (1 + 4 + 8 + 1 + 1 + 4 + 12 + 4 + 3) * n_tokens * width * DTYPE.itemsize
     n_flops = 3 * 2 * 8 * n_tokens * width**2  # two maps of 4 D * D; backward twice that
     timed(mlp_both_ways(provider, BATCH, width), n_bytes=n_bytes, n_flops=n_flops, dtype=MAIN.dtype)

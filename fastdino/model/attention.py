@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.recompute import recomputed
 from fastdino_kernels import cls_attention, short_attention
-from fastdino_kernels.attention import why_not as short_attention_lacks
+from fastdino_kernels.attention import why_not as why_not_ours
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -230,8 +230,15 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        # fp32 takes the plain form, as do CPU tensors: for tests.
-        Backend("ours", ours, ours_of_cls, False, None, None, refuses=short_attention_lacks),
+        Backend(  # fp32 and CPU tensors take its plain form
+            "ours",
+            ours,
+            ours_of_cls,
+            on_cuda_only=False,
+            dtypes=None,
+            compiled_dtypes=None,
+            refuses=why_not_ours,
+        ),
         # Not fp32 where compiled: what PyTorch shows the compiler of the backward kernel lacks an argument
         # (meta__efficient_attention_backward has no `out`: versions 2.11, 2.13 and 2.14).
         Backend("xformers", xformers, dtypes=(*HALF, torch.float32), lacks=_xformers_lacks),

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from fastdino.capture import StuckCapture
 from fastdino.errors import reason
 from fastdino.model.attention import BACKENDS, AttentionOp, Backend, Packing, use_backend
 from fastdino.model.multicrop import MultiCropWrapper
-from fastdino.model.timing import Choice, agreed, said, time_ms
+from fastdino.model.timing import Choice, agreed, outcome, said
 
 PROBE = Packing(((2, 197), (4, 37)))  # more than 128 tokens, and fewer: libraries have other kernels for them
 
@@ -142,19 +141,14 @@ def choose(
 
     work = _Workload(packing, teacher, n_heads, head_dim, dtype, compiled)
 
-    def outcome(name: str) -> float | str:
+    def outcome_of(name: str) -> float | str:
         if missing := why_not(name, device_type, dtype, compiled):
             return missing
         if words := BACKENDS[name].refuses(head_dim, packing.groups):
             return f"{name} does not take these crops: {words}"
-        try:
-            return time_ms(work.of(BACKENDS[name]))
-        except StuckCapture:
-            raise
-        except Exception as error:
-            return f"{name} does not run here: {reason(error)}"
+        return outcome(name, lambda: work.of(BACKENDS[name]))
 
-    outcomes = agreed({name: outcome(name) for name in BACKENDS})
+    outcomes = agreed({name: outcome_of(name) for name in BACKENDS})
     if all(isinstance(result, str) for result in outcomes.values()):
         raise RuntimeError(f"attention: {'; '.join(map(str, outcomes.values()))}")
     return said(outcomes, {"sdpa": lambda: f"sdpa ({_kernels_of_sdpa(work)})"})

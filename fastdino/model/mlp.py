@@ -4,17 +4,16 @@ Axes: M tokens of all images, D channels.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdino.capture import StuckCapture
-from fastdino.errors import reason
 from fastdino.model.attention import HALF
 from fastdino.model.multicrop import MultiCropWrapper
 from fastdino.model.recompute import recomputed
-from fastdino.model.timing import Choice, agreed, said, time_ms
+from fastdino.model.timing import Choice, agreed, outcome, said
 from fastdino_kernels import mlp, reference
 from fastdino_kernels.mlp import takes_kernels
 
@@ -100,15 +99,8 @@ def choose(layers: Mlp, n_tokens: Sequence[int], dtype: torch.dtype, asked: str,
     if device.type != "cuda" or dtype not in HALF:
         return Choice("library", "library")
 
-    def outcome(way: str) -> float | str:
-        try:
-            return time_ms(_work(way, layers, n_tokens, dtype, compiled))
-        except StuckCapture:
-            raise
-        except Exception as error:
-            return f"{way} does not run here: {reason(error)}"
-
-    outcomes = agreed({way: outcome(way) for way in WAYS})
+    works = {way: partial(_work, way, layers, n_tokens, dtype, compiled) for way in WAYS}
+    outcomes = agreed({way: outcome(way, work) for way, work in works.items()})
     if all(isinstance(result, str) for result in outcomes.values()):  # the step itself will say what is wrong
         return Choice("library", "library")
     return said(outcomes)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from fastdino.capture import capture
+from fastdino.capture import StuckCapture, capture
+from fastdino.errors import reason
 
 WARM_UP, TIMINGS, REPLAYS = 3, 5, 5
 
@@ -46,6 +47,16 @@ def time_ms(work: Callable[[], object]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / REPLAYS)
     return median(times[1:])
+
+
+def outcome(name: str, make: Callable[[], Callable[[], object]]) -> float | str:
+    """`time_ms` of the work that `make` makes, or why it cannot be done here, in words that begin with the name."""
+    try:
+        return time_ms(make())
+    except StuckCapture:
+        raise
+    except Exception as error:  # a missing module, library or kernel, each with an exception of its own
+        return f"{name} does not run here: {reason(error)}"
 
 
 def agreed(outcomes: dict[str, float | str]) -> dict[str, float | str]:

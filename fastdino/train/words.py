@@ -42,11 +42,8 @@ def introduce(parts: Parts, say: Say) -> None:
         f"{processes}, {precision}, {workers}{fewer}"
     )
     tuned = ", tuned" if config.compile == "max" else ""
-    say(
-        "; ".join(
-            [f"step    {step.mode}{tuned}", *(f"{name} {choice}" for name, choice in (step.kernels or {}).items())]
-        )
-    )
+    kernels = "".join(f"; {name} {choice}" for name, choice in (step.kernels or {}).items())
+    say(f"step    {step.mode}{tuned}{kernels}")
     if parts.resumed.iteration or parts.resumed.changes or parts.resumed.notes:
         _tell_of_resume(parts, say)
 

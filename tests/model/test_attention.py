@@ -119,7 +119,7 @@ def outcomes(monkeypatch, **of_backend):
         attention_choice, "why_not", lambda name, *_: of_backend[name] if type(of_backend[name]) is str else None
     )
     monkeypatch.setattr(attention_choice._Workload, "of", lambda self, backend: of_backend[backend.name])
-    monkeypatch.setattr(attention_choice, "time_ms", time_ms)
+    monkeypatch.setattr(timing, "time_ms", time_ms)
     monkeypatch.setattr(attention_choice, "_kernels_of_sdpa", lambda work: "flash")
 
 
@@ -355,7 +355,7 @@ def test_a_capture_that_pytorch_cannot_leave_ends_the_choice(monkeypatch, fresh)
 
 TWO_RANKS = """
 import sys, torch, torch.distributed as dist
-from fastdino.model import attention_choice
+from fastdino.model import attention_choice, timing
 from fastdino.model.attention import Packing
 
 rank = int(sys.argv[1])
@@ -363,7 +363,7 @@ dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2
 times = {"ours": [9.0, 9.0], "xformers": [0.5, "no kernel"], "varlen": [1.0, 3.0], "sdpa": [2.0, 1.5]}
 attention_choice.why_not = lambda name, *_: times[name][rank] if isinstance(times[name][rank], str) else None
 attention_choice._Workload.of = lambda self, backend: times[backend.name][rank]
-attention_choice.time_ms = float
+timing.time_ms = float
 attention_choice._kernels_of_sdpa = lambda work: "flash"
 print(attention_choice.choose(Packing(((2, 3),)), 1, 16, "cuda", torch.bfloat16))
 try:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastdino import MultiCropWrapper, VisionTransformer
-from fastdino.model import mlp
+from fastdino.model import mlp, timing
 from fastdino.model.mlp import Mlp, choose, choose_for, use_mlp
 from fastdino.model.timing import Choice
 
@@ -77,7 +77,7 @@ def test_auto_times_both_and_takes_the_faster(monkeypatch, compiled):
         return next(times)
 
     monkeypatch.setattr(mlp, "_work", lambda way, layers, n_tokens, *_: lambda: counts.append((way, n_tokens)))
-    monkeypatch.setattr(mlp, "time_ms", time_ms)
+    monkeypatch.setattr(timing, "time_ms", time_ms)
     choice = choose(Mlp(16, 64), [40, 20], bf16, "auto", compiled)
     assert choice == Choice("ours", "ours 0.50 ms, library 0.75 ms")
     assert counts == [("ours", [40, 20]), ("library", [40, 20])]
@@ -92,7 +92,7 @@ def test_what_raises_is_said_and_left_out(monkeypatch):
         return None
 
     monkeypatch.setattr(mlp, "_work", work)
-    monkeypatch.setattr(mlp, "time_ms", lambda work: 1.0)
+    monkeypatch.setattr(timing, "time_ms", lambda work: 1.0)
     choice = choose(Mlp(16, 64), [4, 2], bf16, "auto", compiled=False)
     assert choice.way == "library"
     assert choice.reason == "library 1.00 ms; ours does not run here: RuntimeError: out of shared memory"
