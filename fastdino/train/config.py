@@ -84,7 +84,9 @@ class TrainConfig:
     step: str = flag("auto", "Optimisation", "how a step runs: graph on GPUs, eager on CPU", _modes)
     compile: str = flag("default", "Optimisation", "max tunes compiled kernels, for minutes at the start", _efforts)
     attention: str = flag("auto", "Optimisation", "attention kernels; auto times what works", ("auto", *BACKENDS))
-    mlp: str = flag("auto", "Optimisation", "of a block; auto times our kernels and the library's", ("auto", *WAYS))
+    mlp: str = flag(
+        "auto", "Optimisation", "kernels of blocks' MLPs; auto times ours and the library's", ("auto", *WAYS)
+    )
     accumulate: int = flag(1, "Optimisation", "parts that a batch is computed in, one update for all; less memory")
     checkpointing: bool = flag(False, "Optimisation", "recompute activations in the backward pass; less memory")
     drop_path_mode: str = flag(
