@@ -18,6 +18,7 @@ budget=${BUDGET:-540} failed=0 left_out=0 running=
 
 # Seconds, from which the limits below are made. How long a host compiles is a guess: it takes 40 s of CPU time.
 compile=50 # both networks and the loss, without a cache; a third of it with two blocks
+choose=10  # a guess: before a first step attention's and the MLP's kernels are compiled and timed
 start=12   # Python, torch, CUDA, and the ceilings that each process measures
 report=10  # kept back for the report
 worth=60   # a longer part may begin with this much left: each of its figures is kept
@@ -79,10 +80,10 @@ mapfile -t proofs < <(grep -rl --include='test_*.py' "$proof" tests)
 mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests) # no others: they may need what is not here
 
 part proof $((start + 2 * compile / 3 + 5)) python -m pytest -v -m gpu -k "$proof" "${proofs[@]}"
-measure main $((start + compile + 17)) step -k "graph and vit_small and 2+8 and B64" # and its profile
+measure main $((start + compile + choose + 17)) step -k "graph and vit_small and 2+8 and B64" # and its profile
 part tests 60 python -m pytest -v -m gpu -k "not $proof" --continue-on-collection-errors "${gpu_tests[@]}"
 measure ops $((start + 8 * 5 + 10)) ops -k "not (clip and compiled)" # 8 small functions to compile
-measure attention $((start + 15)) attention
+measure attention $((start + choose + 15)) attention
 measure base $((start + compile + 8)) step -k "graph and vit_base and B64"
 measure batch $((start + compile + 8)) step -k "graph and vit_small and B256"
 measure plain $((start + 20)) step -k "plain and 2+8 and B64"

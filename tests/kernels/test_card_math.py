@@ -6,12 +6,14 @@ import pytest
 import torch
 from budget import assert_error_at_most, assert_within_budget, loss_budgets
 from card_math import card_math
+from test_attention import check as check_attention
+from test_attention import packed, plain, plain_cls
 from test_center import rows, updated
 from test_dino_loss import STUDENT_TEMP, TEACHER_TEMP, check_against_fp64, logits
 from test_mlp import check_against_fp64 as check_mlp
 from test_mlp import inputs, upstream
 
-from fastdino_kernels import batch_center, dino_loss_with_stats, mlp, reference
+from fastdino_kernels import batch_center, cls_attention, dino_loss_with_stats, mlp, reference, short_attention
 from fastdino_kernels.launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a card has arithmetic of its own")
@@ -65,6 +67,14 @@ def test_center_matches_fp64(device):
     plain = updated(center, plain_mean, 0.9, op=reference.center_ema_)
     truth = updated(center.double(), true_mean, 0.9, op=reference.center_ema_)
     assert_within_budget("center_update_", updated(center, teacher, 0.9), plain, truth, fp32)
+
+
+@pytest.mark.parametrize("dtype", [fp32, torch.float16], ids=["fp32", "fp16"])
+def test_attention_and_its_gradients_match_fp64(dtype, device):
+    groups = [(1, 197), (4, 37)]
+    check_attention(short_attention, plain, reference.short_attention, (packed(groups, 3, dtype, device),), groups)
+    kv = packed(groups, 2, dtype, device)
+    check_attention(cls_attention, plain_cls, reference.cls_attention, (kv[:5, 0] / 2, kv), groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, bf16], ids=["fp16", "bf16"])

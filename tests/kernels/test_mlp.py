@@ -283,10 +283,12 @@ def test_bad_input_of_linear_gelu_is_a_value_error():
 
 
 def test_opcheck(device):
-    x, w1, b1, w2, _ = inputs(37, 33, 40, fp16, device)
+    x, w1, b1, w2, b2 = inputs(37, 33, 40, fp16, device)
     hidden = room._linear_gelu_with_hidden(x, w1, b1)[0]
     torch.library.opcheck(room._linear_gelu, (x, w1, b1))
-    torch.library.opcheck(room._linear_gelu_with_hidden, (x, w1, b1))
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, w1, b1, w2, b2)]
+    torch.library.opcheck(room._linear_gelu_with_hidden, tuple(leaves[:3]))
+    torch.library.opcheck(room._mlp, tuple(leaves))
     torch.library.opcheck(room._linear_gelu_backward, (x, w2, hidden))
 
 

@@ -1,6 +1,7 @@
 """Which MLP runs, and that what stands in for the layers gives their numbers."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,34 +67,33 @@ def test_what_is_asked_for_is_not_timed():
     assert choose(Mlp(16, 64), [4, 2], bf16, "auto", compiled=False) == Choice("library", "library")
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_auto_times_both_and_takes_the_faster(monkeypatch, compiled):
-    """What is timed runs here: on a CPU, both are the library."""
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
-    times, counts = iter([0.5, 0.75]), []
+ON_GPU = SimpleNamespace(fc1=SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda"))))
 
-    def time_ms(work):
-        work()
-        return next(times)
 
-    monkeypatch.setattr(mlp, "_work", lambda way, layers, n_tokens, *_: lambda: counts.append((way, n_tokens)))
-    monkeypatch.setattr(timing, "time_ms", time_ms)
-    choice = choose(Mlp(16, 64), [40, 20], bf16, "auto", compiled)
-    assert choice == Choice("ours", "ours 0.50 ms, library 0.75 ms")
-    assert counts == [("ours", [40, 20]), ("library", [40, 20])]
+def test_auto_times_both_and_takes_the_faster(monkeypatch):
+    """Each for the step's tokens, in its dtype, compiled as it is."""
+    works = []
+
+    def work(way, layers, *given):
+        works.append((way, *given))
+        return {"ours": 0.5, "library": 0.75}[way]
+
+    monkeypatch.setattr(mlp, "_work", work)
+    monkeypatch.setattr(timing, "time_ms", float)
+    assert choose(ON_GPU, [40, 20], bf16, "auto", compiled=True) == Choice("ours", "ours 0.50 ms, library 0.75 ms")
+    assert works == [("ours", [40, 20], bf16, True), ("library", [40, 20], bf16, True)]
+    assert choose(ON_GPU, [40, 20], fp32, "auto", compiled=True) == Choice("library", "library")
 
 
 def test_what_raises_is_said_and_left_out(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
-
     def work(way, *_):
         if way == "ours":
             raise RuntimeError("out of shared memory")
-        return None
+        return 1.0
 
     monkeypatch.setattr(mlp, "_work", work)
-    monkeypatch.setattr(timing, "time_ms", lambda work: 1.0)
-    choice = choose(Mlp(16, 64), [4, 2], bf16, "auto", compiled=False)
+    monkeypatch.setattr(timing, "time_ms", float)
+    choice = choose(ON_GPU, [4, 2], bf16, "auto", compiled=False)
     assert choice.way == "library"
     assert choice.reason == "library 1.00 ms; ours does not run here: RuntimeError: out of shared memory"
 
