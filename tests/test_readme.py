@@ -15,7 +15,7 @@ import torch
 import fastdino
 from bench.records import read
 from bench.report import BEGIN, END, summary
-from fastdino.cli import _parser, main
+from fastdino.cli import main, parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -146,7 +146,7 @@ def test_python_runs(block, folder, monkeypatch):
     monkeypatch.chdir(folder)
     names = surroundings(block)
     train = fastdino.train
-    small = vars(_parser().parse_args(["train", *SMALL])) if "fastdino.train(" in block else {}
+    small = vars(parser("train").parse_args(["train", *SMALL])) if "fastdino.train(" in block else {}
     small = {name: value for name, value in small.items() if name not in ("command", "arch", "patch_size")}
     monkeypatch.setattr(fastdino, "train", lambda **flags: train(**{**flags, **small}))
     exec(compile(block, "README.md", "exec"), names)

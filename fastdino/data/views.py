@@ -21,12 +21,12 @@ def center_views(
     size: int,
     batch_size: int,
     num_workers: int,
-    say: Callable[[str], object],
+    bad: Callable[[int, str], object],
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
     """Batches ((b, 3, size, size) uint8, indices (b,)) of the readable images among `indices`.
 
-    num_workers: threads, 0 for the caller's. say: is told a line of each image that cannot be read. What features are
-    extracted from: `augment.center_view`.
+    num_workers: threads, 0 for the caller's. bad: is told index and reason of each image that cannot be read. The
+    crops are those of `augment.center_view`.
     """
 
     def view(index: int) -> Tensor | str:
@@ -49,7 +49,7 @@ def center_views(
             views, kept = [], []
             for seen, index in zip(coming.popleft(), chunks[i - 1]):
                 if isinstance(seen, str):
-                    say(seen)
+                    bad(index, seen)
                 else:
                     views.append(seen)
                     kept.append(index)

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastdino.data.augment import normalize
 from fastdino.data.sources import ImageSource
-from fastdino.data.views import center_views
 from fastdino.errors import UserError
+from fastdino.eval.features import BATCH, View, stream
 
 QUERIES_AT_ONCE = 256  # bounds the similarity matrix, (256, N)
 
@@ -28,7 +27,6 @@ class Features:
     bad: tuple[str, ...] = ()
 
 
-@torch.no_grad()
 def extract_features(
     backbone: nn.Module,
     source: ImageSource,
@@ -36,7 +34,7 @@ def extract_features(
     resize: int,
     size: int,
     limit: int = 0,
-    batch_size: int = 128,
+    batch_size: int = BATCH,
     num_workers: int = 0,
 ) -> Features:
     """Unit-length features of a labelled source's center crops.
@@ -50,30 +48,33 @@ def extract_features(
     indices: NDArray[np.int64] = np.arange(len(source))
     if limit and limit < len(source):
         indices = np.sort(np.random.default_rng(0).permutation(indices)[:limit])
-    device = next(backbone.parameters()).device
-    was_training = backbone.training
-    features: list[Tensor] = []
-    kept: list[NDArray[np.int64]] = []
     bad: list[str] = []
-    backbone.eval()
-    try:  # a run that is stopped leaves this at any point
-        for views, batch in center_views(source, indices, resize, size, batch_size, num_workers, bad.append):
-            features.append(F.normalize(backbone(normalize(views.to(device))).float(), dim=1))
-            kept.append(batch)
-    finally:
-        backbone.train(was_training)
-    if not features:
+    batches = stream(
+        backbone,
+        source,
+        indices,
+        View(resize, size),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        bad=lambda _, line: bad.append(line),
+    )
+    found = [(index, F.normalize(features["cls"], dim=1)) for index, features in batches]
+    if not found:
         raise UserError(f"none of the images could be read: {source.describe()}")
-    labels = torch.from_numpy(source.labels[np.concatenate(kept)]).to(device)
+    kept, features = zip(*found)
+    labels = torch.from_numpy(source.labels[np.concatenate(kept)]).to(features[0].device)
     return Features(torch.cat(features), labels, tuple(bad))
 
 
 @torch.no_grad()
-def knn_accuracy(bank: Features, queries: Features | None = None, k: int = 20, temperature: float = 0.07) -> float:
-    """Share of the queries whose k nearest bank images, weighted by exp(cosine / temperature), vote for their class.
+def knn_votes(
+    bank: Features, queries: Features | None = None, k: int = 20, temperature: float = 0.07
+) -> tuple[float, float]:
+    """(top-1, top-5): shares of the queries whose class the k nearest bank images vote first, or among the first five.
 
-    Without queries: leave-one-out, every bank image asked of all the others. Fewer than k images vote where the bank
-    has fewer. Raises ValueError where the bank is too small to vote.
+    A neighbour votes with the weight exp(cosine / temperature). Without queries: leave-one-out, every bank image asked
+    of all the others. Fewer than k images vote where the bank has fewer. Raises ValueError where the bank is too small
+    to vote.
     """
     leave_one_out = queries is None
     asked = bank if queries is None else queries
@@ -81,7 +82,7 @@ def knn_accuracy(bank: Features, queries: Features | None = None, k: int = 20, t
     if k < 1:
         raise ValueError(f"bank: expected at least {1 + leave_one_out} images, got {len(bank.labels)}")
     n_classes = int(max(bank.labels.max(), asked.labels.max())) + 1
-    correct = 0
+    correct = np.zeros(2, np.int64)
     for start in range(0, len(asked.labels), QUERIES_AT_ONCE):
         similarity = asked.features[start : start + QUERIES_AT_ONCE] @ bank.features.T
         if leave_one_out:
@@ -89,5 +90,22 @@ def knn_accuracy(bank: Features, queries: Features | None = None, k: int = 20, t
         nearest, index = similarity.topk(k, dim=1)
         votes = torch.zeros(len(similarity), n_classes, device=similarity.device)
         votes.scatter_add_(1, bank.labels[index], (nearest / temperature).exp())
-        correct += int((votes.argmax(1) == asked.labels[start : start + QUERIES_AT_ONCE]).sum())
-    return correct / len(asked.labels)
+        first = votes.topk(min(5, n_classes), dim=1).indices
+        hits = first == asked.labels[start : start + QUERIES_AT_ONCE, None]
+        correct += [int(hits[:, 0].sum()), int(hits.any(1).sum())]
+    top1, top5 = correct / len(asked.labels)
+    return float(top1), float(top5)
+
+
+def knn_accuracy(bank: Features, queries: Features | None = None, k: int = 20, temperature: float = 0.07) -> float:
+    """The top-1 of `knn_votes`."""
+    return knn_votes(bank, queries, k, temperature)[0]
+
+
+def n_of_each_class(bank: Features, n: int, seed: int) -> Features:
+    """A bank of n images of each class, or of all that a class has, drawn at random: DINOv2's few-shot k-NN."""
+    order = torch.randperm(len(bank.labels), generator=torch.Generator().manual_seed(seed))
+    labels = bank.labels.cpu()
+    chosen = torch.cat([order[labels[order] == label][:n] for label in labels.unique()]).sort().values
+    chosen = chosen.to(bank.labels.device)
+    return Features(bank.features[chosen], bank.labels[chosen])

@@ -277,7 +277,7 @@ def _words(values: tuple[float, ...]) -> str:
     return " ".join(f"{v:g}" for v in values)
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
     if text.lower() in ("true", "on", "1"):
         return True
     if text.lower() in ("false", "off", "0"):
@@ -288,7 +288,7 @@ def _boolean(text: str) -> bool:
 def _parsing(f: Field[Any]) -> dict[str, Any]:
     """What argparse needs to read a field."""
     if f.type is bool:
-        return {"type": _boolean, "metavar": "BOOL"}
+        return {"type": boolean, "metavar": "BOOL"}
     if f.type in (int, float):
         return {"type": f.type, "metavar": "N" if f.type is int else "X"}
     if isinstance(f.default, tuple):

@@ -158,10 +158,11 @@ def test_a_bad_image_is_replaced_and_named(photo_folder, tmp_path, workers):
                 crops = draw_crops(5, 0, [index], [pixels.shape[1]], [pixels.shape[0]], RECIPE.globals)
                 for v, params in enumerate(crop_params(crops)):
                     assert np.array_equal(got[i].global_crops[v, b].permute(1, 2, 0), apply_crop(pixels, params, 32))
-    said: list[str] = []
-    kept = np.concatenate([index for _, index in center_views(source, np.arange(32), 32, 24, 8, workers, said.append)])
-    assert sorted(set(range(32)) - set(kept.tolist())) == [3, 9, 20]
-    assert [line.partition(": ")[0] for line in said] == [source.name(index) for index in (3, 9, 20)]
+    said: list[tuple[int, str]] = []
+    views = center_views(source, np.arange(32), 32, 24, 8, workers, lambda index, line: said.append((index, line)))
+    kept = np.concatenate([index for _, index in views])
+    assert sorted(set(range(32)) - set(kept.tolist())) == [index for index, _ in said] == [3, 9, 20]
+    assert [line.partition(": ")[0] for _, line in said] == [source.name(index) for index in (3, 9, 20)]
 
 
 @pytest.mark.parametrize("augment", ["fast", "exact"])

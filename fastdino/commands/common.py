@@ -1,0 +1,155 @@
+"""What commands share: which backbone, how it sees images, which images, and how a result is told."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdino.data.sources import ImageSource, open_source
+from fastdino.errors import UserError
+from fastdino.eval.features import View
+from fastdino.files import append
+from fastdino.model.archs import ARCHITECTURES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HELD_OUT = "train/ and val/ with class folders; or class folders alone"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A backbone on its device, and the view its images are shown in."""
+
+    backbone: Any  # nn.Module with what a VisionTransformer has
+    view: View
+    checkpoint: Mapping[str, Any]
+
+
+def add_weights_flags(parser: argparse.ArgumentParser, unless: str = "") -> None:
+    """Which backbone, and where it runs. unless: a flag that takes its place."""
+    group = parser.add_argument_group("Weights")
+    group.add_argument(
+        "--pretrained_weights", required=not unless, metavar="FILE", help="checkpoint, or backbone weights"
+    )
+    group.add_argument("--checkpoint_key", default="teacher", metavar="NAME", help="teacher or student [teacher]")
+    group.add_argument("--num_heads", type=int, metavar="N", help="only for widths that no architecture here has")
+    group.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N [auto]")
+    group.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the backbone [fp32]")
+    # Of the original's command lines.
+    group.add_argument("--arch", metavar="NAME", help="not needed: the weights tell, and have to agree")
+    group.add_argument("--patch_size", type=int, metavar="N", help="not needed, neither")
+    for name in ("--dist_url", "--local_rank"):
+        group.add_argument(name, help=argparse.SUPPRESS)
+
+
+def add_view_flags(parser: argparse.ArgumentParser) -> None:
+    """How images are shown, and loaded."""
+    group = parser.add_argument_group("Images")
+    group.add_argument("--size", type=int, metavar="N", help="side of the center crop [as trained]")
+    group.add_argument("--resize", type=int, metavar="N", help="short side before it [as trained, else 8/7 of --size]")
+    group.add_argument("--batch_size_per_gpu", type=int, default=128, metavar="N", help="images at once [128]")
+    group.add_argument("--num_workers", type=int, default=10, metavar="N", help="threads, at most one per core [10]")
+
+
+def add_result_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the numbers go besides the terminal."""
+    parser.add_argument("--json", metavar="FILE", help="add the result to this file, too: a JSON object, a line each")
+
+
+def open_backbone(args: argparse.Namespace) -> Opened:
+    """The backbone that the flags ask for, frozen, and the view. Raises UserError where they do not fit together."""
+    from fastdino.train.checkpoint import backbone_of, eval_size, load_checkpoint
+    from fastdino.train.distributed import start
+
+    check_positive(args, "batch_size_per_gpu")
+    if args.pretrained_weights is None:
+        raise UserError("--pretrained_weights: a checkpoint is needed")
+    checkpoint = load_checkpoint(args.pretrained_weights)
+    backbone = backbone_of(checkpoint, args.pretrained_weights, args.checkpoint_key, args.num_heads)
+    patch_size = backbone.patch_embed.patch_size
+    if args.patch_size not in (None, patch_size):
+        raise UserError(f"--patch_size: {args.pretrained_weights} has {patch_size}, got {args.patch_size}")
+    arch = ARCHITECTURES.get(args.arch or "")
+    if arch and arch.width != backbone.embed_dim:
+        raise UserError(f"--arch: {args.pretrained_weights} is {backbone.embed_dim} wide, {args.arch} {arch.width}")
+    size = getattr(args, "size", None) or backbone.patch_embed.img_size
+    resize = getattr(args, "resize", None) or eval_size(checkpoint, size)
+    if not patch_size <= size <= resize:
+        raise UserError(
+            f"--size: expected at least the patch size {patch_size} and at most --resize, got {size} and {resize}"
+        )
+    device = start(args.device, "env://").device
+    return Opened(backbone.to(device, DTYPES[args.dtype]), View(resize, size), checkpoint)
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError, naming the flag, where one of them is given and is not above 0."""
+    for name in names:
+        value = getattr(args, name, None)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name}: expected a value above 0, got {value}")
+
+
+def open_labelled(data_path: str | None) -> tuple[ImageSource, ImageSource | None]:
+    """(images, held-out images or None): the digits, train/ and val/ below a folder, or class folders alone.
+
+    Raises UserError where there are no labels, or the two halves do not have the same classes.
+    """
+    from fastdino.data.digits import load_digits
+
+    if data_path is None:
+        return load_digits()
+    halves = [Path(data_path) / name for name in ("train", "val")]
+    if not all(half.is_dir() for half in halves):
+        source = open_source(data_path)
+        return labelled(source), None
+    source, held_out = (labelled(open_source(half)) for half in halves)
+    if list(source.classes) != list(held_out.classes):
+        raise UserError(
+            f"{data_path}: expected the same classes in train/ and val/, "
+            f"got {some(source.classes)} and {some(held_out.classes)}"
+        )
+    return source, held_out
+
+
+def labelled(source: ImageSource) -> ImageSource:
+    """The source. Raises UserError where it has no labels."""
+    if source.labels is None:
+        raise UserError(f"labels are needed, from at least two class folders: {source.describe()}")
+    return source
+
+
+def some(names: Any) -> str:
+    """The first few of many names."""
+    return ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])]) or "none"
+
+
+def loading(args: argparse.Namespace) -> dict[str, int]:
+    """batch_size and num_workers for `eval.features.stream`."""
+    from fastdino.data.loader import useful_workers
+
+    if args.num_workers < 0:
+        raise UserError(f"--num_workers: expected 0 or more, got {args.num_workers}")
+    workers = useful_workers(args.num_workers, 1)
+    return {"batch_size": args.batch_size_per_gpu, "num_workers": workers}
+
+
+def tell(args: argparse.Namespace, numbers: Mapping[str, float], **context: Any) -> None:
+    """The result as one JSON object: the last line printed, and a line of --json FILE."""
+    entry = {"evaluation": args.command, "weights": args.pretrained_weights, **context, **numbers}
+    line = json.dumps(entry)
+    print(line)
+    if args.json:
+        try:
+            append(Path(args.json), line + "\n")
+        except OSError as error:
+            raise UserError(f"--json: {args.json}: {error.strerror or error}") from error
+
+
+def is_vit(backbone: nn.Module) -> bool:
+    """Whether it has layers and attention to look at."""
+    return hasattr(backbone, "get_last_selfattention")
