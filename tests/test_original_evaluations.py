@@ -106,7 +106,7 @@ def test_knn_gives_our_numbers(checkpoint, tmp_path, capsys):
     assert main(["knn", *map(str, flags)]) == 0
     ours = [float(x) for x in re.findall(r"-NN classifier result: Top1: ([\d.]+)", capsys.readouterr().out)]
     assert len(ours) == 2
-    assert theirs == ours
+    assert theirs == pytest.approx(ours, rel=1e-12)
 
 
 def test_linear_trains(checkpoint, tmp_path):
