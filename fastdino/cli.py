@@ -17,6 +17,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 # fastdino.commands has a module for each.
 COMMANDS = {
     "train": "train a model",
+    "features": "write features of images to a file",
     "knn": "k-NN accuracy of a trained backbone",
     "attention": "where the CLS token looks",
     "doctor": "what this machine can do",
