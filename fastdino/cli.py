@@ -19,7 +19,8 @@ COMMANDS = {
     "train": "train a model",
     "features": "write features of images to a file",
     "knn": "k-NN accuracy of a trained backbone",
-    "attention": "where the CLS token looks",
+    "attention": "draw where the CLS token looks, in images and films",
+    "pca": "draw what patches have in common",
     "doctor": "what this machine can do",
 }
 
