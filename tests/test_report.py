@@ -19,29 +19,6 @@ SMALL = shlex.split(
     "--arch vit_nano --patch_size 8 --global_crops_size 32 --local_crops_size 16 --out_dim 64 --hidden_dim 32 "
     "--bottleneck_dim 16 --epochs 1 --batch_size_per_gpu 8 --attention_images 0 --num_workers 0"
 )
-    "--arch",
-    "vit_nano",
-    "--patch_size",
-    "8",
-    "--global_crops_size",
-    "32",
-    "--local_crops_size",
-    "16",
-    "--out_dim",
-    "64",
-    "--hidden_dim",
-    "32",
-    "--bottleneck_dim",
-    "16",
-    "--epochs",
-    "1",
-    "--batch_size_per_gpu",
-    "8",
-    "--attention_images",
-    "0",
-    "--num_workers",
-    "0",
-]
 
 
 @pytest.fixture(scope="module")
