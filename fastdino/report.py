@@ -23,6 +23,7 @@ from fastdino.data.digits import load_digits
 from fastdino.data.sources import ImageSource, open_source
 from fastdino.doctor import environment
 from fastdino.errors import UserError, some_of
+from fastdino.eval import EVALUATIONS, TITLES
 from fastdino.eval.attention_maps import Looked, attention_figure, cls_attention
 from fastdino.eval.features import View, stream
 from fastdino.eval.knn import Features, knn_votes
@@ -224,8 +225,9 @@ def _evaluations(
 ) -> list[tuple[str, str, str]]:
     """What training said last, what this page found, and what commands added with --json to files in the folder."""
     rows = []
-    for entry in [e for e in entries if e.get("knn") is not None][-1:]:
-        rows.append(("knn", f"{entry['knn']:.4f}", f"training, epoch {entry['epoch'] + 1}"))
+    for name in EVALUATIONS:
+        for entry in [e for e in entries if e.get(name) is not None][-1:]:
+            rows.append((TITLES.get(name, name), f"{entry[name]:.4f}", f"training, epoch {entry['epoch'] + 1}"))
     rows += [(name.partition("|")[0], f"{value:.4f}", name.partition("|")[2]) for name, value in numbers.items()]
     for path in sorted(run.glob("*.jsonl")):
         for line in path.read_text(errors="replace").splitlines():

@@ -16,14 +16,15 @@ from typing import Any
 
 from fastdino import files
 from fastdino.errors import TrainingError, UserError
+from fastdino.eval import EVALUATIONS
 from fastdino.eval.pictures import save_figure
 from fastdino.train.config import TrainConfig
-from fastdino.train.curves import draw_curves
 from fastdino.train.folder import RunFolder
 
 Entry = dict[str, Any]
 LOG = "log.txt"
-DRAWN = ("epoch", "train_loss", "train_teacher_entropy", "train_lr", "train_momentum", "knn", "knn_before")
+DRAWN = ["epoch", "train_loss", "train_teacher_entropy", "train_lr", "train_momentum"]
+DRAWN += [f"{name}{when}" for name in EVALUATIONS for when in ("", "_before")]
 REDRAW_AFTER = 60.0  # seconds between drawings of the curves during a run
 
 
@@ -147,6 +148,8 @@ class Curves(Sink):
 
     def close(self) -> None:
         """Draw."""
+        from fastdino.train.curves import draw_curves  # matplotlib takes a while to import
+
         figure = draw_curves(self._entries, self._out_dim)
         self._folder.write("curves.png", lambda path: save_figure(path, figure))
         self._drawn_at = time.monotonic()
