@@ -14,7 +14,7 @@ from fastdino.data.sources import ImageSource, open_source
 from fastdino.errors import UserError
 from fastdino.eval.features import View
 from fastdino.files import append
-from fastdino.model.archs import ARCHITECTURES
+from fastdino.model.archs import ARCHITECTURES, PUBLISHED
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HELD_OUT = "train/ and val/ with class folders; or class folders alone"
@@ -73,7 +73,7 @@ def open_backbone(args: argparse.Namespace) -> Opened:
     patch_size = backbone.patch_embed.patch_size
     if args.patch_size not in (None, patch_size):
         raise UserError(f"--patch_size: {args.pretrained_weights} has {patch_size}, got {args.patch_size}")
-    arch = ARCHITECTURES.get(args.arch or "")
+    arch = {**ARCHITECTURES, **PUBLISHED}.get(args.arch or "")
     if arch and arch.width != backbone.embed_dim:
         raise UserError(f"--arch: {args.pretrained_weights} is {backbone.embed_dim} wide, {args.arch} {arch.width}")
     size = getattr(args, "size", None) or backbone.patch_embed.img_size

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fastdino.data.augment import center_view, normalize
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.sources import ImageSource
-from fastdino.eval.features import evaluating
+from fastdino.eval.features import evaluating, prefix_tokens
 from fastdino.eval.pictures import enlarged, save_figure, save_png
 
 PANEL = 1.6  # inches of a picture's panel
@@ -39,7 +39,7 @@ def cls_attention(backbone: Any, view: Pixels) -> Maps:
     param = next(backbone.parameters())
     pixels = torch.from_numpy(view.copy()).permute(2, 0, 1)[None].to(param.device)
     with evaluating(backbone):
-        maps = backbone.get_last_selfattention(normalize(pixels).to(param.dtype))[0, :, 0, 1:]
+        maps = backbone.get_last_selfattention(normalize(pixels).to(param.dtype))[0, :, 0, prefix_tokens(backbone) :]
     return maps.unflatten(1, backbone.patch_embed.grid(*view.shape[:2])).float().cpu().numpy()
 
 

@@ -42,6 +42,11 @@ def evaluating(backbone: nn.Module) -> Iterator[None]:
         backbone.train(was_training)
 
 
+def prefix_tokens(backbone: Any) -> int:
+    """Tokens before the patches: CLS, and registers where the backbone has them."""
+    return int(getattr(backbone, "num_prefix_tokens", 1))
+
+
 def backbone_features(
     backbone: nn.Module, images: Tensor, layers: int = 1, tokens: Sequence[str] = ("cls",)
 ) -> dict[str, Tensor]:
@@ -62,7 +67,7 @@ def backbone_features(
     if not 1 <= layers <= len(vit.blocks):
         raise UserError(f"layers: expected 1 to {len(vit.blocks)}, as many as there are blocks, got {layers}")
     joined = torch.cat(vit.get_intermediate_layers(images, layers), dim=-1).float()
-    patches = joined[:, 1:]
+    patches = joined[:, prefix_tokens(backbone) :]
     made = {
         "cls": lambda: joined[:, 0],
         "avg": lambda: patches.mean(1),

@@ -7,23 +7,29 @@ features of all of them, and has `packing(shapes, batch)` and `num_heads` (see V
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from fastdino.model.vit import VisionTransformer
+from fastdino.model.layers import NORMS
+from fastdino.model.vit import Interpolation, VisionTransformer
 
 
 @dataclass(frozen=True)
 class Arch:
-    """A Vision Transformer's shape; called, the network. width: D, channels of a token; heads: of D / heads each."""
+    """A Vision Transformer's shape; called, the network. width: D, channels of a token; heads: of D / heads each.
+
+    options: further arguments of VisionTransformer.
+    """
 
     width: int
     depth: int
     heads: int
     patch_size: int = 16
     init_std: float = 0.02
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, patch_size: int | None = None, **kwargs: Any) -> VisionTransformer:
         """The network. kwargs: of VisionTransformer; they win over the table."""
@@ -34,7 +40,7 @@ class Arch:
             "num_heads": self.heads,
             "init_std": self.init_std,
         }
-        return VisionTransformer(**{**shape, **kwargs})
+        return VisionTransformer(**{**shape, **self.options, **kwargs})
 
 
 # A position embedding that starts at 0.02 stays too small to be seen beside the patches for the few hundred steps that
@@ -48,6 +54,52 @@ ARCHITECTURES = {
 }
 SYNONYMS = {"deit_tiny": "vit_tiny", "deit_small": "vit_small"}  # the original's
 ARCHITECTURES |= {name: ARCHITECTURES[of] for name, of in SYNONYMS.items()}
+
+# What the published models have that a configuration may change and their files do not tell.
+DINOV2 = {"mask_token": True, "interpolation": Interpolation(in_fp32=True)}
+DINOV2_REGISTERS = {**DINOV2, "interpolation": Interpolation(offset=0.0, antialias=True, in_fp32=True)}
+DINOV3 = {"mask_token": True, "norm_layer": NORMS["layernormbf16"]}
+
+
+def _dinov2(width: int, depth: int, heads: int, registers: int = 0, ffn: str = "mlp") -> Arch:
+    options = DINOV2_REGISTERS if registers else DINOV2
+    more = {"img_size": (518,), "init_values": 1.0, "registers": registers, "ffn": ffn}
+    return Arch(width, depth, heads, patch_size=14, options={**options, **more})
+
+
+def _dinov3(width: int, depth: int, heads: int, **options: Any) -> Arch:
+    shared = {"registers": 4, "init_values": 1e-5, "mask_k_bias": True, "rope": {"rescale": 2.0}}
+    return Arch(width, depth, heads, options={**DINOV3, **shared, **options})
+
+
+# The Vision Transformers of DINOv2 and DINOv3, under the names of their hubs. A table of its own: `fastdino train`
+# runs DINO's recipe, which masks no patches and would leave their mask tokens without a gradient.
+_PLUS = {"ffn": "swiglu", "mlp_ratio": 6.0}
+_7B = {
+    "ffn": "swiglu64",
+    "mlp_ratio": 3.0,
+    "qkv_bias": False,
+    "untie_global_and_local_cls_norm": True,
+}
+PUBLISHED = {
+    "dinov2_vits14": _dinov2(384, 12, 6),
+    "dinov2_vits14_reg": _dinov2(384, 12, 6, 4),
+    "dinov2_vitb14": _dinov2(768, 12, 12),
+    "dinov2_vitb14_reg": _dinov2(768, 12, 12, 4),
+    "dinov2_vitl14": _dinov2(1024, 24, 16),
+    "dinov2_vitl14_reg": _dinov2(1024, 24, 16, 4),
+    "dinov2_vitg14": _dinov2(1536, 40, 24, ffn="swiglufused"),
+    "dinov2_vitg14_reg": _dinov2(1536, 40, 24, 4, ffn="swiglufused"),
+    "dinov3_vits16": _dinov3(384, 12, 6),
+    "dinov3_vits16plus": _dinov3(384, 12, 6, **_PLUS),
+    "dinov3_vitb16": _dinov3(768, 12, 12),
+    "dinov3_vitl16": _dinov3(1024, 24, 16),
+    "dinov3_vitl16plus": _dinov3(1024, 24, 16, **_PLUS),
+    "dinov3_vith16plus": _dinov3(1280, 32, 20, **_PLUS),
+    "dinov3_vit7b16": _dinov3(4096, 40, 32, **_7B),
+    "dinov3_vitl16_sat493m": _dinov3(1024, 24, 16, untie_global_and_local_cls_norm=True),
+    "dinov3_vit7b16_sat493m": _dinov3(4096, 40, 32, **_7B),
+}
 
 TIMM = "timm:"  # what a name of a model of timm's begins with
 
@@ -79,7 +131,8 @@ def vit_large(patch_size: int = 16, **kwargs: Any) -> VisionTransformer:
 
 def heads_of(width: int) -> int | None:
     """Attention heads of the architectures that are so wide: weights do not tell. None where there are none."""
-    return next((arch.heads for arch in ARCHITECTURES.values() if arch.width == width), None)
+    known = (*ARCHITECTURES.values(), *PUBLISHED.values())
+    return next((arch.heads for arch in known if arch.width == width), None)
 
 
 def _in_timm(name: str) -> str | None:

@@ -64,7 +64,11 @@ def _by_batch(drop_prob: float, takes: Packing | None, adds: Packing | None, lik
     if takes is None or adds is None:
         rows = _kept(drop_prob, like.shape[0], like)
         return Path(None, rows, rows, like.new_full((len(rows), 1, 1), like.shape[0] / len(rows)))
-    images = [_kept(drop_prob, n, like) for n, _ in takes.groups]
+    return of_images([_kept(drop_prob, n, like) for n, _ in takes.groups], takes, adds, like)
+
+
+def of_images(images: list[Tensor], takes: Packing, adds: Packing, like: Tensor) -> Path:
+    """The path of these images of each group, (m,) numbers within it, scaled up by what is left out."""
     scale = [
         like.new_full((len(kept) * n_tokens, 1), n / len(kept)) for kept, (n, n_tokens) in zip(images, adds.groups)
     ]

@@ -89,6 +89,8 @@ class DINOHead(nn.Module):
 
     use_bn: BatchNorm after the hidden linears. norm_last_layer: the prototypes' lengths (`weight_g`) stay 1.
     nlayers: linears before the normalisation; hidden_dim: their width; bottleneck_dim: what they end in.
+    weight_norm: prototypes as DINO and DINOv2 have them; without it a plain linear map, as in DINOv3, to which
+    norm_last_layer says nothing.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class DINOHead(nn.Module):
         nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
+        weight_norm: bool = True,
     ) -> None:
         super().__init__()
         self.out_dim = out_dim
@@ -112,8 +115,13 @@ class DINOHead(nn.Module):
         # The original has a bare linear, and so other names, where there is one layer.
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
         self.mlp.apply(init_linear)
-        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
-        self.last_layer.weight_g.requires_grad = not norm_last_layer
+        self.last_layer: nn.Module
+        if weight_norm:
+            self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+            self.last_layer.weight_g.requires_grad = not norm_last_layer
+        else:
+            self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+            init_linear(self.last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim) -> (B, out_dim)."""

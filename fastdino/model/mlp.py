@@ -45,11 +45,11 @@ class GELU(nn.GELU):
 class Mlp(nn.Module):
     """Linear, GELU, linear."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.act = GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=bias)
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -58,7 +58,7 @@ class Mlp(nn.Module):
 
     def _is_ours(self, x: Tensor) -> bool:
         """Whether our kernels may stand in for the layers: they take x, and nobody changed a layer or watches one."""
-        if _Current.way != "ours" or not takes_kernels(x):
+        if _Current.way != "ours" or not takes_kernels(x) or self.fc1.bias is None:
             return False
         layers = self.fc1, self.act, self.fc2
         untouched = [type(layer) for layer in layers] == [nn.Linear, GELU, nn.Linear]
@@ -69,6 +69,63 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return mlp(x, *self.weights) if self._is_ours(x) else self.fc2(self.act(self.fc1(x)))
+
+
+def _gated(gate: Tensor, value: Tensor) -> Tensor:
+    return F.silu(gate) * value
+
+
+def _two_thirds(hidden_dim: int, align: int) -> int:
+    """Of a GELU MLP's width: as many weights in three matrices as that one has in two; up to a multiple of align."""
+    return -(int(hidden_dim * 2 / 3) // -align) * align
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x) (arXiv:2002.05202), under the names of DINOv3. hidden_dim: of a GELU MLP as large."""
+
+    def __init__(self, dim: int, hidden_dim: int, bias: bool = True, align: int = 8) -> None:
+        super().__init__()
+        width = _two_thirds(hidden_dim, align)
+        self.w1 = nn.Linear(dim, width, bias=bias)
+        self.w2 = nn.Linear(dim, width, bias=bias)
+        self.w3 = nn.Linear(width, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.w3(recomputed(_gated, self.w1(x), self.w2(x)))
+
+
+class JoinedSwiGLU(nn.Module):
+    """`SwiGLU` whose first two matrices are one, `w12`, the gate's half first, under the names of DINOv2."""
+
+    def __init__(self, dim: int, hidden_dim: int, bias: bool = True) -> None:
+        super().__init__()
+        width = _two_thirds(hidden_dim, 8)
+        self.w12 = nn.Linear(dim, 2 * width, bias=bias)
+        self.w3 = nn.Linear(width, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.w3(recomputed(_gated, *self.w12(x).chunk(2, dim=-1)))
+
+
+# What a block computes of each token: of width, hidden width (of a GELU MLP) and whether there are biases. The names
+# are those of DINOv3's configurations, and DINOv2's for its own form.
+FEED_FORWARDS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "mlp": Mlp,
+    "swiglufused": JoinedSwiGLU,
+    "swiglu": SwiGLU,
+    "swiglu32": partial(SwiGLU, align=32),
+    "swiglu64": partial(SwiGLU, align=64),
+    "swiglu128": partial(SwiGLU, align=128),
+}
+
+
+def feed_forward(name: str, dim: int, hidden_dim: int, bias: bool) -> nn.Module:
+    """One of FEED_FORWARDS. Raises ValueError for another name."""
+    if name not in FEED_FORWARDS:
+        raise ValueError(f"ffn: expected one of {', '.join(FEED_FORWARDS)}, got {name!r}")
+    return FEED_FORWARDS[name](dim, hidden_dim, bias)
 
 
 def _work(way: str, layers: Mlp, n_tokens: Sequence[int], dtype: torch.dtype, compiled: bool) -> Callable[[], None]:
@@ -116,7 +173,10 @@ def choose_for(
 ) -> Choice | None:
     """`choose` for what a student does with such crops, and its teacher with the first of them; for all models from
     here on. None where the backbone has MLPs of its own.
+    Raises ValueError where `ours` is asked for a backbone with SwiGLU, which has no kernels of ours.
     """
+    if asked == "ours" and any(isinstance(module, (SwiGLU, JoinedSwiGLU)) for module in student.modules()):
+        raise ValueError("mlp: expected auto or library, for the backbone has SwiGLU, got 'ours'")
     packings = [student.packing(crops[:n], len(crops[0])) for n in (len(crops), n_teacher_views)]
     layers = next((module for module in student.modules() if isinstance(module, Mlp)), None)
     if layers is None or None in packings:

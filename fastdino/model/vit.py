@@ -7,12 +7,12 @@ Axes: B images, N tokens (1 + patches), M tokens of all images, H heads, D chann
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from operator import index
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.attention import Packing, attention, attention_of_cls
 from fastdino.model.drop_path import MODES, Path, draw
-from fastdino.model.mlp import Mlp
-from fastdino.model.recompute import keep_recipes, recomputed
-
-
-class LayerNorm(nn.LayerNorm):
-    """PyTorch's, whose output is computed again in the backward pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        # Not the module's own method: what a hook keeps of its output would hold the module, and so itself.
-        return recomputed(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
-
-
-def layer_norm(dim: int) -> nn.LayerNorm:
-    """LayerNorm with DINO's epsilon, a tenth of PyTorch's."""
-    return LayerNorm(dim, eps=1e-6)
+from fastdino.model.layers import QkvWithoutKeyBias, layer_norm, layer_scale
+from fastdino.model.mlp import feed_forward
+from fastdino.model.recompute import keep_recipes
+from fastdino.model.rope import RopeEmbed, Rotation, rotated
 
 
 def _cls(tokens: Tensor, packing: Packing | None) -> Tensor:
@@ -44,27 +32,49 @@ def _cls(tokens: Tensor, packing: Packing | None) -> Tensor:
     return tokens[:, :1] if packing is None else packing.cls(tokens)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention."""
+def _packed(groups: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+    """(B, N, D) of each group -> the tokens of all, (M, D), and where they lie."""
+    packing = Packing(tuple((group.shape[0], group.shape[1]) for group in groups))
+    return torch.cat([group.flatten(0, 1) for group in groups]), packing
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False) -> None:
+
+class Attention(nn.Module):
+    """Multi-head self-attention. mask_k_bias: the keys have no bias, as in DINOv3."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        mask_k_bias: bool = False,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = QkvWithoutKeyBias(dim) if mask_k_bias and qkv_bias else nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(
-        self, x: Tensor, packing: Packing | None = None, cls_only: bool = False, with_map: bool = True
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        cls_only: bool = False,
+        with_map: bool = True,
+        rotations: Sequence[Rotation] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, N, D) -> (B, N, D), and the probabilities (B, H, N, N).
 
         with_map=False: None in their place, because the fused kernels never write them down; x may be packed, (M, D).
-        cls_only: what CLS attends to, (B, 1, D) or (images, D).
+        cls_only: what CLS attends to, (B, 1, D) or (images, D). rotations: of queries and keys, for each group.
         """
-        if cls_only and not with_map and type(self.qkv) is nn.Linear:  # not somebody's own in its place
-            return self.proj(self._attended_by_cls(x, packing)), None
+        # not somebody's own in its place
+        if cls_only and not with_map and type(self.qkv) in (nn.Linear, QkvWithoutKeyBias):
+            return self.proj(self._attended_by_cls(x, packing, rotations)), None
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (..., 3, H, D / H)
+        if rotations is not None:
+            qk, v = qkv.split((2, 1), dim=-3)
+            qkv = torch.cat((rotated(qk, rotations, packing), v), dim=-3)
         probs = None
         if with_map:
             q, k, v = qkv.unbind(-3)
@@ -74,20 +84,29 @@ class Attention(nn.Module):
             attended = attention(qkv, self.scale, packing)
         return self.proj(_cls(attended, packing) if cls_only else attended), probs
 
-    def _attended_by_cls(self, x: Tensor, packing: Packing | None) -> Tensor:
-        """What CLS attends to, (images, D) or (B, 1, D); the patches make no queries."""
+    def _attended_by_cls(
+        self, x: Tensor, packing: Packing | None, rotations: Sequence[Rotation] | None = None
+    ) -> Tensor:
+        """What CLS attends to, (images, D) or (B, 1, D); the patches make no queries, and CLS is not rotated."""
         images = packing or Packing(((x.shape[0], x.shape[1]),))
         tokens, sizes = x.flatten(0, -2), (x.shape[-1], 2 * x.shape[-1])
         to_q, to_kv = self.qkv.weight.split(sizes)
-        bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        bias = self.qkv.masked_bias if isinstance(self.qkv, QkvWithoutKeyBias) else self.qkv.bias
+        bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
         q = F.linear(images.cls(tokens), to_q, bias_q).unflatten(-1, (self.num_heads, -1))
         kv = F.linear(tokens, to_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
+        if rotations is not None:
+            k, v = kv.split(1, dim=-3)
+            kv = torch.cat((rotated(k, rotations, images), v), dim=-3)
         attended = attention_of_cls(q, kv, self.scale, images)
         return attended if packing else attended[:, None]
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. drop_path: the probability that training leaves an image out of a branch."""
+    """Pre-norm transformer block. drop_path: the probability that training leaves an image out of a branch.
+
+    ffn: of `mlp.FEED_FORWARDS`. init_values: where LayerScale starts; None for none.
+    """
 
     def __init__(
         self,
@@ -97,13 +116,21 @@ class Block(nn.Module):
         qkv_bias: bool = False,
         drop_path: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = layer_norm,
+        *,
+        ffn: str = "mlp",
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        mask_k_bias: bool = False,
+        init_values: float | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, mask_k_bias)
+        self.ls1 = layer_scale(dim, init_values)
         self.drop_path = drop_path
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = feed_forward(ffn, dim, int(dim * mlp_ratio), ffn_bias)
+        self.ls2 = layer_scale(dim, init_values)
 
     def paths(self, x: Tensor, packing: Packing | None, mode: str, cls_only: bool = False) -> tuple[Path, Path]:
         """What `forward` goes by: paths through attention and MLP, drawn anew."""
@@ -118,18 +145,19 @@ class Block(nn.Module):
         packing: Packing | None = None,
         paths: tuple[Path, Path] | None = None,
         cls_only: bool = False,
+        rotations: Sequence[Rotation] | None = None,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D), or with a packing (M, D) -> (M, D).
 
         return_attention: the probabilities (B, H, N, N) alone. paths: None draws them. cls_only: CLS alone, (B, 1, D)
-        or (images, D), so that projection and MLP skip the patches.
+        or (images, D), so that projection and MLP skip the patches. rotations: of each group of the packing.
         """
         if return_attention:
-            return cast(Tensor, self.attn(self.norm1(x))[1])
+            return cast(Tensor, self.attn(self.norm1(x), rotations=rotations)[1])
         to_attn, to_mlp = paths or self.paths(x, packing, "sample", cls_only)
-        attended, _ = self.attn(self.norm1(to_attn.take(x)), to_attn.packing, cls_only, with_map=False)
-        x = to_attn.add(_cls(x, packing) if cls_only else x, attended)
-        return to_mlp.add(x, self.mlp(self.norm2(to_mlp.take(x))))
+        attended, _ = self.attn(self.norm1(to_attn.take(x)), to_attn.packing, cls_only, False, rotations)
+        x = to_attn.add(_cls(x, packing) if cls_only else x, self.ls1(attended))
+        return to_mlp.add(x, self.ls2(self.mlp(self.norm2(to_mlp.take(x)))))
 
 
 class PatchEmbed(nn.Module):
@@ -158,17 +186,33 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
-def _resize(positions: Tensor, rows: int, cols: int) -> Tensor:
-    """(1, side * side, D) -> (1, rows * cols, D), bicubic."""
-    side = math.isqrt(positions.shape[1])
+class Interpolation(NamedTuple):
+    """How a table of positions is made to fit other sizes, bicubic.
+
+    offset: added to rows and columns before they become scale factors; with 0 they are the size itself. antialias: as
+    in models with registers. in_fp32: also where the table is in half precision.
+    """
+
     # Not `size=(rows, cols)`: the original passes scale factors with 0.1 added against rounding, and the bicubic
     # grid follows the factor. At 96 pixels the two differ by 28% RMS, and published weights were trained with this.
+    offset: float = 0.1
+    antialias: bool = False
+    in_fp32: bool = False
+
+
+def _resize(positions: Tensor, rows: int, cols: int, how: Interpolation) -> Tensor:
+    """(1, side * side, D) -> (1, rows * cols, D), bicubic."""
+    side = math.isqrt(positions.shape[1])
+    factors = ((rows + how.offset) / side, (cols + how.offset) / side)
+    full = torch.promote_types(positions.dtype, torch.float32) if how.in_fp32 else positions.dtype
     resized = F.interpolate(
-        positions.unflatten(1, (side, side)).permute(0, 3, 1, 2),
-        scale_factor=((rows + 0.1) / side, (cols + 0.1) / side),
+        positions.to(full).unflatten(1, (side, side)).permute(0, 3, 1, 2),
+        size=None if how.offset else (rows, cols),
+        scale_factor=factors if how.offset else None,
         mode="bicubic",
+        antialias=how.antialias,
     )
-    return resized.flatten(2).transpose(1, 2)
+    return resized.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
 @dataclass(frozen=True)
@@ -179,22 +223,24 @@ class _Matrix:
 
 
 @torch.compiler.assume_constant_result
-def _resize_matrix(side: int, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> _Matrix:
+def _resize_matrix(
+    side: int, rows: int, cols: int, how: Interpolation, dtype: torch.dtype, device: torch.device
+) -> _Matrix:
     """`_resize` is linear: its matrix, (rows * cols, side * side), is what it makes of the identity.
 
     A constant to a compiler, which runs this while it traces.
     """
     with torch.inference_mode(False):  # an inference tensor could not be kept for a backward pass
         identity = torch.eye(side * side, dtype=dtype, device=device)
-        return _Matrix(_resize(identity[None], rows, cols)[0].contiguous())
+        return _Matrix(_resize(identity[None], rows, cols, how)[0].contiguous())
 
 
-def _resize_by_matrix(positions: Tensor, rows: int, cols: int) -> Tensor:
+def _resize_by_matrix(positions: Tensor, rows: int, cols: int, how: Interpolation) -> Tensor:
     """`_resize` as one product, in fp32 where positions are half precision: for a compiler, which would make some 25
     launches of an interpolation, and add up its gradient atomically, with other bits each time.
     """
     side, full = math.isqrt(positions.shape[1]), torch.promote_types(positions.dtype, torch.float32)
-    matrix = _resize_matrix(side, rows, cols, full, positions.device).values
+    matrix = _resize_matrix(side, rows, cols, how, full, positions.device).values
     device_type = positions.device.type
     with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
         return (matrix @ positions.to(full)).to(positions.dtype)
@@ -212,14 +258,21 @@ def init_linear(module: nn.Module, std: float = 0.02) -> None:
 
 
 class VisionTransformer(nn.Module):
-    """DINO's backbone: the CLS token after the last norm.
+    """The backbone of DINO, DINOv2 and DINOv3: the CLS token after the last norm. The defaults are DINO's.
 
     img_size: one-element list, the side in pixels the position embedding is laid out for; other sizes, square or
     not, are interpolated. num_classes: 0 for features, else a linear classifier follows.
     drop_path_mode: "sample" as the original, "batch" as DINOv2, which saves the dropped work. checkpointing: blocks
     keep their input alone and compute again in the backward pass; less memory, a third more time.
     init_std: deviation of weights, position embedding and CLS token at the start; the default is the original's.
-    Attributes: embed_dim (D), num_heads; packs: it takes crops of several resolutions in one pass.
+    What DINOv2 (arXiv:2304.07193) and DINOv3 (arXiv:2508.10104) add, with `archs.PUBLISHED` for their models:
+    ffn: of `mlp.FEED_FORWARDS`. init_values: where LayerScale starts. registers: tokens after CLS (arXiv:2309.16588),
+    `register_tokens`, or `storage_tokens` with rope. mask_token: patches can be masked. interpolation: of the position
+    table. rope: arguments of RopeEmbed, which takes the table's place. mask_k_bias: keys have no bias.
+    untie_cls_and_patch_norms: CLS and registers end in `cls_norm`. untie_global_and_local_cls_norm: in training those
+    of local crops, of all groups but the first, end in `local_cls_norm`. drop_path_uniform: the same for all blocks.
+    Attributes: embed_dim (D), num_heads, num_prefix_tokens (CLS and registers, before the patches); packs: it takes
+    crops of several resolutions in one pass.
     Raises ValueError where num_heads does not divide embed_dim or no patch fits img_size, and for what the original
     takes and no recipe of DINO uses: qk_scale, drop_rate, attn_drop_rate.
 
@@ -253,6 +306,19 @@ class VisionTransformer(nn.Module):
         drop_path_mode: str = "sample",
         checkpointing: bool = False,
         init_std: float = 0.02,
+        *,
+        ffn: str = "mlp",
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        mask_k_bias: bool = False,
+        init_values: float | None = None,
+        registers: int = 0,
+        mask_token: bool = False,
+        interpolation: Interpolation = Interpolation(),  # noqa: B008, a tuple of numbers
+        rope: Mapping[str, Any] | None = None,
+        untie_cls_and_patch_norms: bool = False,
+        untie_global_and_local_cls_norm: bool = False,
+        drop_path_uniform: bool = False,
     ) -> None:
         super().__init__()
         for name, value in {"qk_scale": qk_scale, "drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate}.items():
@@ -269,16 +335,54 @@ class VisionTransformer(nn.Module):
         self.num_heads = num_heads
         self.patch_embed = PatchEmbed(img_size[0], patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
-        drop_paths = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.interpolation = interpolation
+        if rope is None:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
+        self.rope_embed = None if rope is None else RopeEmbed(embed_dim // num_heads, **rope)
+        self.num_prefix_tokens = 1 + registers
+        # The originals' names: DINOv2's, and, where positions are rotary, DINOv3's.
+        self._registers = None if not registers else "register_tokens" if rope is None else "storage_tokens"
+        if self._registers:
+            setattr(self, self._registers, nn.Parameter(torch.zeros(1, registers, embed_dim)))
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
+        first = drop_path_rate if drop_path_uniform else 0
+        drop_paths = torch.linspace(first, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, drop_path, norm_layer) for drop_path in drop_paths
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                drop_path,
+                norm_layer,
+                ffn=ffn,
+                proj_bias=proj_bias,
+                ffn_bias=ffn_bias,
+                mask_k_bias=mask_k_bias,
+                init_values=init_values,
+            )
+            for drop_path in drop_paths
         )
         self.norm = norm_layer(embed_dim)
+        self.cls_norm = norm_layer(embed_dim) if untie_cls_and_patch_norms else None
+        self.local_cls_norm = norm_layer(embed_dim) if untie_global_and_local_cls_norm else None
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        nn.init.trunc_normal_(self.pos_embed, std=init_std)
+        if rope is None:
+            nn.init.trunc_normal_(self.pos_embed, std=init_std)
         nn.init.trunc_normal_(self.cls_token, std=init_std)
         self.apply(partial(init_linear, std=init_std))
+        if mask_token:  # DINOv2 and DINOv3 start tokens otherwise, and DINOv3 the patches' projection
+            std = 1e-6 if rope is None else 0.02
+            for tokens in (self.cls_token, *self._register_tokens()):
+                nn.init.normal_(tokens, std=std)
+        if rope is not None:
+            bound = 1 / math.sqrt(in_chans * patch_size**2)
+            for weight in self.patch_embed.proj.parameters():
+                nn.init.uniform_(weight, -bound, bound)
+
+    def _register_tokens(self) -> tuple[Tensor, ...]:
+        """(1, R, D) registers, or nothing."""
+        return (getattr(self, self._registers),) if self._registers else ()
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
         """Position embedding (1, N, D) for tokens x (B, N, D) of images of w x h pixels, (B, 3, w, h)."""
@@ -289,23 +393,80 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         cls_pos, patch_pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         resize = _resize_by_matrix if torch.compiler.is_dynamo_compiling() else _resize
-        return torch.cat((cls_pos, resize(patch_pos, rows, cols)), dim=1)
+        return torch.cat((cls_pos, resize(patch_pos, rows, cols, self.interpolation)), dim=1)
 
-    def prepare_tokens(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) images -> (B, N, D) tokens, CLS first, positions added."""
+    def prepare_tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) images -> (B, N, D) tokens: CLS, registers, patches, positions added to CLS and patches.
+
+        mask: (B, patches) bool, the patches that the mask token replaces.
+        """
+        patches = self.patch_embed(x)
+        if mask is not None:
+            if self.mask_token is None:
+                raise ValueError("mask: expected none, for this model has no mask token")
+            patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         # shape[0], not len(x), which an exported graph would hold as a constant
-        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), self.patch_embed(x)), dim=1)
-        return tokens + self.interpolate_pos_encoding(tokens, *x.shape[-2:])
+        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), patches), dim=1)
+        if self.rope_embed is None:
+            tokens = tokens + self.interpolate_pos_encoding(tokens, *x.shape[-2:])
+        if not self._registers:
+            return tokens
+        registers = [part.expand(x.shape[0], -1, -1) for part in self._register_tokens()]
+        return torch.cat((tokens[:, :1], *registers, tokens[:, 1:]), dim=1)
+
+    def _rotations(self, sides: Sequence[Sequence[int]]) -> list[list[Rotation] | None]:
+        """Of images of so many pixels, for each block: drawn anew where training draws. None without them."""
+        rope = self.rope_embed
+        if rope is None:
+            return [None] * len(self.blocks)
+        grids = [self.patch_embed.grid(height, width) for height, width in sides]
+
+        def made() -> list[Rotation]:
+            return [rope(*grid).after(self.num_prefix_tokens) for grid in grids]
+
+        return [made() for _ in self.blocks] if rope.draws else [made()] * len(self.blocks)
+
+    def _norm_of_cls(self, is_local: bool) -> nn.Module:
+        """The last norm of CLS and registers."""
+        if is_local and self.training and self.local_cls_norm is not None:
+            return self.local_cls_norm
+        return self.norm if self.cls_norm is None else self.cls_norm
+
+    def _normed(self, tokens: Tensor, is_local: bool = False) -> Tensor:
+        """(B, N, D) after the last norm: that of CLS and registers, and that of the patches."""
+        norm = self._norm_of_cls(is_local)
+        if norm is self.norm:
+            return self.norm(tokens)
+        n = self.num_prefix_tokens
+        return torch.cat((norm(tokens[:, :n]), self.norm(tokens[:, n:])), dim=1)
+
+    def _normed_cls(self, tokens: Tensor, packing: Packing | None) -> Tensor:
+        """Packed CLS tokens (images, D), or (B, N, D), after their last norm."""
+        if packing is None or self.local_cls_norm is None:
+            return self._norm_of_cls(False)(tokens)
+        parts = tokens.split([n for n, _ in packing.groups])
+        return torch.cat([self._norm_of_cls(i > 0)(part) for i, part in enumerate(parts)])
 
     def packing(self, runs: Sequence[tuple[int, int, int]]) -> Packing:
         """How the tokens of runs of images lie one after another: (images, height, width) of each run, in pixels."""
-        return Packing(tuple((n, 1 + math.prod(self.patch_embed.grid(*sides))) for n, *sides in runs))
+        return Packing(
+            tuple((n, self.num_prefix_tokens + math.prod(self.patch_embed.grid(*sides))) for n, *sides in runs)
+        )
 
-    def _run(self, block: nn.Module, x: Tensor, packing: Packing | None = None, cls_only: bool = False) -> Tensor:
+    def _run(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        packing: Packing | None = None,
+        cls_only: bool = False,
+        rotations: Sequence[Rotation] | None = None,
+    ) -> Tensor:
         """A block; under checkpointing, once more in the backward pass."""
         # Drawn outside: a checkpoint then has no random state to put back, which a CUDA graph could not.
         paths = cast(Block, block).paths(x, packing, self.drop_path_mode, cls_only)
         call = partial(block, packing=packing, paths=paths, cls_only=cls_only)
+        if rotations is not None:  # a block of somebody's own need not know them
+            call = partial(call, rotations=rotations)
         if not (self.checkpointing and torch.is_grad_enabled()):
             return call(x)
         return checkpoint(call, x, use_reentrant=False, preserve_rng_state=False)
@@ -320,31 +481,57 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) -> (B, D) CLS features; a list of such, of several resolutions, to all their features."""
         packing = None
         if isinstance(x, Tensor):
-            tokens = self.prepare_tokens(x)
+            tokens, sides = self.prepare_tokens(x), [x.shape[-2:]]
         else:
-            groups = [self.prepare_tokens(images) for images in x]
-            packing = Packing(tuple((group.shape[0], group.shape[1]) for group in groups))
-            tokens = torch.cat([group.flatten(0, 1) for group in groups])
+            tokens, packing = _packed([self.prepare_tokens(images) for images in x])
+            sides = [images.shape[-2:] for images in x]
         to_cls = packing is not None or not self._last_is_watched()
+        rotations = self._rotations(sides)
         with keep_recipes():
             for i, block in enumerate(self.blocks, 1):
-                tokens = self._run(block, tokens, packing, cls_only=to_cls and i == len(self.blocks))
-        features = self.norm(tokens)
+                only = to_cls and i == len(self.blocks)
+                tokens = self._run(block, tokens, packing, cls_only=only, rotations=rotations[i - 1])
+        features = self._normed_cls(tokens, packing)
         return self.head(features[:, 0] if packing is None else features)
+
+    def forward_features(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Tensors (B, 3, H, W) of one resolution each -> of each, after the last norm, {name: tokens}.
+
+        cls (B, D), reg (B, registers, D), patch (B, patches, D). All go through together. masks: of each, (B, patches)
+        bool, the patches that the mask token replaces, or None. In training, images after the first tensor are local
+        crops, whose CLS and registers may have a norm of their own (DINOv3).
+        Raises ValueError where there are masks and the model has no mask token.
+        """
+        masks = masks or [None] * len(images)
+        groups = [self.prepare_tokens(x, mask) for x, mask in zip(images, masks, strict=True)]
+        tokens, packing = _packed(groups)
+        with keep_recipes():
+            for block, rotations in zip(self.blocks, self._rotations([x.shape[-2:] for x in images])):
+                tokens = self._run(block, tokens, packing, rotations=rotations)
+        n = self.num_prefix_tokens
+        normed = [self._normed(group, is_local=i > 0) for i, group in enumerate(packing.split(tokens))]
+        return [{"cls": x[:, 0], "reg": x[:, 1:n], "patch": x[:, n:]} for x in normed]
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, heads, N, N) attention probabilities of the last block."""
         *others, last = self.blocks
-        tokens = self.prepare_tokens(x)
-        for block in others:
-            tokens = self._run(block, tokens)
-        return last(tokens, return_attention=True)
+        tokens, rotations = self.prepare_tokens(x), self._rotations([x.shape[-2:]])
+        for block, turned in zip(others, rotations):
+            tokens = self._run(block, tokens, rotations=turned)
+        if rotations[-1] is None:
+            return last(tokens, return_attention=True)
+        return last(tokens, return_attention=True, rotations=rotations[-1])
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """(B, 3, H, W) -> the normalised tokens (B, N, D) after each of the last n blocks."""
+        """(B, 3, H, W) -> the normalised tokens (B, N, D) after each of the last n blocks.
+
+        CLS first, then registers, `num_prefix_tokens` together, then the patches row by row.
+        """
         tokens, layers = self.prepare_tokens(x), []
-        for i, block in enumerate(self.blocks):
-            tokens = self._run(block, tokens)
+        for i, (block, rotations) in enumerate(zip(self.blocks, self._rotations([x.shape[-2:]]))):
+            tokens = self._run(block, tokens, rotations=rotations)
             if len(self.blocks) - i <= n:
-                layers.append(self.norm(tokens))
+                layers.append(self._normed(tokens))
         return layers

@@ -1,7 +1,6 @@
 """Checkpoints in the original's format, written whole or not at all, and read without running what they hold."""
 
 import argparse
-import math
 import pathlib
 import pickle
 import re
@@ -20,6 +19,7 @@ from fastdino import files
 from fastdino.errors import TrainingError, UserError, printable
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import heads_of
+from fastdino.model.inferred import heads_by_rope, img_size_of, vit_options, without_chunks
 from fastdino.train import distributed
 from fastdino.train.config import TrainConfig
 from fastdino.train.contents import check, first_difference, odd_tensor, unwrapped
@@ -173,7 +173,8 @@ def eval_size(checkpoint: Mapping[str, Any], size: int) -> int:
 def load_backbone(path: str | Path, key: str = "teacher", num_heads: int | None = None) -> VisionTransformer:
     """The Vision Transformer of a checkpoint, built to fit its weights, in eval mode, frozen, on the CPU.
 
-    key: teacher or student; a file with nothing but a backbone's weights, as the original publishes, works too.
+    key: teacher or student; a file with nothing but a backbone's weights, as the originals publish, works too. Of
+    DINO, DINOv2 and DINOv3: registers, LayerScale, SwiGLU and rotary positions are told from the names.
     num_heads: needed only for widths that no architecture here has.
     Raises UserError where the file has no backbone in it.
     """
@@ -190,27 +191,26 @@ def backbone_of(
     state = unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
     prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
     state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-    if missing := [name for name in ("pos_embed", "patch_embed.proj.weight") if name not in state]:
+    state = without_chunks(state)
+    positions = "rope_embed.periods" if "rope_embed.periods" in state else "pos_embed"
+    if missing := [name for name in (positions, "patch_embed.proj.weight") if name not in state]:
         raise UserError(f"{path} has no Vision Transformer under {key!r}: {missing[0]} is missing")
-    for name, rank in (("pos_embed", 3), ("patch_embed.proj.weight", 4)):
+    for name, rank in ((positions, 3 if positions == "pos_embed" else 1), ("patch_embed.proj.weight", 4)):
         if state[name].ndim != rank or not state[name].numel():
             raise UserError(f"{path} is no Vision Transformer: {name} is {tuple(state[name].shape)}")
     if bad := first_nonfinite(state):
         raise UserError(f"{path}: {bad} holds numbers that are not finite")
-    embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    heads = num_heads or heads_of(embed_dim)
+    options = vit_options(state)
+    heads = num_heads or heads_by_rope(state) or heads_of(options["embed_dim"])
     if heads is None:
-        raise UserError(f"{path}: the number of heads cannot be told from a width of {embed_dim}; give num_heads")
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    sizes = (getattr(checkpoint.get("args"), "global_crops_size", None), 224)  # the original's args do not tell: 224
-    backbone = VisionTransformer(
-        img_size=[next((x for x in sizes if isinstance(x, int) and x // patch_size == side), patch_size * side)],
-        patch_size=patch_size,
-        in_chans=in_chans,
-        embed_dim=embed_dim,
-        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        num_heads=heads,
-    )
+        raise UserError(
+            f"{path}: the number of heads cannot be told from a width of {options['embed_dim']}; give num_heads"
+        )
+    img_size = img_size_of(state, getattr(checkpoint.get("args"), "global_crops_size", None))
+    try:
+        backbone = VisionTransformer(img_size=[img_size], num_heads=heads, **options)
+    except ValueError as error:
+        raise UserError(f"{path} is of another model: {error}") from error
     if difference := first_difference(backbone.state_dict(), state):
         raise UserError(f"{path} is of another model: {difference}")
     backbone.load_state_dict(state)

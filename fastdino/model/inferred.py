@@ -1,0 +1,80 @@
+"""What a backbone's weights tell of the network they belong to, by names and shapes alone."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fastdino.model.archs import DINOV2, DINOV2_REGISTERS, DINOV3
+from fastdino.model.layers import NORMS
+
+
+def without_chunks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose blocks are all in one list: DINOv2's `block_chunks` calls them `blocks.<chunk>.<number>`."""
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): value for name, value in state.items()}
+
+
+def heads_by_rope(state: Mapping[str, Tensor]) -> int | None:
+    """Heads of a network with rotary positions, which has a period for every four channels; None for others."""
+    periods = state.get("rope_embed.periods")
+    if periods is None or not periods.numel():
+        return None
+    return state["patch_embed.proj.weight"].shape[0] // (4 * periods.numel()) or None
+
+
+def vit_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of VisionTransformer, beside img_size and num_heads, for the weights of DINO, DINOv2 or DINOv3.
+
+    What is not in the weights is as in the published models: how positions are interpolated (DINOv2: by registers),
+    the norms' epsilon, LayerScale's start.
+    """
+    embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+    is_rotary = "rope_embed.periods" in state
+    tokens = state.get("storage_tokens" if is_rotary else "register_tokens")
+    options: dict[str, Any] = {
+        "patch_size": patch_size,
+        "in_chans": in_chans,
+        "embed_dim": embed_dim,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+    }
+    if is_rotary:
+        options |= {**DINOV3, "rope": {}}
+    elif "mask_token" in state:
+        options |= DINOV2 if tokens is None else DINOV2_REGISTERS
+    if "blocks.0.norm1.weight" in state and "blocks.0.norm1.bias" not in state:
+        options["norm_layer"] = NORMS["rmsnorm"]
+    return options | {
+        "mask_token": "mask_token" in state,
+        "registers": 0 if tokens is None or tokens.ndim != 3 else tokens.shape[1],
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "mask_k_bias": "blocks.0.attn.qkv.bias_mask" in state,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "untie_cls_and_patch_norms": "cls_norm.weight" in state,
+        "untie_global_and_local_cls_norm": "local_cls_norm.weight" in state,
+        **_feed_forward(state, embed_dim),
+    }
+
+
+def _feed_forward(state: Mapping[str, Tensor], width: int) -> dict[str, Any]:
+    """Kind, width and biases of the first block's MLP."""
+    # SwiGLU has two thirds of the width that the ratio says, w12 twice that.
+    for name, ffn, share in (("fc1", "mlp", 1.0), ("w12", "swiglufused", 4 / 3), ("w1", "swiglu", 2 / 3)):
+        weight = state.get(f"blocks.0.mlp.{name}.weight")
+        if weight is not None and weight.ndim == 2:
+            ratio = weight.shape[0] / (width * share)
+            return {"ffn": ffn, "mlp_ratio": ratio, "ffn_bias": f"blocks.0.mlp.{name}.bias" in state}
+    return {}
+
+
+def img_size_of(state: Mapping[str, Tensor], trained_at: Any) -> int:
+    """The side in pixels that a network was made for: of its position table, or 224.
+
+    trained_at: the side of its global crops, where somebody wrote it down; 224 else: both may have left a rest.
+    """
+    if "pos_embed" not in state:
+        return trained_at if isinstance(trained_at, int) else 224
+    side, patch_size = math.isqrt(state["pos_embed"].shape[1] - 1), state["patch_embed.proj.weight"].shape[-1]
+    return next((x for x in (trained_at, 224) if isinstance(x, int) and x // patch_size == side), patch_size * side)

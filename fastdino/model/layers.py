@@ -1,0 +1,80 @@
+"""Small layers of a block: norms, LayerScale, the linear map whose keys have no bias. Axes: D channels."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdino.model.recompute import recomputed
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, whose output is computed again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        # Not the module's own method: what a hook keeps of its output would hold the module, and so itself.
+        return recomputed(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's (arXiv:1910.07467), whose output is computed again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return recomputed(F.rms_norm, x, self.normalized_shape, self.weight, self.eps)
+
+
+def layer_norm(dim: int) -> nn.LayerNorm:
+    """LayerNorm with DINO's epsilon, a tenth of PyTorch's."""
+    return LayerNorm(dim, eps=1e-6)
+
+
+# By the names of DINOv3's configurations; its published models have "layernormbf16".
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "layernorm": layer_norm,
+    "layernormbf16": lambda dim: LayerNorm(dim, eps=1e-5),
+    "rmsnorm": lambda dim: RMSNorm(dim, eps=1e-5),
+}
+
+
+class LayerScale(nn.Module):
+    """x * gamma, a factor per channel (CaiT, arXiv:2103.17239, section 2.1), which starts small."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return x * self.gamma
+
+
+def layer_scale(dim: int, init: float | None) -> nn.Module:
+    """LayerScale that starts at init, or nothing at all where init is None or 0."""
+    return LayerScale(dim, init) if init else nn.Identity()
+
+
+class QkvWithoutKeyBias(nn.Linear):
+    """The joint projection to queries, keys and values; the keys' third of the bias is held at zero by a mask.
+
+    Softmax does not see a key's bias, so that its gradient is rounding noise, which AdamW follows. DINOv3's names.
+    """
+
+    bias_mask: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim * 3)
+        mask = torch.ones(dim * 3)
+        mask[dim : 2 * dim] = 0
+        self.register_buffer("bias_mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., 3 * D)."""
+        return F.linear(x, self.weight, self.masked_bias)
+
+    @property
+    def masked_bias(self) -> Tensor:
+        """(3 * D,)."""
+        return self.bias * self.bias_mask

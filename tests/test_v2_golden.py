@@ -1,0 +1,47 @@
+"""The recipes of DINOv2 and DINOv3 in numbers of the originals: what `check_v2.py` says of `adapter_v2.py`.
+
+All of it: python tests/check_v2.py tests/golden/v2 tests/adapter_v2.py -v
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdino.model.archs import PUBLISHED
+
+HERE = Path(__file__).parent
+BLOCKS = [
+    *(f"v2_{name}" for name in ("plain", "ls", "swiglu", "nobias", "drop", "drop_nols")),
+    *(f"v3_{name}" for name in ("rope", "kbias", "swiglu", "swiglu64", "rms", "drop")),
+]
+BACKBONES = ("v2_mlp", "v2_reg", "v3_mlp", "v3_untied", "v3_rescale")
+POSITIONS = ("0.1", "0.0.antialias", "0.0", "0.1.antialias")
+TEACHERS = ("v2", "v2_chunked", "v3")
+CHECKS = [
+    *(f"head_v{version}.{dtype}" for version in (2, 3) for dtype in ("fp64", "fp32")),
+    *(f"block_{name}.{dtype}" for name in BLOCKS for dtype in ("fp64", "fp32")),
+    *(f"backbone_{name}.{dtype}" for name in BACKBONES for dtype in ("fp64", "fp32")),
+    *(f"pos_embed.offset{name}" for name in POSITIONS),
+    *(f"rope.{dtype}" for dtype in ("fp64", "fp32", "bf16")),
+    *(f"names_{name}" for name in PUBLISHED),
+    *(f"teacher_checkpoint_{name}" for name in TEACHERS),
+]
+
+
+@pytest.fixture(scope="module")
+def held() -> dict[str, bool]:
+    """What each check came to, by its name."""
+    command = [sys.executable, HERE / "check_v2.py", HERE / "golden" / "v2", HERE / "adapter_v2.py", "-v"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    report = subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    lines = re.findall(r"^(\S+) +\S+ \(bar .*?\)(.*)$", report, re.M)
+    return {name: "FALLS SHORT" not in rest for name, rest in lines}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_check_holds(name: str, held: dict[str, bool]) -> None:
+    assert held[name]
