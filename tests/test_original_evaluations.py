@@ -3,6 +3,7 @@
 They run where FASTDINO_PEERS holds `dino/` and torchvision imports, each in a process of its own, on a CPU.
 """
 
+import json
 import pickle
 import re
 import subprocess
@@ -11,11 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_original import PEER, needs_the_original, saved
 
+from fastdino import load_backbone
 from fastdino.cli import main
+from fastdino.data.sequences import SequenceSource
+from fastdino.data.sources import FolderSource
+from fastdino.eval.copies import BLOCKS, copy_features
+from fastdino.eval.retrieval import read_truth, retrieval_features
 
 
 def _imports_torchvision() -> bool:
@@ -54,37 +62,67 @@ def labelled(folder):
 
 
 def oxford(folder):
-    """Ten images, of which the first two are queries, too."""
+    """Forty digits of four kinds. Queries are among them, as junk; two have nothing that is hard."""
     (folder / "roxford5k/jpg").mkdir(parents=True)
-    names = [f"image_{i}" for i in range(10)]
-    for i, name in enumerate(names):
+    target = load_digits().target
+    kinds = [np.flatnonzero(target == kind)[:10] for kind in range(4)]
+    shown = np.random.default_rng(0).permutation(np.concatenate(kinds))
+    names = [f"image_{i:04}" for i in shown]
+    for i, name in zip(shown, names):
         digit(i).save(folder / f"roxford5k/jpg/{name}.jpg")
-    relevant = [{"easy": [q], "hard": [q + 2, q + 4], "junk": [9]} for q in range(2)]
+    queries, gnd = [], []
+    for q in range(8):
+        first, *others = np.flatnonzero(target[shown] == q % 4)[q // 4 :]
+        queries.append(names[first])
+        hard = [] if q > 5 else others[3:6]
+        junk = np.array([first, *others[6:7]])
+        gnd.append({"bbx": [1.5, 2.0, 90.0, 99.5], "easy": np.array(others[:3]), "hard": hard, "junk": junk})
     with (folder / "roxford5k/gnd_roxford5k.pkl").open("wb") as file:
-        pickle.dump({"imlist": names, "qimlist": names[:2], "gnd": relevant}, file)
+        pickle.dump({"imlist": names, "qimlist": queries, "gnd": gnd}, file)
 
 
 def copydays(folder):
-    """157 originals, as the program expects, of which every attack is as many (229 strong ones)."""
+    """157 digits, and copies: compressed, cut, and noisy, of which 72 digits have two; and 450 others to whiten with."""
     attacks = [f"jpegqual/{q}" for q in (3, 5, 8, 10, 15, 20, 30, 50, 75)]
     attacks += [f"crops/{s}" for s in (10, 15, 20, 30, 40, 50, 60, 70, 80)]
-    pixels = np.asarray(digit(0).resize((32, 32)))
+    rng = np.random.default_rng(0)
+    pictures = [digit(i).resize((48, 48)) for i in range(157)]
     for name in ("original", "strong", *attacks):
         (folder / name).mkdir(parents=True)
+        kind, _, strength = name.partition("/")
         for i in range(229 if name == "strong" else 157):
-            Image.fromarray(pixels + np.uint8(i)).save(folder / name / f"{2000 + i % 157}{i // 157:02}.jpg")
+            copy = pictures[i % 157]
+            if kind == "crops":
+                cut = int(strength) / 5
+                copy = copy.crop((cut, cut, 48, 48))
+            if name == "strong":
+                copy = Image.fromarray((np.asarray(copy) * 0.5 + rng.integers(0, 128, (48, 48, 3))).astype(np.uint8))
+            quality = int(strength) if kind == "jpegqual" else 90
+            copy.save(folder / name / f"{2000 + i % 157}{i // 157:02}.jpg", quality=quality)
+    for name, of, n in (("whitening", 400, 450), ("distractors", 1000, 60)):
+        (folder / name).mkdir()
+        for i in range(n):
+            digit(of + i).resize((48, 48)).save(folder / name / f"{i}.png")
 
 
-def davis(folder):
-    """A film of three frames; a square is the object."""
-    for name in ("JPEGImages/480p/film", "Annotations/480p/film", "ImageSets/2017"):
+def davis(folder, photos):
+    """Two films of twelve frames: two parts of photographs cross a third one that moves, too; one, upright."""
+    for name in ("JPEGImages/480p", "Annotations/480p", "ImageSets/2017"):
         (folder / name).mkdir(parents=True)
-    (folder / "ImageSets/2017/val.txt").write_text("film\n")
-    for i in range(3):
-        digit(i).resize((128, 128)).save(folder / f"JPEGImages/480p/film/{i:05}.jpg")
-    mask = np.zeros((128, 128), np.uint8)
-    mask[40:90, 40:90] = 1
-    Image.fromarray(mask).save(folder / "Annotations/480p/film/00000.png")
+    (folder / "ImageSets/2017/val.txt").write_text("wide\nhigh\n")
+    for film, (width, height), n_objects in (("wide", (270, 160), 2), ("high", (150, 170), 1)):
+        for name in ("JPEGImages", "Annotations"):
+            (folder / name / "480p" / film).mkdir()
+        for i in range(12):
+            frame = photos[0][100 + i : 100 + i + height, 50 + 2 * i : 50 + 2 * i + width].copy()
+            mask = np.zeros((height, width), np.uint8)
+            for number in range(1, n_objects + 1):
+                y, x = (20 + 4 * i, 15 + 6 * i) if number == 1 else (100 - 5 * i, 200 - 11 * i)
+                inside = np.hypot(*(np.indices((50, 60)) - np.array([25, 30])[:, None, None])) < 24
+                frame[y : y + 50, x : x + 60][inside] = photos[2 + number][60:110, 90:150][inside]
+                mask[y : y + 50, x : x + 60][inside] = number
+            Image.fromarray(frame).save(folder / f"JPEGImages/480p/{film}/{i:05}.jpg", quality=95)
+            Image.fromarray(mask).save(folder / f"Annotations/480p/{film}/{i:05}.png")
 
 
 def evaluate(program, checkpoint, data, out, *flags):
@@ -115,23 +153,69 @@ def test_linear_trains(checkpoint, tmp_path):
     assert "Training of the supervised linear classifier on frozen features completed." in said
 
 
-def test_retrieval_finds_images(checkpoint, tmp_path):
-    oxford(tmp_path / "data")
-    said = evaluate("eval_image_retrieval.py", checkpoint, tmp_path / "data", tmp_path)
-    assert re.search(r">> roxford5k: mAP M: [\d.]+, H: [\d.]+", said)
+def values(folder):
+    """What the original's program computed before it rounded."""
+    return torch.load(folder / "values.pth", weights_only=False)
 
 
-def test_copies_are_found(checkpoint, tmp_path):
-    copydays(tmp_path / "data")
-    said = evaluate("eval_copy_detection.py", checkpoint, tmp_path / "data", tmp_path, "--imsize", 32)
-    assert "eval on original mAP=1.000" in said
-    assert len(re.findall(r"eval on \S+ mAP=", said)) == 20
+def ours(command, capsys, checkpoint, data, *flags):
+    """(the lines that our command prints, the numbers in its last one)."""
+    words = [command, "--pretrained_weights", checkpoint, "--data_path", data, *flags]
+    assert main(list(map(str, words))) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    return lines, json.loads(last)
 
 
-def test_a_film_is_segmented(checkpoint, tmp_path):
-    davis(tmp_path / "data")
-    evaluate("eval_video_segmentation.py", checkpoint, tmp_path / "data", tmp_path)
-    first, *others = (np.asarray(Image.open(tmp_path / f"film/{i:05}.png")) for i in range(3))
-    assert first[40:90, 40:90].all()
-    for mask in others:
-        assert 0 < mask.mean() < 1
+@pytest.mark.parametrize("flags", [("--imsize", 160), ("--imsize", 200, "--multiscale", "true")], ids=["one", "three"])
+def test_retrieval_ranks_as_the_original(flags, checkpoint, tmp_path, capsys):
+    oxford(tmp_path)
+    said = evaluate("eval_image_retrieval.py", checkpoint, tmp_path, tmp_path, *flags)
+    theirs = values(tmp_path)
+    lines, numbers = ours("retrieval", capsys, checkpoint, tmp_path, *flags)
+    assert lines[-2:] == [line for line in said.splitlines() if line.startswith(">>")]
+    for level, area, precision in (("medium", "mapM", "mprM"), ("hard", "mapH", "mprH")):
+        assert 0.1 < numbers[f"{level}_map"] < 0.9
+        assert numbers[f"{level}_map"] == pytest.approx(float(theirs[area]), abs=1e-9)
+        assert [numbers[f"{level}_mp{k}"] for k in (1, 5, 10)] == pytest.approx(theirs[precision].tolist(), abs=1e-9)
+    folder = tmp_path / "roxford5k"
+    truth = read_truth(folder / "gnd_roxford5k.pkl")
+    source = SequenceSource([folder / "jpg" / f"{name}.jpg" for name in truth.database])
+    backbone, side = load_backbone(checkpoint), flags[1]
+    features, _ = retrieval_features(backbone, source, side, multiscale="--multiscale" in flags, batch_size=8)
+    assert (features - theirs["train_features"]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("whitened", [False, True], ids=["plain", "whitened"])
+def test_copies_are_found_as_by_the_original(whitened, checkpoint, tmp_path, capsys):
+    copydays(tmp_path)
+    flags = ["--imsize", 32, "--distractors_path", tmp_path / "distractors"]
+    flags += ["--whitening_path", tmp_path / "whitening"] if whitened else []
+    said = evaluate("eval_copy_detection.py", checkpoint, tmp_path, tmp_path, *flags)
+    theirs = values(tmp_path)
+    lines, numbers = ours("copies", capsys, checkpoint, tmp_path, *flags)
+    expected = [line for line in said.splitlines() if line.startswith("eval on ")]
+    assert [line for line in lines if line.startswith("eval on ")] == expected[:20]
+    start = 0
+    for block in BLOCKS:
+        n = 229 if block == "strong" else 157
+        area = np.mean(theirs["precisions"][start : start + n])
+        assert numbers[f"{block}_map"] == pytest.approx(area, abs=1e-6), block
+        start += n
+    assert len({numbers[f"{block}_map"] for block in BLOCKS}) > 8
+    if not whitened:
+        features, _ = copy_features(load_backbone(checkpoint), FolderSource(tmp_path / "original"), 32)
+        assert (F.normalize(features, dim=1) - theirs["queries"][:157]).abs().max() < 1e-6
+
+
+def test_films_are_segmented_as_by_the_original(checkpoint, photos, tmp_path, capsys):
+    davis(tmp_path / "data", photos)
+    (tmp_path / "theirs").mkdir()
+    evaluate("eval_video_segmentation.py", checkpoint, tmp_path / "data", tmp_path / "theirs")
+    _, numbers = ours("video", capsys, checkpoint, tmp_path / "data", "--output_dir", tmp_path / "ours")
+    assert 0.3 < numbers["J-Mean"] < 0.95
+    for film in ("wide", "high"):
+        paths = sorted((tmp_path / "theirs" / film).iterdir())
+        assert len(paths) == 12
+        for path in paths:
+            expected, mask = (np.asarray(Image.open(p)) for p in (path, tmp_path / "ours" / film / path.name))
+            assert np.count_nonzero(mask != expected) == 0, path

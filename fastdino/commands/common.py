@@ -42,8 +42,7 @@ def add_weights_flags(parser: argparse.ArgumentParser, unless: str = "") -> None
     # Of the original's command lines.
     group.add_argument("--arch", metavar="NAME", help="not needed: the weights tell, and have to agree")
     group.add_argument("--patch_size", type=int, metavar="N", help="not needed, neither")
-    for name in ("--dist_url", "--local_rank"):
-        group.add_argument(name, help=argparse.SUPPRESS)
+    add_ignored_flags(parser, "--dist_url", "--local_rank")
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +50,21 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Images")
     group.add_argument("--size", type=int, metavar="N", help="side of the center crop [as trained]")
     group.add_argument("--resize", type=int, metavar="N", help="short side before it [as trained, else 8/7 of --size]")
-    group.add_argument("--batch_size_per_gpu", type=int, default=128, metavar="N", help="images at once [128]")
+    add_loading_flags(group, batch_size=128)
+
+
+def add_loading_flags(group: Any, batch_size: int) -> None:
+    """How images are loaded. group: of flags, or the parser."""
+    group.add_argument(
+        "--batch_size_per_gpu", type=int, default=batch_size, metavar="N", help=f"images at once [{batch_size}]"
+    )
     group.add_argument("--num_workers", type=int, default=10, metavar="N", help="threads, at most one per core [10]")
+
+
+def add_ignored_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Flags of the original's command lines that have nothing to say here."""
+    for name in names:
+        parser.add_argument(name, help=argparse.SUPPRESS)
 
 
 def add_result_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,17 +1,21 @@
-"""Center crops of many images, in batches: what features are extracted from."""
+"""Views of many images, in batches: what features are extracted from."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from fastdino.data.augment import center_view
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.sources import ImageSource
+
+Show = Callable[[Image.Image], NDArray[np.uint8]]  # RGB image -> (H, W, 3); may raise BadImage
 
 
 def center_views(
@@ -23,18 +27,30 @@ def center_views(
     num_workers: int,
     bad: Callable[[int, str], object],
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Batches ((b, 3, size, size) uint8, indices (b,)) of the readable images among `indices`.
+    """`views` of side `size`: the crops of `augment.center_view`."""
+    return views(source, indices, partial(center_view, resize=resize, size=size), batch_size, num_workers, bad)
 
-    num_workers: threads, 0 for the caller's. bad: is told index and reason of each image that cannot be read. The
-    crops are those of `augment.center_view`.
+
+def views(
+    source: ImageSource,
+    indices: NDArray[np.int64],
+    show: Show,
+    batch_size: int,
+    num_workers: int,
+    bad: Callable[[int, str], object],
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Batches ((b, 3, H, W) uint8, indices (b,)) of the readable images among `indices`, as `show` makes them.
+
+    They come in order; where sizes differ, those of one size come together, of each `batch_size` images.
+    num_workers: threads, 0 for the caller's. bad: is told index and reason of each image that cannot be read.
     """
 
     def view(index: int) -> Tensor | str:
         try:
-            image = decode(source[index])
+            pixels = show(decode(source[index]))
         except (BadImage, OSError) as error:
             return f"{source.name(index)}: {error}"
-        return torch.from_numpy(center_view(image, resize, size).copy()).permute(2, 0, 1)
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     starts = range(0, len(indices), batch_size)
     chunks = [[int(index) for index in indices[start : start + batch_size]] for start in starts]
@@ -46,14 +62,14 @@ def center_views(
                 coming.append(pool.map(view, chunks[i]) if num_workers else map(view, chunks[i]))
             if i == 0:
                 continue
-            views, kept = [], []
+            of_size: dict[torch.Size, list[tuple[Tensor, int]]] = {}
             for seen, index in zip(coming.popleft(), chunks[i - 1]):
                 if isinstance(seen, str):
                     bad(index, seen)
                 else:
-                    views.append(seen)
-                    kept.append(index)
-            if kept:
-                yield torch.stack(views), np.array(kept)
+                    of_size.setdefault(seen.shape, []).append((seen, index))
+            for batch in of_size.values():
+                shown, kept = zip(*batch)
+                yield torch.stack(shown), np.array(kept)
     finally:
         pool.shutdown(cancel_futures=True)  # whoever leaves early does not wait for the rest
