@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from fastdino.commands.common import (
-    add_ignored_flags,
     add_result_flags,
     add_weights_flags,
     check_positive,
@@ -60,7 +59,6 @@ films. A film of one's own: --frames FOLDER --mask FILE."""
     )
     parser.add_argument("--topk", type=int, default=5, metavar="N", help="patches whose labels are taken [5]")
     parser.add_argument("--bs", type=int, default=6, metavar="N", help="frames that the backbone sees at once [6]")
-    add_ignored_flags(parser, "--num_workers", "--batch_size_per_gpu")
     add_result_flags(parser)
 
 
@@ -116,8 +114,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _segment(film: Film, backbone: Any, how: Propagation, batch_size: int, bad: dict[int, str]) -> np.ndarray:
     """Write a film's masks; (frames, objects, 2) J and F of all frames but the first and the last, as DAVIS counts."""
-    if small := too_small(backbone, film.mask, how.side):
-        print(f"{film.name}: too small to be seen in any patch, and not followed: object {', '.join(map(str, small))}")
     objects = objects_of(film.mask)
     masks = segment(
         backbone,
@@ -128,6 +124,8 @@ def _segment(film: Film, backbone: Any, how: Propagation, batch_size: int, bad: 
         num_workers=useful_workers(N_THREADS, 1),
         bad=bad,
     )
+    if small := too_small(backbone, film.mask, how.side):
+        print(f"{film.name}: too small to be seen in any patch, and not followed: object {', '.join(map(str, small))}")
     scores = []
     _make_folder(film.output)
     _write(film, 0, film.mask)
@@ -176,8 +174,9 @@ def _films(args: argparse.Namespace) -> list[Film]:
         frames, masks = data / "JPEGImages" / "480p", data / "Annotations" / "480p"
         films = [_film(name, frames / name, masks / name, output / name) for name in names]
     for film in films:
-        if film.output.exists() and not film.output.is_dir():
-            raise UserError(f"--output_dir: expected a folder, got the file {printable(film.output)}")
+        there = next(path for path in (film.output, *film.output.parents) if path.exists())
+        if not there.is_dir():
+            raise UserError(f"--output_dir: expected a folder, got the file {printable(there)}")
         taken = {path.resolve().parent for path in (*film.frames, *film.truth)}
         if film.output.resolve() in taken or (args.mask and film.path(0).resolve() == Path(args.mask).resolve()):
             raise UserError(f"--output_dir: masks would be written over what is in {printable(film.output)}")

@@ -6,6 +6,7 @@ what they are given; any other name ends the reading.
 
 import io
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,10 @@ class _DType:
         """Of an array's bytes, or of the list that an array of objects has."""
         if isinstance(data, list):
             return data
-        dtype = np.dtype(self.code)
-        if dtype.kind not in "biufUS" or not dtype.itemsize:
+        if not re.fullmatch("[biufSU][0-9]+", self.code) or self.order not in "<>|":
             raise ValueError(f"an array of {self.code}")
         raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
-        return np.frombuffer(raw, dtype.newbyteorder(self.order)).tolist()  # type: ignore[arg-type]
+        return np.frombuffer(raw, f"{self.order}{self.code}").tolist()
 
 
 class _Array:
