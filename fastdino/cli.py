@@ -22,7 +22,9 @@ COMMANDS = {
     "retrieval": "mAP of image retrieval on Oxford or Paris, revisited",
     "copies": "mAP of copy detection on Copydays",
     "video": "follow objects through a film from a mask of its first frame (DAVIS 2017)",
-    "attention": "where the CLS token looks",
+    "attention": "draw where the CLS token looks, in images and films",
+    "pca": "draw what patches have in common",
+    "report": "one HTML page about a run",
     "doctor": "what this machine can do",
 }
 

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from fastdino.commands.common import (
     tell,
 )
 from fastdino.data.decode import BadImage, open_image
+from fastdino.data.films import frame_files
 from fastdino.data.loader import useful_workers
 from fastdino.data.sequences import SequenceSource
 from fastdino.data.sources import EXTENSIONS, read_file
@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
         started, bad = time.perf_counter(), dict[int, str]()
         scores = _segment(film, opened.backbone, how, args.bs, bad)
         seconds = time.perf_counter() - started
-        said = f"{len(film.frames)} frames, {len(objects_of(film.mask))} objects, {seconds:.1f} s"
+        n_objects = len(objects_of(film.mask))
+        said = f"{len(film.frames)} frames, {n_objects} object{'s' * (n_objects > 1)}, {seconds:.1f} s"
         if len(scores):
             of_objects.append(scores)
             j, f = scores.mean((0, 1))
@@ -187,8 +188,7 @@ def _film(name: str, folder: Path, masks: Path, output: Path) -> Film:
     """masks: a file, of the first frame, or a folder with masks called like frames, of the first at least."""
     if not folder.is_dir():
         raise UserError(f"expected a folder of frames, found {'a file' if folder.exists() else 'nothing'} at {folder}")
-    frames = [path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.name[0] != "."]
-    frames.sort(key=_natural)
+    frames = frame_files(folder)
     if not frames:
         raise UserError(f"no frame in {printable(folder)} (looked for {', '.join(e[1:] for e in EXTENSIONS)})")
     by_stem: dict[str, Path] = {}
@@ -210,11 +210,6 @@ def _film(name: str, folder: Path, masks: Path, output: Path) -> Film:
         )
     is_whole = len(truth) == len(frames) and all(path.is_file() for path in truth)
     return Film(name, frames, mask, palette, truth if is_whole else [], output)
-
-
-def _natural(path: Path) -> tuple[list[str | int], str]:
-    """For sorting: frame_2 before frame_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)], path.name
 
 
 def _read_mask(path: Path) -> tuple[Mask, list[int]]:

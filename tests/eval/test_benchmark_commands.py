@@ -222,7 +222,7 @@ def test_a_film_of_ones_own_is_in_the_order_of_its_numbers(world, capsys):
     for path in (world / "film").iterdir():
         path.rename(path.with_name(f"frame {int(path.stem)}.jpg"))
     assert run(*FILM.split()) == 0
-    assert "film: 12 frames, 1 objects, " in capsys.readouterr().out
+    assert "film: 12 frames, 1 object, " in capsys.readouterr().out
     unpadded = [np.asarray(Image.open(f"film_masks/frame {i}.png")) for i in range(12)]
     assert run(*VIDEO.split()) == 0
     for i, mask in enumerate(unpadded):
