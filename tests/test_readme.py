@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import copydays, davis, oxford
 
 import fastdino
 from bench.records import read
@@ -39,8 +40,8 @@ def python_blocks():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, photo_folder):
-    """photos/ with two classes, a run over them, and the results of two runs of the benchmark."""
+def folder(tmp_path_factory, photo_folder, photos):
+    """photos/ with two classes, a run over them, benchmarks, and the results of two runs of ours."""
     folder = tmp_path_factory.mktemp("readme")
     for number, name in enumerate(("cats", "dogs")):
         target = folder / "photos" / name
@@ -49,6 +50,13 @@ def folder(tmp_path_factory, photo_folder):
             shutil.copy(path, target / f"{i:02}.jpg")
     for name in ("before", "after"):
         shutil.copytree(RESULTS, folder / name)
+    oxford(folder / "revisited")
+    copydays(folder / "copydays", n=4, n_strong=4, n_whitening=200)
+    (folder / "copydays" / "whitening").rename(folder / "yfcc")
+    davis(folder / "DAVIS", photos)
+    (folder / "DAVIS" / "JPEGImages" / "480p" / "high").rename(folder / "film")
+    (folder / "DAVIS" / "Annotations" / "480p" / "high" / "00000.png").rename(folder / "first_mask.png")
+    (folder / "DAVIS" / "ImageSets" / "2017" / "val.txt").write_text("wide\n")
     shutil.copy(ROOT / "README.md", folder)
     words = ["--data_path", str(folder / "photos"), "--output_dir", str(folder / "runs" / "photos")]
     assert main(["train", *words, *SMALL]) == 0
@@ -67,6 +75,7 @@ def run_command(command, folder, monkeypatch, capsys):
     if words[0] == "fastdino":
         monkeypatch.chdir(folder)
         small = SMALL if words[1] == "train" and "--help" not in words else []
+        small = ["--imsize", "64"] if words[1] in ("retrieval", "copies", "video") else small
         if "--help" in words:
             with pytest.raises(SystemExit) as end:
                 main(words[1:])

@@ -60,7 +60,7 @@ class Frame:
 
     @property
     def shown(self) -> tuple[int, int]:
-        """(H, W) that the backbone sees."""
+        """(H, W) that the backbone sees. Of square frames the original turns the mask, but not the frame, upright."""
         height, width = self.shape
         if height > width:
             return int(self.side * height / width // MULTIPLE * MULTIPLE), self.side
@@ -235,7 +235,7 @@ def region_similarity(found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> flo
 def contour_accuracy(found: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
     """F, in [0, 1]: harmonic mean of the shares of each contour that lie near the other one.
 
-    Near: within 0.8% of the diagonal, rounded up to whole pixels. 1 where both masks are empty, 0 where one is.
+    Near: within 0.8% of the diagonal, rounded up to whole pixels. 1 where neither mask has a contour, 0 where one has.
     """
     radius = math.ceil(BOUNDARY * math.hypot(*found.shape))
     offsets = np.arange(-radius, radius + 1)

@@ -13,6 +13,7 @@ from test_cli import RunsCode
 
 from fastdino import vit_nano
 from fastdino.cli import main
+from fastdino.eval.video import frame_scores
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,9 @@ def test_a_mistake_gets_one_line_and_exit_code_2_and_nothing_is_written(name, wo
     assert sorted(world.rglob("*")) == before
 
 
+FOLDERS = ("out", "davis/Annotations/480p")
+
+
 def last(capsys):
     *lines, result = capsys.readouterr().out.splitlines()
     return lines, json.loads(result)
@@ -204,6 +208,15 @@ def test_masks_have_the_frames_names_the_masks_colors_and_scores_where_there_is_
     assert lines[0] == "[0/2] Begin to segmentate video wide."
     assert result["scored"] == result["films"] == 2
     assert 0.2 < result["J-Mean"] < 1
+    scores = []
+    for film, objects in (("wide", [1, 2]), ("high", [1])):
+        frames = [  # not the first, and as DAVIS has it not the last
+            frame_scores(*(np.asarray(Image.open(f"{folder}/{film}/{i:05}.png")) for folder in FOLDERS), objects)
+            for i in range(1, 11)
+        ]
+        scores += [np.array(frames)[:, i] for i in range(len(objects))]
+    assert result["J-Mean"] == pytest.approx(np.mean([of_object.mean(0)[0] for of_object in scores]))
+    assert result["F-Recall"] == pytest.approx(np.mean([(of_object[:, 1] > 0.5).mean() for of_object in scores]))
     assert result["J&F-Mean"] == pytest.approx((result["J-Mean"] + result["F-Mean"]) / 2)
     masks = sorted((world / "out/wide").iterdir())
     assert [path.name for path in masks] == [f"{i:05}.png" for i in range(12)]
