@@ -172,6 +172,8 @@ def _films(args: argparse.Namespace) -> list[Film]:
             raise UserError(f"--data_path: expected names of films in {printable(listed)}: {error}") from error
         if not names:
             raise UserError(f"--data_path: {printable(listed)} names no film")
+        if odd := [name for name in names if Path(name).name != name]:
+            raise UserError(f"--data_path: {printable(listed)}: expected names of folders, got {printable(odd[0])}")
         frames, masks = data / "JPEGImages" / "480p", data / "Annotations" / "480p"
         films = [_film(name, frames / name, masks / name, output / name) for name in names]
     for film in films:

@@ -103,6 +103,11 @@ MISTAKES = {
     "no distractors": (f"{COPIES} --distractors_path nowhere", None, "found nothing at nowhere"),
     "smaller than a patch": (f"{COPIES} --imsize 7", None, "--imsize: expected at least the patch size 8, got 7"),
     "no film list": (VIDEO, remove("davis/ImageSets"), "expected names of films in davis/ImageSets/2017/val.txt"),
+    "film elsewhere": (
+        VIDEO,
+        lambda w: (w / "davis/ImageSets/2017/val.txt").write_text("../film"),
+        "davis/ImageSets/2017/val.txt: expected names of folders, got ../film",
+    ),
     "no frames": (VIDEO, remove("davis/JPEGImages/480p/high"), "found nothing at davis/JPEGImages/480p/high"),
     "empty film": (FILM, lambda w: [p.unlink() for p in (w / "film").iterdir()], "no frame in film (looked for jpg"),
     "no mask": (
