@@ -1,10 +1,13 @@
 """Data sets in the form of those that the original's programs evaluate on, made of digits and photographs."""
 
 import pickle
+from functools import cache
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn import datasets
+
+load_digits = cache(datasets.load_digits)
 
 
 def digit(i):
