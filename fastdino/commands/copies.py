@@ -61,12 +61,13 @@ def run(args: argparse.Namespace) -> int:
 
     def extracted(what: str, source: ImageSource) -> tuple[torch.Tensor, np.ndarray]:
         nonlocal n_bad
+        print(f"{what:12}{len(source):,} images", flush=True)
         bad: list[str] = []
         found = copy_features(
             opened.backbone, source, args.imsize, bad=lambda _, line: bad.append(line), **loading(args)
         )
         if bad:
-            print(f"{what}: without {some_of(bad, len(source))}")
+            print(f"{what:12}without {some_of(bad, len(source))}")
         n_bad += len(bad)
         return found
 

@@ -182,7 +182,8 @@ def test_images_that_cannot_be_read_are_counted_and_named(world, capsys):
     (world / "copydays/original/200200.jpg").write_bytes(b"broken")
     assert run(*COPIES.split()) == 0
     lines, result = last(capsys)
-    assert lines[0].startswith("original: without 1 unreadable of 6 images: copydays/original/200200.jpg: is no JPEG")
+    assert lines[0] == "original    6 images"
+    assert lines[1].startswith("original    without 1 unreadable of 6 images: copydays/original/200200.jpg: is no JPEG")
     assert result["unreadable"] == 1
     assert result["original_map"] == 1
     assert result["jpegqual/75_map"] == pytest.approx(5 / 6)  # whose original is lost is not found
