@@ -35,7 +35,7 @@ def main(folder: str, program: str, *flags: str) -> None:
     def loaded(*args: Any, load: Any = torch.load, **kwargs: Any) -> Any:
         return load(*args, **kwargs, weights_only=False)
 
-    palette = io.BytesIO(b"0 0 0\n255 0 0\n0 255 0\n0 0 255\n")  # what the video program downloads
+    palette = io.BytesIO(b"0 0 0\n255 0 0\n0 255 0\n0 0 255\n" * 64)  # what the video program downloads
     if not hasattr(Image, "ANTIALIAS"):
         Image.ANTIALIAS = Image.Resampling.LANCZOS  # type: ignore[attr-defined]
     np.__dict__.setdefault("in1d", np.isin)

@@ -30,8 +30,8 @@ Copy detection on Copydays, as in the original's eval_copy_detection.py.
 The article: ViT-B/8, whitening learned on 20,000 and distractors of 10,000 images of YFCC100M."""
     add_weights_flags(parser)
     parser.add_argument("--data_path", required=True, metavar="FOLDER", help="Copydays")
-    parser.add_argument("--whitening_path", metavar="PATH", help="images to learn the whitening from; without: none")
-    parser.add_argument("--distractors_path", metavar="PATH", help="images to search among, too; without: none")
+    parser.add_argument("--whitening_path", metavar="PATH", help="images to learn the whitening from [none]")
+    parser.add_argument("--distractors_path", metavar="PATH", help="images to search among, too [none]")
     parser.add_argument("--imsize", type=int, default=320, metavar="N", help="side of the square images [320]")
     add_loading_flags(parser.add_argument_group("Images"), batch_size=16)
     add_ignored_flags(parser, "--use_cuda")
