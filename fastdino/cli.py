@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from fastdino import __version__
-from fastdino.errors import TrainingError, UserError
+from fastdino.errors import ExportError, TrainingError, UserError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model",
     "knn": "k-NN accuracy of a trained backbone",
     "attention": "where the CLS token looks",
+    "export": "a trained backbone for timm, transformers, ONNX ...",
     "doctor": "what this machine can do",
 }
 
@@ -29,6 +30,7 @@ Train DINO (self-distillation with no labels, arXiv:2104.14294) on your own imag
   fastdino train --data_path photos/      learn from a folder of images
   fastdino knn --pretrained_weights checkpoint.pth --data_path photos/
   fastdino attention --pretrained_weights checkpoint.pth --images photos/cat.jpg
+  fastdino export --pretrained_weights checkpoint.pth --format onnx --output vit.onnx
   fastdino doctor photos/                 what this machine can do, and how fast it reads the folder
 """
 
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_module(args.command).run(args))
     except UserError as error:
         return _end(args.command, str(error), EXIT_USAGE)
-    except TrainingError as error:
+    except (TrainingError, ExportError) as error:
         return _end(args.command, str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return _end(args.command, "interrupted", EXIT_INTERRUPTED)
