@@ -17,9 +17,11 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 # fastdino.commands has a module for each.
 COMMANDS = {
     "train": "train a model",
+    "features": "write features of images to a file",
     "knn": "k-NN accuracy of a trained backbone",
-    "attention": "where the CLS token looks",
-    "export": "a trained backbone for timm, transformers, ONNX ...",
+    "attention": "draw where the CLS token looks, in images and films",
+    "pca": "draw what patches have in common",
+    "export": "write a trained backbone for timm, transformers, ONNX ...",
     "doctor": "what this machine can do",
 }
 
