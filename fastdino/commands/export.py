@@ -7,6 +7,8 @@ from fastdino.export import Exported, export
 from fastdino.export.formats import FORMATS
 from fastdino.train.interrupt import Interrupted, Stop
 
+CLOSE = 2  # levels that resizing with other roundings makes
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Weights, format, and the file."""
@@ -69,7 +71,8 @@ def summary(exported: Exported) -> list[str]:
         advice = f"; {library} interpolates positions its own way, --size {difference.size} is exact" if own else ""
         lines.append(f"  {difference.size:>4} px  {digits}{advice}")
     if checked.levels is not None:
-        lines.append(f"images   prepared by {library} as here, to {checked.levels:.0f} of 255 levels")
+        aside = " (it crops a pixel aside where an odd number is left over)" if checked.levels > CLOSE else ""
+        lines.append(f"images   prepared by {library} as here, to {checked.levels:.0f} of 255 levels{aside}")
     if model.fixed and exported.format in ("onnx", "pt2"):
         lines.append("takes    any number of images, of that size alone")
     elif exported.format in ("onnx", "pt2"):

@@ -124,6 +124,7 @@ def _use_backbone(model: Model, path: Path) -> list[str]:
         f"from fastdino import {model.arch}  # or the original's, from vision_transformer",
         f"backbone = {model.arch}(patch_size={model.patch_size}{size})",
         f"backbone.load_state_dict(torch.load({str(path)!r}, weights_only=True))",
+        "backbone.eval()",
     ]
 
 
@@ -193,6 +194,7 @@ def _use_timm(model: Model, path: Path) -> list[str]:
         f"backbone = timm.create_model({name!r}, checkpoint_path={str(path)!r}{words}, "
         "pretrained_cfg_overlay=images_as_trained)",
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone))",
+        "backbone.eval()",
     ]
 
 
