@@ -21,6 +21,7 @@ COMMANDS = {
     "knn": "k-NN accuracy of a trained backbone",
     "attention": "draw where the CLS token looks, in images and films",
     "pca": "draw what patches have in common",
+    "report": "one HTML page about a run",
     "export": "write a trained backbone for timm, transformers, ONNX ...",
     "doctor": "what this machine can do",
 }

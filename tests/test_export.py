@@ -34,7 +34,7 @@ from fastdino.model.vit import _resize
 from fastdino.train.checkpoint import eval_size
 
 SIDE, PATCH = 32, 8
-OUTPUT = {name: f"vit{(kind.suffixes or ('',))[0]}" for name, kind in FORMATS.items()}
+OUTPUT = {name: f"{name}{(kind.suffixes or ('',))[0]}" for name, kind in FORMATS.items()}
 ROUNDING = 1e-5  # of the largest feature
 
 
@@ -259,7 +259,7 @@ def test_damaged_safetensors_are_refused_in_one_line(how, folder, here, capsys):
     path.write_bytes(DAMAGE[how](path.read_bytes()))
     assert main(["export", "--pretrained_weights", str(path), "--format", "backbone", "--output", "x.pth"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("fastdino export: vit.safetensors is not a checkpoint, or is damaged")
+    assert error.startswith("fastdino export: safetensors.safetensors is not a checkpoint, or is damaged")
     assert error.count("\n") == 1
 
 
