@@ -4,7 +4,7 @@ import argparse
 
 from fastdino.commands.common import add_file_flags
 from fastdino.export import Exported, export
-from fastdino.export.formats import FORMATS
+from fastdino.export.formats import FORMATS, MEAN, STD
 from fastdino.train.interrupt import Interrupted, Stop
 
 CLOSE = 2  # levels that resizing with other roundings makes
@@ -26,7 +26,8 @@ are compared with the backbone's, before the file gets its name. Formats:
     parser.add_argument("--output", required=True, metavar="PATH", help="the file, or for hf the folder; a new one")
     parser.add_argument(
         "--size", type=int, metavar="N",
-        help="side of the images that positions are laid out for [as trained]; onnx and pt2 then take no other",
+        help="side of the images that positions are laid out for [as trained]; exact at that size alone, and onnx and "
+        "pt2 take no other",
     )  # fmt: skip
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="FILE", help="to compare features on [two photographs]"
@@ -59,23 +60,23 @@ def summary(exported: Exported) -> list[str]:
     n_params = sum(p.numel() for p in model.backbone.parameters())
     files = [exported.path] if exported.path.is_file() else list(exported.path.iterdir())
     megabytes = sum(file.stat().st_size for file in files) / 1e6
-    at = f"{model.view.size} px, after a resize of the short side to {model.view.resize}"
-    lines = [
-        f"model    {model.arch or 'a ViT'}/{model.patch_size}, {n_params / 1e6:.1f} M parameters; images of {at}",
-        f"checked  {checked.n_images} images and their mirror images; largest difference of a feature:",
-    ]
     library = kind.needs[-1] if kind.needs else "torch"
+    lines = [
+        f"model    {model.arch or 'a ViT'}/{model.patch_size}, {n_params / 1e6:.1f} M parameters",
+        f"images   short side to {model.view.resize} px, bicubic, the middle {model.view.size} px, "
+        f"mean {' '.join(map(str, MEAN))}, deviation {' '.join(map(str, STD))}",
+    ]
+    if checked.levels is not None:
+        aside = " (it crops a pixel aside where an odd number is left over)" if checked.levels > CLOSE else ""
+        lines.append(f"         {library} prepares them so by itself, to {checked.levels:.0f} of 255 levels{aside}")
+    if exported.format in ("onnx", "pt2"):
+        size = "that size alone" if model.fixed else f"any size from {2 * model.patch_size} px on"
+        lines.append(f"         any number at once, of {size}")
+    lines.append(f"checked  {checked.n_images} images and their mirror images; largest difference of a feature:")
     for difference in checked.differences:
         digits = f"{difference.largest:.1e}, {difference.relative:.1e} of the largest" if difference.largest else "none"
         own = difference.size != model.view.size and kind.own_positions and not difference.is_small
         advice = f"; {library} interpolates positions its own way, --size {difference.size} is exact" if own else ""
         lines.append(f"  {difference.size:>4} px  {digits}{advice}")
-    if checked.levels is not None:
-        aside = " (it crops a pixel aside where an odd number is left over)" if checked.levels > CLOSE else ""
-        lines.append(f"images   prepared by {library} as here, to {checked.levels:.0f} of 255 levels{aside}")
-    if model.fixed and exported.format in ("onnx", "pt2"):
-        lines.append("takes    any number of images, of that size alone")
-    elif exported.format in ("onnx", "pt2"):
-        lines.append(f"takes    any number of images, of any size from {2 * model.patch_size} px on")
     lines += [f"wrote    {exported.path} ({megabytes:.1f} MB); to use it:", ""]
     return [*lines, *(f"    {line}" for line in exported.use)]

@@ -361,7 +361,7 @@ def _load_pt2(model: Model, path: Path) -> Loaded:
 
 def _use_pt2(model: Model, path: Path) -> list[str]:
     return [
-        f"import torch  # {torch.__version__.partition('+')[0]}; others may not read it",
+        f"import torch  # written by {torch.__version__.partition('+')[0]}; another version may refuse it",
         f"backbone = torch.export.load({str(path)!r}).module()",
     ]
 
