@@ -336,7 +336,7 @@ MISTAKES = {
     "no image": ("--format backbone --output x.pth --images none.jpg", "--images: none.jpg: "),
     "timm's ResNet": (
         "--format onnx --output x.onnx --pretrained_weights resnet.pth",
-        "resnet.pth holds timm's resnet50, which is no Vision Transformer of ours",
+        "pos_embed is missing. It was trained as timm:resnet50, which is no Vision Transformer of ours",
     ),
     "one channel": ("--format backbone --output x.pth --pretrained_weights gray.pth", "takes images of 1 channels"),
 }  # fmt: skip

@@ -4,12 +4,11 @@ import importlib
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from PIL import Image
 
@@ -116,8 +115,16 @@ def _open(weights: str | Path, key: str, num_heads: int | None, size: int | None
     from fastdino.train.checkpoint import backbone_of, eval_size, load_checkpoint
 
     checkpoint = load_checkpoint(weights)
-    _check_kind(checkpoint, weights, key)
-    backbone = backbone_of(checkpoint, weights, key, num_heads)
+    try:
+        backbone = backbone_of(checkpoint, weights, key, num_heads)
+    except UserError as error:
+        arch = getattr(checkpoint.get("args"), "arch", None)
+        if not (isinstance(arch, str) and arch.startswith(TIMM)):
+            raise
+        raise UserError(
+            f"{error}. It was trained as {printable(arch)}, which is no Vision Transformer of ours, and cannot be "
+            f"exported: its weights under {key!r} have timm's names behind 'backbone.', and timm loads them as they are"
+        ) from error
     if (channels := backbone.patch_embed.proj.in_channels) != 3:
         raise UserError(f"{weights} takes images of {channels} channels: only those of 3 can be exported")
     side = backbone.patch_embed.img_size if size is None else size
@@ -125,18 +132,6 @@ def _open(weights: str | Path, key: str, num_heads: int | None, size: int | None
         raise UserError(f"--size: expected at least the patch size {backbone.patch_embed.patch_size}, got {side}")
     view = View(max(side, eval_size(checkpoint, side)), side)
     return backbone, Model(laid_out_for(backbone, side), view, fixed=size is not None)
-
-
-def _check_kind(checkpoint: Mapping[str, Any], weights: str | Path, key: str) -> None:
-    """Raises UserError, with what to do instead, for a network of timm's that is no Vision Transformer."""
-    arch, state = getattr(checkpoint.get("args"), "arch", None), checkpoint.get(key, checkpoint)
-    if not (isinstance(arch, str) and arch.startswith(TIMM) and isinstance(state, Mapping)):
-        return
-    if not any(str(name).endswith("pos_embed") for name in state):
-        raise UserError(
-            f"{weights} holds timm's {printable(arch.removeprefix(TIMM))}, which is no Vision Transformer of ours: "
-            f"its weights under {key!r} have timm's names behind 'backbone.', and timm loads them as they are"
-        )
 
 
 def laid_out_for(backbone: VisionTransformer, size: int) -> VisionTransformer:

@@ -3,6 +3,7 @@
 Axes: B images of 3 channels, D features.
 """
 
+import io
 import json
 import math
 import re
@@ -351,8 +352,10 @@ def _use_onnx(model: Model, path: Path) -> list[str]:
 def _write_pt2(model: Model, path: Path) -> None:
     module, images, sizes = _graph(model)
     program = torch.export.export(module, (images,), dynamic_shapes=(sizes,))
-    facts = {"fastdino.json": json.dumps(model.facts)}
-    files.replace(path, lambda file: torch.export.save(program, file, extra_files=facts))
+    # Not to the file itself: where the disk is full, PyTorch's writer ends the process.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"fastdino.json": json.dumps(model.facts)})
+    files.replace(path, lambda file: file.write(content.getbuffer()))
 
 
 def _load_pt2(model: Model, path: Path) -> Loaded:
