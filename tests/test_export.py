@@ -335,7 +335,7 @@ MISTAKES = {
     "image": ("--format backbone --output x.pth --images broken.jpg", "--images: broken.jpg: "),
     "no image": ("--format backbone --output x.pth --images none.jpg", "--images: none.jpg: "),
     "timm's ResNet": (
-        "--format onnx --output x.onnx --pretrained_weights resnet.pth",
+        "--format backbone --output x.pth --pretrained_weights resnet.pth",
         "pos_embed is missing. It was trained as timm:resnet50, which is no Vision Transformer of ours",
     ),
     "one channel": ("--format backbone --output x.pth --pretrained_weights gray.pth", "takes images of 1 channels"),
