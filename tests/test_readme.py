@@ -1,6 +1,7 @@
 """Every command and every block of Python in the README runs, on a few small images and with a small model."""
 
 import copy
+import importlib
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import fastdino
 from bench.records import read
 from bench.report import BEGIN, END, summary
 from fastdino.cli import main, parser
+from fastdino.export.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -69,6 +71,14 @@ def run(words, folder, expect=(0,)):
     assert done.returncode in expect, done.stdout + done.stderr
 
 
+def imports(library):
+    try:
+        importlib.import_module(library)
+    except ImportError:
+        return False
+    return True
+
+
 def run_command(command, folder, monkeypatch, capsys):
     """The command as it stands, but for what would take long."""
     words = shlex.split(command)
@@ -80,6 +90,9 @@ def run_command(command, folder, monkeypatch, capsys):
             with pytest.raises(SystemExit) as end:
                 main(words[1:])
             assert end.value.code == 0
+        elif words[1] == "export" and not all(map(imports, FORMATS[words[words.index("--format") + 1]].needs)):
+            assert main(words[1:]) == 2
+            assert "cannot be imported" in capsys.readouterr().err
         else:
             assert main([*words[1:], *small]) == 0, capsys.readouterr().err
     elif words[0] == "torchrun":

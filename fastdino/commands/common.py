@@ -31,18 +31,24 @@ class Opened:
 
 def add_weights_flags(parser: argparse.ArgumentParser, unless: str = "") -> None:
     """Which backbone, and where it runs. unless: a flag that takes its place."""
-    group = parser.add_argument_group("Weights")
-    group.add_argument(
-        "--pretrained_weights", required=not unless, metavar="FILE", help="checkpoint, or backbone weights"
-    )
-    group.add_argument("--checkpoint_key", default="teacher", metavar="NAME", help="teacher or student [teacher]")
-    group.add_argument("--num_heads", type=int, metavar="N", help="only for widths that no architecture here has")
+    group = add_file_flags(parser, unless)
     group.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N [auto]")
     group.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the backbone [fp32]")
     # Of the original's command lines.
     group.add_argument("--arch", metavar="NAME", help="not needed: the weights tell, and have to agree")
     group.add_argument("--patch_size", type=int, metavar="N", help="not needed either")
     add_ignored_flags(parser, "--dist_url", "--local_rank")
+
+
+def add_file_flags(parser: argparse.ArgumentParser, unless: str = "") -> argparse._ArgumentGroup:
+    """Which backbone; the group, for what else is about it."""
+    group = parser.add_argument_group("Weights")
+    group.add_argument(
+        "--pretrained_weights", required=not unless, metavar="FILE", help="checkpoint, or backbone weights"
+    )
+    group.add_argument("--checkpoint_key", default="teacher", metavar="NAME", help="teacher or student [teacher]")
+    group.add_argument("--num_heads", type=int, metavar="N", help="only for widths that no architecture here has")
+    return group
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
