@@ -18,6 +18,8 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 COMMANDS = {
     "train": "train a model",
     "knn": "k-NN accuracy of a trained backbone",
+    "linear": "accuracy of linear classifiers on its features",
+    "logreg": "accuracy of logistic regression on its features",
     "attention": "where the CLS token looks",
     "doctor": "what this machine can do",
 }
@@ -28,6 +30,7 @@ Train DINO (self-distillation with no labels, arXiv:2104.14294) on your own imag
   fastdino train                          learn handwritten digits, in minutes, on any machine
   fastdino train --data_path photos/      learn from a folder of images
   fastdino knn --pretrained_weights checkpoint.pth --data_path photos/
+  fastdino linear --pretrained_weights checkpoint.pth --data_path photos/ --output_dir linear/
   fastdino attention --pretrained_weights checkpoint.pth --images photos/cat.jpg
   fastdino doctor photos/                 what this machine can do, and how fast it reads the folder
 """

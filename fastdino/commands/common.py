@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fastdino.data.sources import ImageSource, open_source
@@ -18,6 +20,7 @@ from fastdino.model.archs import ARCHITECTURES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HELD_OUT = "train/ and val/ with class folders; or class folders alone"
+ONE_IN = 5  # images of a class is held out where there is no val/
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,44 @@ def labelled(source: ImageSource) -> ImageSource:
     if source.labels is None:
         raise UserError(f"labels are needed, from at least two class folders: {source.describe()}")
     return source
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of a labelled source: those at `indices`."""
+
+    source: ImageSource
+    indices: NDArray[np.int64]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(n,) of all images of the source, in the numbers of the original's files: torchvision has 10 before 2."""
+        assert self.source.labels is not None
+        return np.argsort(np.argsort(np.array(self.source.classes)))[self.source.labels]
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        some_of_it = f"{len(self.indices):,} of " if len(self.indices) < len(self.source) else ""
+        return some_of_it + self.source.describe().replace(" (for k-NN only)", "")
+
+
+def open_parts(data_path: str | None) -> tuple[Part, Part]:
+    """(images to train on, held-out ones): as `open_labelled`; of class folders alone a fifth of each class is held out.
+
+    The fifth is the same in every run. Raises UserError as `open_labelled`, and where no class has a second image.
+    """
+    source, held_out = open_labelled(data_path)
+    if held_out is not None:
+        return Part(source, np.arange(len(source))), Part(held_out, np.arange(len(held_out)))
+    assert source.labels is not None
+    rng, chosen = np.random.default_rng(0), np.zeros(len(source), bool)
+    for label in range(len(source.classes)):
+        (own,) = np.nonzero(source.labels == label)
+        n_chosen = max(len(own) // ONE_IN, int(len(own) > 1))
+        chosen[rng.permutation(own)[:n_chosen]] = True
+    if not chosen.any():
+        raise UserError(f"{data_path}: one image of each class, of which none can be held out; expected at least two")
+    return Part(source, np.flatnonzero(~chosen)), Part(source, np.flatnonzero(chosen))
 
 
 def some(names: Any) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from fastdino.data.augment import normalize
 from fastdino.data.sources import ImageSource
-from fastdino.data.views import center_views
+from fastdino.data.views import center_views, random_views
 from fastdino.errors import UserError
 
 TOKENS = ("cls", "avg", "patch")
+Views = Iterator[tuple[Tensor, NDArray[np.int64]]]  # ((B, 3, H, W) uint8, indices (B,))
 BATCH = 128  # images at once, as in the original's evaluations
 
 
@@ -28,6 +29,26 @@ class View:
 
     resize: int
     size: int
+
+    def views(self, source: ImageSource, indices: NDArray[np.int64], *loading: Any) -> Views:
+        """As `data.views.center_views`."""
+        return center_views(source, indices, self.resize, self.size, *loading)
+
+
+@dataclass(frozen=True)
+class RandomView:
+    """A random part of 8 to 100% of an image, resized bilinearly to `size`, half of them flipped.
+
+    Drawn from seed, epoch, and the image's index.
+    """
+
+    size: int
+    seed: int
+    epoch: int
+
+    def views(self, source: ImageSource, indices: NDArray[np.int64], *loading: Any) -> Views:
+        """As `data.views.random_views`."""
+        return random_views(source, indices, self.size, self.seed, self.epoch, *loading)
 
 
 @contextmanager
@@ -75,7 +96,7 @@ def stream(
     backbone: nn.Module,
     source: ImageSource,
     indices: NDArray[np.int64],
-    view: View,
+    view: View | RandomView,
     *,
     layers: int = 1,
     tokens: Sequence[str] = ("cls",),
@@ -90,6 +111,6 @@ def stream(
     """
     parameter = next(backbone.parameters())
     with evaluating(backbone):
-        for views, batch in center_views(source, indices, view.resize, view.size, batch_size, num_workers, bad):
+        for views, batch in view.views(source, indices, batch_size, num_workers, bad):
             images = normalize(views.to(parameter.device)).to(parameter.dtype)
             yield batch, backbone_features(backbone, images, layers, tokens)
