@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -12,6 +13,7 @@ if importlib.util.find_spec("fastdino_kernels") is None:  # run from a clone tha
 from fastdino import train
 from fastdino.data.augment import global_augment, multiple_local_augments
 from fastdino.dino import DINO, distillation_loss, train_dino
+from fastdino.extract import EvalTransform, Features, eval_transform, features
 from fastdino.model import (
     DINOHead,
     MultiCropWrapper,
@@ -28,16 +30,24 @@ from fastdino.train.optim import clip_gradients, get_params_groups
 from fastdino.train.schedules import cosine_schedule
 from fastdino.train.sinks import Sink
 
+if TYPE_CHECKING:
+    from fastdino.feature_extractor import FeatureExtractor
+
 __all__ = [
     "DINO",
     "DINOHead",
     "DINOLoss",
+    "EvalTransform",
+    "FeatureExtractor",
+    "Features",
     "MultiCropWrapper",
     "Sink",
     "VisionTransformer",
     "clip_gradients",
     "cosine_schedule",
     "distillation_loss",
+    "eval_transform",
+    "features",
     "get_params_groups",
     "global_augment",
     "load_backbone",
@@ -51,3 +61,11 @@ __all__ = [
     "vit_small",
     "vit_tiny",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FeatureExtractor":  # imports scikit-learn
+        from fastdino.feature_extractor import FeatureExtractor
+
+        return FeatureExtractor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,10 +17,12 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 # fastdino.commands has a module for each.
 COMMANDS = {
     "train": "train a model",
+    "features": "write features of images to a file",
     "knn": "k-NN accuracy of a trained backbone",
     "linear": "accuracy of linear classifiers on its features",
     "logreg": "accuracy of logistic regression on its features",
-    "attention": "where the CLS token looks",
+    "attention": "draw where the CLS token looks, in images and films",
+    "pca": "draw what patches have in common",
     "doctor": "what this machine can do",
 }
 

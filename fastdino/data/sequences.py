@@ -1,6 +1,7 @@
 """Images that Python holds: a sequence of them, or a `torch.utils.data.Dataset`, as a source."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino.data.decode import BadImage, open_image
-from fastdino.data.sources import kind, labels_of
-from fastdino.errors import UserError
+from fastdino.data.sources import kind, labels_of, read_file
+from fastdino.errors import UserError, printable
 
 
 class Indexed(Protocol):
@@ -22,7 +23,7 @@ class Indexed(Protocol):
 
 
 class SequenceSource:
-    """PIL images, uint8 arrays (H, W) or (H, W, 3), tensors (3, H, W) in uint8 or in [0, 1], or encoded bytes.
+    """PIL images, uint8 arrays (H, W) or (H, W, 3), tensors (3, H, W) in uint8 or in [0, 1], encoded bytes, or paths.
 
     An item may be a tuple or a dict that has the image first or under `image`. labels: a class number for each, or
     None. Items are read from several threads at once. Raises ValueError where there are none, or as many labels.
@@ -47,6 +48,8 @@ class SequenceSource:
         item = item["image"] if isinstance(item, dict) else item[0] if isinstance(item, (tuple, list)) else item
         if isinstance(item, bytes):
             return item
+        if isinstance(item, (str, Path)):
+            return read_file(item)
         if isinstance(item, torch.Tensor):
             item = item.permute(1, 2, 0) if item.ndim == 3 else item
             item = (item * 255).round().clamp(0, 255).byte().numpy() if item.is_floating_point() else item.numpy()
@@ -54,7 +57,8 @@ class SequenceSource:
         return np.repeat(pixels[..., None], 3, -1) if pixels.ndim == 2 else pixels
 
     def name(self, index: int) -> str:
-        return f"item {index} of {self.what}"
+        item = self.images[index] if isinstance(self.images, (list, tuple)) else None
+        return printable(item) if isinstance(item, (str, Path)) else f"item {index} of {self.what}"
 
     def describe(self) -> str:
         return f"{len(self):,} {self.what}, {kind(self)}"

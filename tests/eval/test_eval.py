@@ -1,21 +1,20 @@
-"""k-NN against a few lines of scikit-learn's; attention against the model's own probabilities."""
+"""k-NN against a few lines of scikit-learn's, and as a command."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from fastdino import vit_nano
 from fastdino.cli import main
-from fastdino.data.augment import center_view, normalize
+from fastdino.data.augment import normalize
 from fastdino.data.digits import load_digits
 from fastdino.data.sources import FolderSource
 from fastdino.errors import UserError
-from fastdino.eval.attention_maps import cls_attention, draw_attention
-from fastdino.eval.knn import Features, extract_features, knn_accuracy
+from fastdino.eval.knn import Features, extract_features, knn_accuracy, knn_votes, n_of_each_class
 
 
 def random_features(n, n_classes, seed):
@@ -38,6 +37,53 @@ def test_knn_matches_scikit_learn(k):
     bank, queries = random_features(300, 5, 0), random_features(270, 5, 1)
     assert knn_accuracy(bank, queries, k) == pytest.approx(sklearn_accuracy(bank, queries, k), abs=1.1 / 270)
     assert 0.3 < knn_accuracy(bank, queries, k) < 1
+
+
+def test_top_five_counts_the_classes_with_the_most_votes():
+    bank, queries = random_features(300, 8, 0), random_features(250, 8, 1)
+    similarity = queries.features @ bank.features.T
+    hits = 0
+    for row, label in zip(similarity, queries.labels):
+        nearest = row.argsort(descending=True)[:30]
+        votes = [sum(np.exp(float(row[i]) / 0.07) for i in nearest if bank.labels[i] == c) for c in range(8)]
+        hits += int(label) in np.argsort(votes)[-5:]
+    assert knn_votes(bank, queries, 30) == (knn_accuracy(bank, queries, 30), pytest.approx(hits / 250))
+
+
+def test_a_bank_of_a_few_images_of_each_class():
+    bank = random_features(300, 5, 0)
+    few = n_of_each_class(bank, 7, seed=3)
+    assert torch.equal(few.labels.bincount(), torch.full((5,), 7))
+    at = [int((bank.features == row).all(1).nonzero()) for row in few.features]
+    assert torch.equal(bank.labels[at], few.labels)
+    assert at == sorted(set(at))
+    assert not torch.equal(few.features, n_of_each_class(bank, 7, seed=4).features)
+    assert len(n_of_each_class(bank, 1000, seed=0).labels) == 300
+
+
+def test_features_are_dumped_and_loaded_as_the_original_does(photo_folder, tmp_path, capsys):
+    """Its class numbers have 10 before 2."""
+    for split in ("train", "val"):
+        for number, name in enumerate(("2", "10")):
+            shutil.copytree(photo_folder / f"class_{number}", tmp_path / "data" / split / name)
+    torch.save(vit_nano(patch_size=8, img_size=[16]).state_dict(), tmp_path / "weights.pth")
+    dump, log = tmp_path / "dump", tmp_path / "log.jsonl"
+    words = ["--pretrained_weights", tmp_path / "weights.pth", "--data_path", tmp_path / "data"]
+    common = ["--nb_knn", "3", "--json", log]
+    assert main(["knn", *map(str, [*words, *common, "--dump_features", dump])]) == 0
+    first = capsys.readouterr().out
+    labels = torch.load(dump / "trainlabels.pth")
+    assert labels.tolist() == [0] * 8 + [1] * 8
+    assert torch.load(dump / "testfeat.pth").shape == (16, 96)
+    assert main(["knn", *map(str, ["--load_features", dump, *common])]) == 0
+    line = "3-NN classifier result: Top1: 100.0, Top5: 100.0"
+    assert line in first
+    assert line in capsys.readouterr().out
+    entries = [json.loads(text) for text in log.read_text().splitlines()]
+    assert [e["3nn_top1"] for e in entries] == [1.0, 1.0]
+    assert entries[0]["data"] == str(tmp_path / "data")
+    assert main(["knn", "--load_features", str(tmp_path)]) == 2
+    assert "has no features of the original's form" in capsys.readouterr().err
 
 
 def test_leave_one_out_asks_every_image_of_the_others():
@@ -73,21 +119,6 @@ def test_features_follow_the_order_of_the_images_and_leave_the_mode_alone():
 def test_images_without_labels_have_no_knn(photo_folder):
     with pytest.raises(UserError, match="needs class folders"):
         extract_features(vit_nano(), FolderSource(photo_folder / "class_0"), resize=32, size=32)
-
-
-def test_attention_is_the_models_and_is_drawn(photos, tmp_path):
-    backbone = vit_nano(img_size=[32])
-    image = Image.fromarray(photos[0])
-    view, maps = cls_attention(backbone, image, 36, 32)
-    assert np.array_equal(view, center_view(image, 36, 32))
-    assert maps.shape == (3, 8, 8)
-    pixels = torch.from_numpy(view.copy()).permute(2, 0, 1)[None]
-    with torch.no_grad():
-        expected = backbone.eval().get_last_selfattention(normalize(pixels))[0, :, 0, 1:]
-    assert np.allclose(maps.reshape(3, -1), expected.numpy(), atol=1e-6)
-    draw_attention(backbone, [image] * 2, tmp_path / "attention.png", 36, 32)
-    picture = np.asarray(Image.open(tmp_path / "attention.png").convert("RGB"))
-    assert picture.std() > 20
 
 
 def test_images_that_cannot_be_read_are_named_and_not_silently_left_out(photo_folder, tmp_path, capsys):

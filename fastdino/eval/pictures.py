@@ -1,0 +1,29 @@
+"""Pictures as files, whole or not at all."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastdino import files
+
+
+def save_png(path: Path, pixels: NDArray[Any]) -> None:
+    """(H, W, 3) uint8, or floats in [0, 1]. Raises OSError."""
+    if pixels.dtype != np.uint8:
+        pixels = np.round(pixels * 255).astype(np.uint8)
+    files.replace(path, partial(Image.fromarray(pixels).save, format="png"))
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """In the format that the file's name ends in. Raises OSError."""
+    files.replace(path, partial(figure.savefig, format=path.suffix[1:].lower()))
+
+
+def enlarged(grid: NDArray[Any], patch_size: int) -> NDArray[Any]:
+    """(rows, columns, ...) -> (rows * patch_size, columns * patch_size, ...), each patch in one colour."""
+    return grid.repeat(patch_size, 0).repeat(patch_size, 1)
