@@ -15,12 +15,12 @@ from torch import nn
 from fastdino.data.sources import ImageSource, open_source
 from fastdino.errors import UserError
 from fastdino.eval.features import View
+from fastdino.eval.linear import hold_out
 from fastdino.files import append
 from fastdino.model.archs import ARCHITECTURES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HELD_OUT = "train/ and val/ with class folders; or class folders alone"
-ONE_IN = 5  # images of a class is held out where there is no val/
 
 
 @dataclass(frozen=True)
@@ -146,22 +146,16 @@ class Part:
 
 
 def open_parts(data_path: str | None) -> tuple[Part, Part]:
-    """(images to train on, held-out ones): as `open_labelled`; of class folders alone a fifth of each class is held out.
+    """(images to train on, held-out ones): as `open_labelled`, and from class folders alone as `hold_out`.
 
-    The fifth is the same in every run. Raises UserError as `open_labelled`, and where no class has a second image.
+    Raises UserError as they do.
     """
     source, held_out = open_labelled(data_path)
     if held_out is not None:
         return Part(source, np.arange(len(source))), Part(held_out, np.arange(len(held_out)))
     assert source.labels is not None
-    rng, chosen = np.random.default_rng(0), np.zeros(len(source), bool)
-    for label in range(len(source.classes)):
-        (own,) = np.nonzero(source.labels == label)
-        n_chosen = max(len(own) // ONE_IN, int(len(own) > 1))
-        chosen[rng.permutation(own)[:n_chosen]] = True
-    if not chosen.any():
-        raise UserError(f"{data_path}: one image of each class, of which none can be held out; expected at least two")
-    return Part(source, np.flatnonzero(~chosen)), Part(source, np.flatnonzero(chosen))
+    kept, held = hold_out(source.labels)
+    return Part(source, kept), Part(source, held)
 
 
 def some(names: Any) -> str:

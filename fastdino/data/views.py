@@ -35,7 +35,6 @@ def center_views(
     num_workers: threads, 0 for the caller's. bad: is told index and reason of each image that cannot be read. The
     crops are those of `augment.center_view`.
     """
-
     return _views(
         source, indices, lambda _, item: center_view(decode(item), resize, size), batch_size, num_workers, bad
     )

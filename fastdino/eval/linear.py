@@ -26,6 +26,7 @@ from fastdino.eval.features import BATCH, RandomView, View, stream
 # Of DINOv2 (arXiv:2304.07193), for a batch of 256.
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 INIT_STD = 0.01
+HELD_OUT = 5  # of so many images of a class one is held out, where nobody says which
 REFERENCE_BATCH = 256  # learning rates are given for it
 
 
@@ -242,3 +243,17 @@ def cached_batches(
 def scaled(rates: Iterable[float], batch_size: int) -> list[float]:
     """Learning rates for a batch of 256 -> for this one."""
     return [rate * batch_size / REFERENCE_BATCH for rate in rates]
+
+
+def hold_out(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(indices to train on, a fifth of each class), the same for the same labels. A class of two or more gives one.
+
+    Raises UserError where no class has a second image.
+    """
+    rng, held = np.random.default_rng(0), np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        (own,) = np.nonzero(labels == label)
+        held[rng.permutation(own)[: max(len(own) // HELD_OUT, int(len(own) > 1))]] = True
+    if not held.any():
+        raise UserError(f"none of {len(labels)} images can be held out: each class has a single one")
+    return np.flatnonzero(~held), np.flatnonzero(held)
