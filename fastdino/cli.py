@@ -23,6 +23,7 @@ COMMANDS = {
     "logreg": "accuracy of logistic regression on its features",
     "attention": "draw where the CLS token looks, in images and films",
     "pca": "draw what patches have in common",
+    "report": "one HTML page about a run",
     "doctor": "what this machine can do",
 }
 

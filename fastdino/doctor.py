@@ -155,12 +155,19 @@ def _device() -> tuple[str, list[tuple[str, str]]]:
     return text, [("try", f"fastdino train --data_path FOLDER {advice_for_gpu(torch.cuda.mem_get_info()[0])}")]
 
 
+def environment() -> list[tuple[str, str]]:
+    """(what, version or words): Python, packages, the device."""
+    return [
+        ("python", platform.python_version()),
+        *((package, _version(package)) for package in PACKAGES),
+        ("GPU", _device()[0]),
+    ]
+
+
 def examine(folder: str | None) -> list[tuple[str, str]]:
     """(what, finding) per line. folder: images whose loading is timed. Raises UserError where it is not one."""
-    device, advice = _device()
-    lines = [("python", platform.python_version())]
-    lines += [(package, _version(package)) for package in PACKAGES]
-    lines += [("GPU", device), *((f"attention {name}", _attention(name)) for name in BACKENDS)]
+    advice = _device()[1]
+    lines = [*environment(), *((f"attention {name}", _attention(name)) for name in BACKENDS)]
     lines += [("Triton compiles", _triton()), ("CUDA graphs", _graphs())]
     if folder is not None:
         lines.append(("loading", _loading(folder)))

@@ -13,8 +13,8 @@ from fastdino.commands.pictures import PICTURES, check_picture, check_size, make
 from fastdino.data.augment import center_view
 from fastdino.data.films import CODECS, frames, rate_of, write_film
 from fastdino.errors import UserError, some_of
-from fastdino.eval.attention_maps import FilmFrames, Looked, cls_attention, draw_attention, save_maps
-from fastdino.eval.pictures import save_png
+from fastdino.eval.attention_maps import FilmFrames, Looked, attention_figure, cls_attention, save_maps
+from fastdino.eval.pictures import save_figure, save_png
 
 FPS = 30.0  # of a folder of frames
 
@@ -58,7 +58,7 @@ def _images(args: argparse.Namespace) -> int:
     if args.output_dir:
         make_folder("output_dir", args.output_dir)
     looked = [Looked(name, view, cls_attention(backbone, view)) for name, view in ((n, view_of(i)) for n, i in images)]
-    draw_attention(looked, output)
+    save_figure(output, attention_figure(looked))
     print(f"wrote {output}")
     if args.output_dir:
         for number, each in enumerate(looked):

@@ -7,8 +7,8 @@ import numpy as np
 from fastdino.commands.common import add_weights_flags, open_backbone
 from fastdino.commands.pictures import PICTURES, check_picture, check_size, make_folder, opened_images, resized
 from fastdino.errors import UserError
-from fastdino.eval.pca import draw_pca, patch_colors, patch_tokens
-from fastdino.eval.pictures import enlarged, save_png
+from fastdino.eval.pca import patch_colors, patch_tokens, pca_figure
+from fastdino.eval.pictures import enlarged, save_figure, save_png
 from fastdino.train.config import boolean
 
 LARGER = 2  # than images were in training: more patches, a finer picture
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     views = [view_of(image) for _, image in images]
     colors = patch_colors([patch_tokens(backbone, view) for view in views], args.threshold, args.flip)
     names = [name for name, _ in images]
-    draw_pca(names, views, colors, output)
+    save_figure(output, pca_figure(names, views, colors))
     print(f"wrote {output}")
     if folder:
         for number, (name, color) in enumerate(zip(names, colors)):

@@ -29,7 +29,7 @@ class DigitsSource:
         return f"digit {index} of the {self.what} set"
 
     def describe(self) -> str:
-        return f"{len(self):,} handwritten digits of scikit-learn ({self.what}), 10 classes (for k-NN only)"
+        return f"{len(self):,} handwritten digits of scikit-learn ({self.what}), 10 classes"
 
 
 def load_digits() -> tuple[DigitsSource, DigitsSource]:

@@ -128,7 +128,7 @@ def read_file(path: str | Path) -> bytes:
 
 def kind(source: ImageSource) -> str:
     """What a source says of its labels."""
-    return f"{len(source.classes)} classes (for k-NN only)" if source.labels is not None else "no labels"
+    return f"{len(source.classes)} classes" if source.labels is not None else "no labels"
 
 
 def labels_of(names: Sequence[str]) -> tuple[Sequence[str], NDArray[np.int64] | None]:

@@ -1,5 +1,5 @@
-"""What a trained backbone is worth: k-NN, pictures of its attention. Never imports training."""
+"""What a trained backbone is worth, and what it sees. Never imports training."""
 
-from fastdino.eval.evaluations import EVALUATIONS, EvalSettings
+from fastdino.eval.evaluations import EVALUATIONS, TITLES, EvalSettings, evaluate
 
-__all__ = ["EVALUATIONS", "EvalSettings"]
+__all__ = ["EVALUATIONS", "TITLES", "EvalSettings", "evaluate"]

@@ -53,8 +53,8 @@ def mass_masks(maps: Maps, share: float) -> NDArray[np.bool_]:
     return masks.reshape(maps.shape)
 
 
-def draw_attention(looked: Sequence[Looked], path: Path) -> None:
-    """Write a picture: a row per image, the image first, then the mean over the heads, then each head.
+def attention_figure(looked: Sequence[Looked]) -> Figure:
+    """A row per image, the image first, then the mean over the heads, then each head.
 
     The panels of a row share a scale, which is drawn at its end.
     """
@@ -77,7 +77,7 @@ def draw_attention(looked: Sequence[Looked], path: Path) -> None:
     for ax in axes.flat:
         ax.set_axis_off()
     figure.suptitle("attention of the CLS token, last block; 1 = an even share for each patch", fontsize=9)
-    save_figure(path, figure)
+    return figure
 
 
 def save_maps(looked: Looked, folder: Path, patch_size: int, threshold: float | None) -> list[Path]:
@@ -133,7 +133,7 @@ class FilmFrames:
 
 
 def draw_samples(backbone: Any, source: ImageSource, n_images: int, path: Path, resize: int, size: int) -> str | None:
-    """`draw_attention` of images spread evenly over a source; why there is no picture, where there is none."""
+    """`attention_figure` of images spread evenly over a source; why there is no picture, where there is none."""
     if not hasattr(backbone, "get_last_selfattention"):
         return f"{type(backbone).__name__} has no attention of a CLS token"
     looked = []
@@ -145,5 +145,5 @@ def draw_samples(backbone: Any, source: ImageSource, n_images: int, path: Path, 
         looked.append(Looked(Path(source.name(int(index))).name, view, cls_attention(backbone, view)))
     if not looked:
         return "none of the sample images can be read" if n_images else None
-    draw_attention(looked, path)
+    save_figure(path, attention_figure(looked))
     return None

@@ -1,6 +1,9 @@
-"""What a backbone is judged by while it trains: one table, from a name to a function that gives named numbers."""
+"""What a backbone is judged by while it trains: one table, from a name to a function that gives named numbers.
 
-from collections.abc import Callable
+All of them look at the same features, which are extracted once: that is what takes the time.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -26,14 +29,27 @@ class EvalSettings:
     say: Callable[[str], object] = print
 
 
-# (backbone, labelled images, held-out images or None for leave-one-out, settings) -> {name: number}
-Evaluation = Callable[[nn.Module, ImageSource, ImageSource | None, EvalSettings], dict[str, float]]
+# (labelled features, held-out ones or None for leave-one-out, settings) -> {name: number}
+Evaluation = Callable[[Features, Features | None, EvalSettings], dict[str, float]]
 
 
-def knn(
-    backbone: nn.Module, source: ImageSource, held_out: ImageSource | None, settings: EvalSettings
-) -> dict[str, float]:
+def knn(bank: Features, queries: Features | None, settings: EvalSettings) -> dict[str, float]:
     """Accuracy in [0, 1] of a weighted k-NN."""
+    return {"knn": knn_accuracy(bank, queries, settings.k)}
+
+
+EVALUATIONS: dict[str, Evaluation] = {"knn": knn}
+TITLES = {"knn": "k-NN"}  # how a name is said; the others are said as they are
+
+
+def evaluate(
+    names: Sequence[str],
+    backbone: nn.Module,
+    source: ImageSource,
+    held_out: ImageSource | None,
+    settings: EvalSettings,
+) -> dict[str, float]:
+    """The numbers of those evaluations. Raises UserError where there are no labels, or no image can be read."""
 
     def features(images: ImageSource) -> Features:
         return extract_features(
@@ -47,8 +63,8 @@ def knn(
 
     queries, bank = features(held_out) if held_out is not None else None, features(source)
     if bad := [*bank.bad, *(queries.bad if queries else ())]:
-        settings.say(f"  k-NN is without {some_of(bad)}")
-    return {"knn": knn_accuracy(bank, queries, settings.k)}
-
-
-EVALUATIONS: dict[str, Evaluation] = {"knn": knn}
+        settings.say(f"  {', '.join(TITLES.get(name, name) for name in names)} without {some_of(bad)}")
+    found: dict[str, float] = {}
+    for name in names:
+        found |= EVALUATIONS[name](bank, queries, settings)
+    return found

@@ -5,7 +5,6 @@ foreground alone are red, green and blue. So the same colour is the same part in
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from sklearn.decomposition import PCA
 from fastdino.data.augment import normalize
 from fastdino.errors import UserError
 from fastdino.eval.features import backbone_features, evaluating
-from fastdino.eval.pictures import save_figure
 
 PANEL = 2.2  # inches of a picture's panel
 CLIP = 1  # per cent of the values at each end that get the darkest and the brightest colour
@@ -65,8 +63,8 @@ def _border(rows: int, columns: int) -> NDArray[np.bool_]:
     return border.reshape(-1)
 
 
-def draw_pca(names: Sequence[str], views: Sequence[Pixels], colors: Sequence[NDArray[np.float32]], path: Path) -> None:
-    """Write a picture: the images above, their patches in colour below."""
+def pca_figure(names: Sequence[str], views: Sequence[Pixels], colors: Sequence[NDArray[np.float32]]) -> Figure:
+    """The images above, their patches in colour below."""
     widths = [view.shape[1] / len(view) for view in views]
     figure = Figure(figsize=(PANEL * sum(widths) + 0.2, 2 * PANEL + 0.6), layout="constrained", dpi=150)
     axes = figure.subplots(2, len(views), squeeze=False, width_ratios=widths)
@@ -77,4 +75,4 @@ def draw_pca(names: Sequence[str], views: Sequence[Pixels], colors: Sequence[NDA
         for ax in column:
             ax.set_axis_off()
     figure.suptitle("principal components of the patches, over all images", fontsize=9)
-    save_figure(path, figure)
+    return figure

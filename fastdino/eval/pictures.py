@@ -2,14 +2,16 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def save_png(path: Path, pixels: NDArray[Any]) -> None:
@@ -19,7 +21,7 @@ def save_png(path: Path, pixels: NDArray[Any]) -> None:
     files.replace(path, partial(Image.fromarray(pixels).save, format="png"))
 
 
-def save_figure(path: Path, figure: Figure) -> None:
+def save_figure(path: Path, figure: "Figure") -> None:
     """In the format that the file's name ends in. Raises OSError."""
     files.replace(path, partial(figure.savefig, format=path.suffix[1:].lower()))
 

@@ -11,6 +11,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from fastdino.data.params import MultiCropRecipe, ViewRecipe
+from fastdino.eval import EVALUATIONS
 from fastdino.model.archs import ARCHITECTURES, SYNONYMS, check_arch
 from fastdino.model.attention import BACKENDS
 from fastdino.model.mlp import WAYS
@@ -130,7 +131,11 @@ class TrainConfig:
     dct_scale: bool = flag(False, "Data", "decode JPEGs far larger than the crops need at 1/2 to 1/8 of their size")
 
     # Evaluation
-    knn_freq: int = flag(10, "Evaluation", "epochs between k-NN evaluations, where there are labels; 0 for never")
+    eval: str = flag(
+        "knn", "Evaluation", f"what is evaluated where there are labels, with commas between: {', '.join(EVALUATIONS)}"
+    )
+    knn_freq: int = flag(10, "Evaluation", "epochs between k-NN evaluations; 0 for never")
+    linear_freq: int = flag(10, "Evaluation", "epochs between linear evaluations, with --eval knn,linear; 0 for never")
     knn_k: int = flag(20, "Evaluation", "neighbours that vote")
     knn_images: int = flag(10000, "Evaluation", "most images in each half of a k-NN evaluation; 0 for all")
     val_path: str | None = flag(None, "Evaluation", "held-out images with the same classes; else leave-one-out")
@@ -180,8 +185,8 @@ class TrainConfig:
         positive = """patch_size out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu accumulate knn_k
             warmup_teacher_temp teacher_temp global_crops_size local_crops_size"""
         not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
-            freeze_last_layer local_crops_number num_workers knn_freq knn_images eval_resize attention_images
-            saveckp_freq disk_wait"""
+            freeze_last_layer local_crops_number num_workers knn_freq linear_freq knn_images eval_resize
+            attention_images saveckp_freq disk_wait"""
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}: expected a value above 0, got {getattr(self, name)}")
@@ -191,6 +196,8 @@ class TrainConfig:
         for name in ("momentum_teacher", "flip_prob", "jitter_prob", "gray_prob", "solarize_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}: expected a value in [0, 1], got {getattr(self, name)}")
+        if unknown := set(self._eval_names()) - set(EVALUATIONS):
+            raise ValueError(f"--eval: expected some of {', '.join(EVALUATIONS)}, got {', '.join(sorted(unknown))}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed: expected 0 to {2**32 - 1}, as NumPy takes them, got {self.seed}")
         if not 0 <= self.drop_path_rate < 1:
@@ -201,6 +208,15 @@ class TrainConfig:
             scale = getattr(self, name)
             if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
                 raise ValueError(f"--{name}: expected two rising values in (0, 1], got {_words(scale)}")
+
+    def _eval_names(self) -> list[str]:
+        return [name.strip() for name in self.eval.split(",") if name.strip()]
+
+    @property
+    def evaluations(self) -> dict[str, int]:
+        """Name -> epochs between evaluations, of those that are made."""
+        freqs = {name: int(getattr(self, f"{name}_freq")) for name in self._eval_names()}
+        return {name: freq for name, freq in freqs.items() if freq}
 
     @property
     def ncrops(self) -> int:

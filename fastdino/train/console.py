@@ -8,6 +8,7 @@ from typing import IO, Any, cast
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from fastdino.eval import EVALUATIONS, TITLES
 from fastdino.train.sinks import Entry, Sink
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress where the console is no terminal
@@ -73,12 +74,13 @@ class Console(Sink):
     def epoch(self, entry: Entry) -> None:
         """A line that stays."""
         width = len(str(self._epochs))
-        entropy, knn = entry.get("train_teacher_entropy"), entry.get("knn")
+        entropy = entry.get("train_teacher_entropy")
+        found = ((name, entry.get(name)) for name in EVALUATIONS)
         self.say(
             f"epoch {entry['epoch'] + 1:>{width}}/{self._epochs}  loss {entry['train_loss']:.4f}  "
             + (f"teacher entropy {entropy:.3f}  " if entropy is not None else "")
             + f"{entry['images_per_s']:,.0f} img/s  {entry['data_wait']:.0%} waiting for data"
-            + (f"  k-NN {knn:.4f}" if knn is not None else "")
+            + "".join(f"  {TITLES.get(name, name)} {value:.4f}" for name, value in found if value is not None)
         )
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """The evaluations of a run: when they are due, of which weights, and what happens where somebody stops them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from fastdino.eval import EVALUATIONS, EvalSettings
+from fastdino.eval import EVALUATIONS, TITLES, EvalSettings, evaluate
 from fastdino.train import distributed
 from fastdino.train.build import Parts
 from fastdino.train.interrupt import Interrupted, Stop
@@ -14,7 +14,7 @@ Found = dict[str, float]
 class Judge:
     """Evaluates the teacher's backbone on the main process; the others wait, and get no numbers.
 
-    Attributes: before, the numbers before training; latest, those of the last evaluation.
+    Attributes: before, the numbers before training; latest, the last of each.
     """
 
     def __init__(self, parts: Parts, stop: Stop, say: Callable[[str], object]) -> None:
@@ -33,29 +33,34 @@ class Judge:
     def after(self, epoch: int) -> Found | None:
         """The numbers of an epoch, counted from 0; empty where none are due, None where the run is to stop first."""
         config = self._parts.config
-        is_due = config.knn_freq and (epoch + 1) % config.knn_freq == 0
-        return self.evaluate() if is_due or epoch == config.epochs - 1 else {}
+        is_last = epoch == config.epochs - 1
+        due = [name for name, every in config.evaluations.items() if is_last or (epoch + 1) % every == 0]
+        return self.evaluate(names=due) if due else {}
 
-    def evaluate(self, when: str = "") -> Found | None:
-        """All numbers now, empty without labels; None, on all processes, where somebody stopped the run meanwhile."""
+    def evaluate(self, when: str = "", names: Sequence[str] | None = None) -> Found | None:
+        """Numbers now, empty without labels; None, on all processes, where somebody stopped the run meanwhile.
+
+        names: of evaluations; all that the run has.
+        """
         found: Found | None = {}
         parts = self._parts
-        if parts.process.is_main and parts.config.knn_freq and parts.source.labels is not None:
+        names = list(parts.config.evaluations) if names is None else names
+        if parts.process.is_main and names and parts.source.labels is not None:
             try:
                 with self._stop.interruptible():
-                    found = self._run_all()
+                    found = self._run(names)
             except Interrupted:
                 found = None
-            if when and found and "knn" in found:
-                self._say(f"k-NN {when}: {found['knn']:.4f}")
+            if when and found:
+                self._say("; ".join(f"{TITLES.get(name, name)} {when}: {value:.4f}" for name, value in found.items()))
         distributed.barrier()
         if distributed.any_of(found is None, parts.process.device):
             return None
-        self.latest = found or {}
+        self.latest |= found or {}
         return found
 
-    def _run_all(self) -> Found:
-        parts, found = self._parts, Found()
+    def _run(self, names: Sequence[str]) -> Found:
+        parts = self._parts
         resize, size = parts.config.eval_size
         settings = EvalSettings(
             resize=resize,
@@ -65,6 +70,4 @@ class Judge:
             k=parts.config.knn_k,
             say=self._say,
         )
-        for evaluation in EVALUATIONS.values():
-            found |= evaluation(parts.backbone, parts.source, parts.held_out, settings)
-        return found
+        return evaluate(names, parts.backbone, parts.source, parts.held_out, settings)

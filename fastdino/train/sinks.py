@@ -6,7 +6,6 @@ any.
 
 import importlib.util
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,15 @@ from typing import Any
 
 from fastdino import files
 from fastdino.errors import TrainingError, UserError
+from fastdino.eval import EVALUATIONS
+from fastdino.eval.pictures import save_figure
 from fastdino.train.config import TrainConfig
 from fastdino.train.folder import RunFolder
 
 Entry = dict[str, Any]
 LOG = "log.txt"
-DRAWN = ("epoch", "train_loss", "train_teacher_entropy", "train_lr", "train_momentum", "knn", "knn_before")
+DRAWN = ["epoch", "train_loss", "train_teacher_entropy", "train_lr", "train_momentum"]
+DRAWN += [f"{name}{when}" for name in EVALUATIONS for when in ("", "_before")]
 REDRAW_AFTER = 60.0  # seconds between drawings of the curves during a run
 
 
@@ -84,21 +86,8 @@ class LogFile(Sink):
         self._folder = folder
 
     def read(self) -> list[Entry]:
-        """An entry per epoch of the last run in the folder: an epoch that was trained again ends what followed it.
-
-        Lines that are no entries are left out.
-        """
-        entries: list[Entry] = []
-        path = self._folder.path / LOG
-        if not path.is_file():
-            return entries
-        with path.open(errors="replace") as file:
-            for line in file:
-                with suppress(json.JSONDecodeError):
-                    entry = json.loads(line)
-                    if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
-                        add(entries, entry)
-        return entries
+        """`read_log` of the folder."""
+        return read_log(self._folder.path)
 
     def mend(self) -> None:
         """Cut off a last line that a crash left unfinished."""
@@ -112,6 +101,24 @@ class LogFile(Sink):
     def epoch(self, entry: Entry) -> None:
         """Add a line."""
         self._folder.write(LOG, lambda path: files.append(path, json.dumps(entry) + "\n"))
+
+
+def read_log(folder: Path) -> list[Entry]:
+    """An entry per epoch of the last run in the folder: an epoch that was trained again ends what followed it.
+
+    Lines that are no entries are left out; no log, no entries.
+    """
+    entries: list[Entry] = []
+    path = folder / LOG
+    if not path.is_file():
+        return entries
+    with path.open(errors="replace") as file:
+        for line in file:
+            with suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and isinstance(entry.get("epoch"), int):
+                    add(entries, entry)
+    return entries
 
 
 def add(entries: list[Entry], entry: Entry) -> None:
@@ -141,7 +148,10 @@ class Curves(Sink):
 
     def close(self) -> None:
         """Draw."""
-        self._folder.write("curves.png", lambda path: draw_curves(self._entries, self._out_dim, path))
+        from fastdino.train.curves import draw_curves  # matplotlib takes a while to import
+
+        figure = draw_curves(self._entries, self._out_dim)
+        self._folder.write("curves.png", lambda path: save_figure(path, figure))
         self._drawn_at = time.monotonic()
 
 
@@ -249,51 +259,3 @@ def asked_loggers(config: TrainConfig) -> list[type[Logger]]:
         if importlib.util.find_spec(flag) is None:
             raise UserError(f"--{flag}: {flag} is not installed: pip install {flag}")
     return list(asked.values())
-
-
-def draw_curves(entries: Sequence[Entry], out_dim: int, path: Path) -> None:
-    """curves.png from the log: loss with teacher entropy and ln K, learning rate, teacher momentum, k-NN."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(10, 6.4), layout="constrained", dpi=120)
-    axes = figure.subplots(2, 2)
-    epochs = [entry["epoch"] + 1 for entry in entries]
-    marker = "o" if len(epochs) < 12 else ""
-
-    def curve(ax: Any, key: str, label: str, color: str) -> None:
-        points = [(entry["epoch"] + 1, entry[key]) for entry in entries if entry.get(key) is not None]
-        if points:
-            ax.plot(*zip(*points), label=label, color=color, marker=marker, markersize=3)
-
-    curve(axes[0, 0], "train_loss", "loss", "#1f5fa8")
-    curve(axes[0, 0], "train_teacher_entropy", "teacher entropy", "#c8553d")
-    axes[0, 0].axhline(
-        math.log(out_dim), color="0.6", linestyle=":", label=f"ln K = {math.log(out_dim):.2f} (collapse)"
-    )
-    axes[0, 0].set_title("loss and teacher entropy (nats)")
-    axes[0, 0].legend(fontsize=8)
-    curve(axes[1, 0], "train_lr", "learning rate", "#1f5fa8")
-    axes[1, 0].set_title("learning rate")
-    axes[1, 0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    curve(axes[1, 1], "train_momentum", "momentum", "#1f5fa8")
-    axes[1, 1].set_title("teacher momentum")
-    knn = [(entry["epoch"] + 1, entry["knn"]) for entry in entries if entry.get("knn") is not None]
-    if entries and entries[0].get("knn_before") is not None:
-        knn.insert(0, (entries[0]["epoch"], entries[0]["knn_before"]))
-    if knn:
-        axes[0, 1].plot(*zip(*knn), color="#2f7d4f", marker="o", markersize=3)
-        axes[0, 1].annotate(f"{knn[-1][1]:.3f}", knn[-1], textcoords="offset points", xytext=(-2, -14), ha="right")
-        axes[0, 1].set_ylim(0, 1)
-    else:
-        axes[0, 1].text(
-            0.5, 0.5, "no labels, no k-NN", ha="center", va="center", color="0.5", transform=axes[0, 1].transAxes
-        )
-    axes[0, 1].set_title("k-NN accuracy of the teacher")
-    for ax in axes.flat:
-        ax.set_xlabel("epoch")
-        ax.set_xlim(0, max(epochs, default=1) + 0.5)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    files.replace(path, lambda file: figure.savefig(file, format="png"))

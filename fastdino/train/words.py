@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from fastdino.errors import some_of
+from fastdino.eval import TITLES
 from fastdino.eval.attention_maps import draw_samples
 from fastdino.train.build import Parts
 from fastdino.train.config import command_line
@@ -83,11 +84,11 @@ def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
         say(f"resume with: {command_line(config, parts.process.world_size)}")
         return
     folder.write("attention.png", lambda path: _draw(parts, path, say))
-    if "knn" in after:
-        at_first = f"{before['knn']:.4f} before training, " if "knn" in before else ""
-        held_out = parts.held_out
-        on = f"{len(held_out)} held-out images" if held_out else "the training images, leave-one-out"
-        say(f"k-NN on {on}: {at_first}{after['knn']:.4f} after; {result.seconds:.0f} s")
+    held_out = parts.held_out
+    on = f"{len(held_out)} held-out images" if held_out else "the training images, leave-one-out"
+    for name, value in after.items():
+        at_first = f"{before[name]:.4f} before training, " if name in before else ""
+        say(f"{TITLES.get(name, name)} on {on}: {at_first}{value:.4f} after; {result.seconds:.0f} s")
     names = ["checkpoint.pth", "log.txt", "args.json", "curves.png", "attention.png"]
     say("wrote " + ", ".join(str(folder.path / name) for name in names if (folder.path / name).is_file()))
 

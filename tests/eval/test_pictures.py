@@ -14,8 +14,9 @@ from fastdino.cli import main
 from fastdino.data.augment import center_view, normalize
 from fastdino.data.films import frames, write_film
 from fastdino.errors import UserError
-from fastdino.eval.attention_maps import Looked, cls_attention, draw_attention, mass_masks, save_maps
+from fastdino.eval.attention_maps import Looked, attention_figure, cls_attention, mass_masks, save_maps
 from fastdino.eval.pca import patch_colors, patch_tokens
+from fastdino.eval.pictures import save_figure
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,8 @@ def test_files_of_heads_are_those_of_the_original(backbone, photos, tmp_path):
 
 def test_a_picture_has_a_row_for_each_image(backbone, photos, tmp_path):
     looked = [Looked("a", photos[0], cls_attention(backbone, photos[0][:64, :96])) for _ in range(2)]
-    draw_attention(looked, tmp_path / "one.png")
-    draw_attention(looked[:1], tmp_path / "two.png")
+    save_figure(tmp_path / "one.png", attention_figure(looked))
+    save_figure(tmp_path / "two.png", attention_figure(looked[:1]))
     one, two = (np.asarray(Image.open(tmp_path / f"{n}.png").convert("RGB")) for n in ("one", "two"))
     assert one.std() > 20
     assert one.shape[0] > 1.6 * two.shape[0]
