@@ -145,11 +145,14 @@ class Part:
         return some_of_it + self.source.describe().replace(" (for k-NN only)", "")
 
 
-def open_parts(data_path: str | None) -> tuple[Part, Part]:
+def open_parts(data_path: str | None, test_only: bool = False) -> tuple[Part, Part]:
     """(images to train on, held-out ones): as `open_labelled`, and from class folders alone as `hold_out`.
 
-    Raises UserError as they do.
+    test_only: val/ is enough, and stands for both. Raises UserError as they do.
     """
+    if test_only and data_path and (val := Path(data_path) / "val").is_dir():
+        tested = labelled(open_source(val))
+        return (Part(tested, np.arange(len(tested))),) * 2
     source, held_out = open_labelled(data_path)
     if held_out is not None:
         return Part(source, np.arange(len(source))), Part(held_out, np.arange(len(held_out)))

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     """The original's lines, and the numbers."""
     started = time.monotonic()
     _check(args)
-    part, test_part = open_parts(args.data_path)
+    part, test_part = open_parts(args.data_path, test_only=args.evaluate)
     n_classes = len(part.source.classes)
     if args.num_labels not in (None, n_classes):
         raise UserError(f"--num_labels: {args.data_path or 'digits'} has {n_classes} classes, got {args.num_labels}")
@@ -115,9 +115,10 @@ def run(args: argparse.Namespace) -> int:
     context: dict[str, Any] = {"data": args.data_path or "digits", "head": probe.names[found.head]}
     if not args.evaluate:
         numbers["linear_best_top1"] = probe.best_acc / 100
+        context["train_images"] = probe.n_trained_on
     if args.sweep:
         context["heads"] = dict(zip(probe.names, found.scores.top1.tolist()))
-    context |= {"train_images": probe.n_trained_on, "images": len(probe.test.labels), "unreadable": len(probe.bad)}
+    context |= {"images": len(probe.test.labels), "unreadable": len(probe.bad)}
     tell(args, numbers, **context, seconds=round(time.monotonic() - started, 1))
     return 0
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from fastdino.data.sources import ImageSource
 from fastdino.errors import UserError
@@ -140,7 +141,8 @@ class Heads(nn.Module):
             nn.init.normal_(linear.weight, std=INIT_STD, generator=generator)
             nn.init.zeros_(linear.bias)
             self.add_module("linear" if is_single else str(each), linear)
-        shares = torch.tensor([rate / self.max_rate for of_input in rates.values() for rate in of_input])
+        shares = torch.tensor([rate for of_input in rates.values() for rate in of_input], dtype=torch.float64)
+        shares /= self.max_rate
         self.register_buffer("shares", shares, persistent=False)
         self.shares: Tensor
 
@@ -172,7 +174,7 @@ def train(
     heads: Heads,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[tuple[Tensor, Tensor]],
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    scheduler: LRScheduler | None = None,
 ) -> Tensor:
     """A step for each batch (rows, labels); the mean over the steps of each head's loss.
 
@@ -180,9 +182,10 @@ def train(
     """
     total, steps = torch.zeros_like(heads.shares), 0
     for rows, labels in batches:
-        losses = heads.losses(rows, labels)
+        with torch.enable_grad():  # batches of `Tokens.rows` leave it off between them
+            losses = heads.losses(rows, labels)
         optimizer.zero_grad()
-        losses.backward(heads.shares)
+        losses.backward(heads.shares.to(losses.dtype))
         optimizer.step()
         if scheduler:
             scheduler.step()
@@ -243,6 +246,22 @@ def cached_batches(
 def scaled(rates: Iterable[float], batch_size: int) -> list[float]:
     """Learning rates for a batch of 256 -> for this one."""
     return [rate * batch_size / REFERENCE_BATCH for rate in rates]
+
+
+def best_of_rates(train_on: Labelled, test_on: Labelled, n_classes: int, n_steps: int, seed: int = 0) -> float:
+    """Top-1 in [0, 1] of the best of DINOv2's learning rates, after n_steps of batch 128, cosine per step."""
+    seen = Input(1, False)
+    heads = Heads(
+        {seen: scaled(LEARNING_RATES, BATCH)},
+        width=train_on.features.shape[1],
+        layers=1,
+        n_classes=n_classes,
+        seed=seed,
+    ).to(train_on.features.device)
+    optimizer = heads.optimizer()
+    batches = cached_batches(train_on, BATCH, seed, 0, n_steps)
+    train(heads, optimizer, batches, CosineAnnealingLR(optimizer, n_steps))
+    return float(score(heads, test_on).top1.max())
 
 
 def hold_out(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

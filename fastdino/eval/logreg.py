@@ -75,5 +75,8 @@ def _fit(x: NDArray[Any], y: NDArray[np.int64], c: float) -> Any:
 
 def _accuracy(model: Any, x: NDArray[Any], y: NDArray[np.int64], k: int) -> float:
     """Share of images whose class is among the first k."""
-    first = np.argsort(-model.predict_log_proba(x), axis=1, kind="stable")[:, :k]
+    logits = model.decision_function(x)
+    if logits.ndim == 1:  # of two classes, the second one's
+        logits = np.stack([-logits, logits], axis=1)
+    first = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     return float((model.classes_[first] == y[:, None]).any(1).mean())
