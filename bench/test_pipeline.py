@@ -19,12 +19,14 @@ from torch import Tensor
 
 from bench.measure import CORES, DEVICE, ON_GPU, QUICK, require, times_ms
 from bench.test_step import HALF, MAIN, NITER_PER_EP, Case, made, over
+from fastdino import EvalTransform, vit_small, vit_tiny
 from fastdino.data.augment import apply_crop
 from fastdino.data.decode import decode_array, open_image
 from fastdino.data.loader import CropLoader, EpochSampler
 from fastdino.data.params import crop_params, draw_crops
 from fastdino.data.ring import PackedBuffer
 from fastdino.data.sequences import SequenceSource
+from fastdino.eval.features import View, stream
 from fastdino.train.config import TrainConfig
 from fastdino_kernels import CropTable, PackedImages, multi_crop_augment
 
@@ -131,6 +133,43 @@ def test_loader(provider: str, workers: int, timed: Any, encoded: list[bytes]) -
     timed(run, n_images=N_IMAGES, times=times_ms(run, BUDGET_MS, on_host=True))
     if isinstance(loader, CropLoader):
         loader.close()
+
+
+class _Views(torch.utils.data.Dataset[Tensor]):
+    """As evaluations are written with torchvision: an image at a time, normalised in a worker process."""
+
+    def __init__(self, source: Sequence[bytes]) -> None:
+        self.source, self.transform = source, EvalTransform(224)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(Image.open(BytesIO(self.source[index])))
+
+
+@pytest.mark.parametrize("provider", ["ours", "plain"])
+def test_features(provider: str, timed: Any, encoded: list[bytes]) -> None:
+    """JPEG files to the features of a frozen ViT-S/16 (ViT-Ti/16 on a CPU) in bf16 (fp32), center crops of 224."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    backbone = (vit_small if ON_GPU else vit_tiny)().to(DEVICE, dtype).eval()
+    loader = torch.utils.data.DataLoader(_Views(encoded), BATCH, num_workers=CORES, persistent_workers=True)
+
+    def ours() -> Tensor:
+        batches = stream(
+            backbone, SequenceSource(encoded), np.arange(N_IMAGES), View(256, 224), batch_size=BATCH, num_workers=CORES
+        )
+        return torch.cat([found["cls"] for _, found in batches])
+
+    @torch.no_grad()
+    def plain() -> Tensor:
+        return torch.cat([backbone(views.to(DEVICE, dtype)).float() for views in loader])
+
+    run = ours if provider == "ours" else plain
+    off = (run() - plain()).abs().max() / plain().abs().max()
+    require(off < (0.05 if ON_GPU else 1e-4), f"features differ by {off:.1e}")  # GPUs round mean and scale otherwise
+    timed(run, n_images=N_IMAGES, times=times_ms(lambda: run().cpu(), BUDGET_MS, on_host=True))
 
 
 @over([("ours graph" if ON_GPU else "ours eager", MAIN)])

@@ -28,14 +28,14 @@ COMMANDS = {
 }
 
 DESCRIPTION = """\
-Train DINO (self-distillation with no labels, arXiv:2104.14294) on your own images.
+Train DINO (self-distillation with no labels, arXiv:2104.14294) on your own images, and use what it learned.
 
   fastdino train                          learn handwritten digits, in minutes, on any machine
   fastdino train --data_path photos/      learn from a folder of images
   fastdino knn --pretrained_weights checkpoint.pth --data_path photos/
-  fastdino linear --pretrained_weights checkpoint.pth --data_path photos/ --output_dir linear/
-  fastdino attention --pretrained_weights checkpoint.pth --images photos/cat.jpg
   fastdino doctor photos/                 what this machine can do, and how fast it reads the folder
+
+Commands, each with a --help of its own:
 """
 
 
@@ -51,11 +51,12 @@ def _help_format(prog: str) -> argparse.HelpFormatter:
 
 def parser(*commands: str) -> argparse.ArgumentParser:
     """All commands by name, and the flags of those that are asked for: theirs alone are imported."""
-    whole = _Parser(prog="fastdino", description=DESCRIPTION, formatter_class=_help_format)
+    listed = "\n".join(f"  {name:12}{what}" for name, what in COMMANDS.items())
+    whole = _Parser(prog="fastdino", description=DESCRIPTION + listed, formatter_class=_help_format)
     whole.add_argument("--version", action="version", version=f"fastdino {__version__}")
-    below = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, what in COMMANDS.items():
-        command = below.add_parser(name, help=what, formatter_class=_help_format)
+    below = whole.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of them")
+    for name in COMMANDS:
+        command = below.add_parser(name, formatter_class=_help_format)
         if name in commands:
             _module(name).add_flags(command)
     return whole

@@ -44,7 +44,7 @@ def add_weights_flags(parser: argparse.ArgumentParser, unless: str = "") -> None
     group.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the backbone [fp32]")
     # Of the original's command lines.
     group.add_argument("--arch", metavar="NAME", help="not needed: the weights tell, and have to agree")
-    group.add_argument("--patch_size", type=int, metavar="N", help="not needed, neither")
+    group.add_argument("--patch_size", type=int, metavar="N", help="not needed either")
     for name in ("--dist_url", "--local_rank"):
         group.add_argument(name, help=argparse.SUPPRESS)
 

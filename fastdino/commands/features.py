@@ -36,6 +36,7 @@ run that was ended goes on where it was. Several GPUs: torchrun --nproc_per_node
         "--tokens",
         nargs="+",
         default=["cls"],
+        metavar="NAME",
         choices=TOKENS,
         help="cls: the CLS token; avg: mean of the patches; patch: each of them [cls]",
     )
