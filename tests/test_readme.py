@@ -26,6 +26,8 @@ SMALL = shlex.split(
     "--bottleneck_dim 16 --epochs 1 --batch_size_per_gpu 8 --attention_images 1 --resume false"
 )
 
+FEWER = {"train": SMALL, "linear": ["--epochs", "1"], "logreg": ["--C", "1"]}  # of what would take long
+
 
 def commands():
     """Of blocks, and of the text."""
@@ -52,6 +54,8 @@ def folder(tmp_path_factory, photo_folder):
     shutil.copy(ROOT / "README.md", folder)
     words = ["--data_path", str(folder / "photos"), "--output_dir", str(folder / "runs" / "photos")]
     assert main(["train", *words, *SMALL]) == 0
+    (folder / "fastdino_digits").mkdir()
+    shutil.copy(folder / "runs" / "photos" / "checkpoint.pth", folder / "fastdino_digits")
     return folder
 
 
@@ -66,7 +70,8 @@ def run_command(command, folder, monkeypatch, capsys):
     words = shlex.split(command)
     if words[0] == "fastdino":
         monkeypatch.chdir(folder)
-        small = SMALL if words[1] == "train" and "--help" not in words else []
+        monkeypatch.setattr("fastdino.commands.linear.SWEEP_STEPS", 10)
+        small = FEWER.get(words[1], []) if "--help" not in words else []
         if "--help" in words:
             with pytest.raises(SystemExit) as end:
                 main(words[1:])

@@ -83,7 +83,8 @@ The same command goes on where it was stopped."""
         "--train_view",
         choices=["random", "center"],
         default="random",
-        help="random: new crops in every epoch, as the original; center: features are made once, which is far faster [random]",
+        help="random: new crops in every epoch, as the original; "
+        "center: features are made once, which is far faster [random]",
     )
     group.add_argument(
         "--sweep",
