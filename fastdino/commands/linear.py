@@ -127,8 +127,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError where flags are out of range or contradict each other; fills in defaults."""
     check_positive(args, "n_last_blocks", "num_labels", "lr", "epochs", "val_freq")
-    if args.seed < 0:
-        raise UserError(f"--seed: expected 0 or more, got {args.seed}")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed: expected 0 or more, and less than 2**31, got {args.seed}")
     if launched().world_size > 1:
         raise UserError(f"one process trains a linear classifier, and {launched().world_size} were launched")
     if args.linear_weights and not args.evaluate:
@@ -251,6 +251,8 @@ class Probe:
         for number, positions in passes(self.n_trained_on, args.batch_size_per_gpu, args.seed, *span):
             view = RandomView(self.opened.view.size, args.seed, number)
             yield from tokens.rows(self.part.indices[positions], view, bad)
+        if len(bad) >= self.n_trained_on:
+            raise UserError(f"none of the images could be read: {self.part.source.describe()}")
         self._blame(bad, "train")
 
     def validate(self) -> Found:
@@ -313,10 +315,7 @@ def _train(probe: Probe) -> Found:
         found = None
         for epoch in range(first, args.epochs):
             rate = optimizer.param_groups[0]["lr"]
-            try:
-                losses = train(probe.heads, optimizer, probe.batches(epoch), scheduler if args.sweep else None)
-            except ValueError as error:
-                raise TrainingError(f"none of the images could be read: {probe.part.source.describe()}") from error
+            losses = train(probe.heads, optimizer, probe.batches(epoch), scheduler if args.sweep else None)
             if not args.sweep:
                 scheduler.step()
             if not losses.isfinite().any():
@@ -370,22 +369,24 @@ def _resume(probe: Probe, folder: Path, optimizer: torch.optim.SGD, scheduler: C
         return 0
     saved = load_checkpoint(path)
     instead = "take another --output_dir, or remove the file"
-    for name, value in (saved.get("settings") or {}).items():
-        if probe.settings.get(name, value) != value:
-            raise UserError(f"--{name}: {path} was made with {value}, got {probe.settings[name]}; {instead}")
     try:
+        for name, value in saved.get("settings", {}).items():
+            if probe.settings.get(name, value) != value:
+                raise UserError(f"--{name}: {path} was made with {value}, got {probe.settings[name]}; {instead}")
         expected, found = scheduler.state_dict(), saved["scheduler"]
         for name, flag in (("T_max", "epochs"), ("base_lrs", "lr")):
             if found[name] != expected[name]:
                 raise UserError(f"--{flag}: {path} was made with {found[name]}, got {expected[name]}; {instead}")
+        epoch, probe.best_acc = int(saved["epoch"]), float(saved["best_acc"])
+        if not 0 <= epoch <= probe.args.epochs:
+            raise ValueError(f"{epoch} epochs are done, of {probe.args.epochs}")
         _load_heads(probe.heads, saved, path)
         moments = {i: state["momentum_buffer"] for i, state in saved["optimizer"]["state"].items()}
         for i, parameter in enumerate(probe.heads.parameters()):
             if moments[i].shape != parameter.shape:
                 raise ValueError(f"momentum {i} is {tuple(moments[i].shape)}, expected {tuple(parameter.shape)}")
         optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(found)
-        epoch, probe.best_acc = int(saved["epoch"]), float(saved["best_acc"])
+        scheduler.load_state_dict({name: found[name] for name in expected if name in found})
         probe.log = list(saved["log"]) if "log" in saved else _read_log(folder / LOG, epoch)
         json.dumps(probe.log)
     except UserError:

@@ -114,11 +114,18 @@ class Tokens:
     def cached(self, indices: NDArray[np.int64], view: View) -> Labelled:
         """All of them, in memory. Raises UserError where none can be read."""
         bad: list[str] = []
-        found = list(self.rows(indices, view, bad))
-        if not found:
+        n_images, features = 0, torch.empty(0)
+        labels = torch.empty(len(indices), dtype=torch.int64)
+        for rows, own in self.rows(indices, view, bad):
+            if not n_images:  # at once: joined at the end, they would need the memory twice
+                features = rows.new_empty(len(indices), rows.shape[1])
+                labels = labels.to(rows.device)
+            features[n_images : n_images + len(rows)] = rows
+            labels[n_images : n_images + len(rows)] = own
+            n_images += len(rows)
+        if not n_images:
             raise UserError(f"none of the images could be read: {self.source.describe()}")
-        rows, labels = zip(*found)
-        return Labelled(torch.cat(rows), torch.cat(labels), tuple(bad))
+        return Labelled(features[:n_images], labels[:n_images], tuple(bad))
 
 
 class Heads(nn.Module):

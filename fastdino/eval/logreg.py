@@ -2,7 +2,8 @@
 
 scikit-learn's: the sum over images of the cross-entropy, plus |W|^2 / (2 C), by L-BFGS in fp64 on the CPU. Each C
 starts from zero. From the last C's weights, 45 fits on 1,293 x 96 features took as many iterations (25,270 for 26,406);
-torch.optim.LBFGS took 3 times as long for the same number (one core, 2026-11-28).
+torch.optim.LBFGS took 2 to 3 times as long for the same number
+(one core, 2026-11-28).
 """
 
 import warnings

@@ -382,6 +382,33 @@ def unreadable(weights, data, out):
     return [], "none of the images could be read: 8 images in"
 
 
+def unreadable_training(weights, data, out):
+    for path in (data / "train").rglob("*.jpg"):
+        path.write_bytes(b"broken")
+    return [], "none of the images could be read: 24 images in"
+
+
+def odd_settings(weights, data, out):
+    assert linear(weights, data, out, "--epochs", 2) == 0
+    saved = torch.load(out / "checkpoint.pth.tar")
+    torch.save({**saved, "settings": torch.zeros(2)}, out / "checkpoint.pth.tar")
+    return ["--epochs", 2], "is no checkpoint of a linear classifier, or is damaged"
+
+
+def odd_epoch(weights, data, out):
+    assert linear(weights, data, out, "--epochs", 2) == 0
+    torch.save({**torch.load(out / "checkpoint.pth.tar"), "epoch": 3}, out / "checkpoint.pth.tar")
+    return ["--epochs", 2], "3 epochs are done, of 2"
+
+
+def odd_momentum(weights, data, out):
+    assert linear(weights, data, out, "--epochs", 2) == 0
+    saved = torch.load(out / "checkpoint.pth.tar")
+    saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    torch.save(saved, out / "checkpoint.pth.tar")
+    return ["--epochs", 2], "momentum 0 is (3,), expected (4, 384)"
+
+
 def num_labels(weights, data, out):
     return ["--num_labels", 1000], "has 4 classes, got 1000"
 
@@ -444,7 +471,8 @@ def no_epochs(weights, data, out):
 @pytest.mark.parametrize(
     "mistake",
     [
-        no_backbone, unlabelled, one_class, other_classes, unreadable, num_labels, blocks, a_file, another_log, corrupt,
+        no_backbone, unlabelled, one_class, other_classes, unreadable, unreadable_training, odd_settings,
+        odd_epoch, odd_momentum, num_labels, blocks, a_file, another_log, corrupt,
         other_things, epochs, another_seed, other_weights, contradiction, no_head, no_epochs,
     ],
 )  # fmt: skip
