@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import pickle
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -106,6 +108,38 @@ def test_the_command_that_resumes_is_the_run_again():
     demo = parse()
     assert parse(*shlex.split(command_line(demo))[2:]) == dataclasses.replace(demo, resume=True)
     assert "--arch vit_nano" in command_line(demo, 2)  # else two processes were asked for the images
+
+
+def test_a_file_gives_the_flags_of_another_run_and_the_command_line_wins(tmp_path, monkeypatch):
+    config = parse("--data_path", "my photos", "--epochs", "7", "--blur_prob", "0", "0.9", "0.5", "--lr", "0.1")
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(dataclasses.asdict(config) | {"history": [{"epochs": 3}]}))
+    runs = []
+    monkeypatch.setattr("fastdino.train.loop.train", lambda config, own=None: runs.append(config) or mock.MagicMock())
+    for words in ([], ["--lr", "0.2"]):
+        main(["train", "--config", str(path), *words])
+    fastdino.train(config=path, lr=0.2)
+    assert runs == [config, dataclasses.replace(config, lr=0.2), dataclasses.replace(config, lr=0.2)]
+
+
+CONFIGS = {
+    "missing": (None, "--config: args.json: No such file or directory"),
+    "no JSON": ("epochs: 3", "--config: args.json is no JSON: Expecting value: line 1"),
+    "no object": ("[3]", "--config: args.json: expected an object with a value for each flag, got list"),
+    "unknown": ('{"epoch": 3}', "--config: args.json: no flag 'epoch'; did you mean 'epochs'?"),
+    "kind": ('{"epochs": "many", "data_path": "x"}', "--epochs: expected a whole number, got 'many'"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_a_file_that_holds_no_flags_is_refused(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "args.json").write_text(text)
+    assert main(["train", "--config", "args.json"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_a_default_warm_up_fits_a_short_run_and_an_asked_one_does_not():
