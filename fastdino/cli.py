@@ -19,6 +19,8 @@ COMMANDS = {
     "train": "train a model",
     "features": "write features of images to a file",
     "knn": "k-NN accuracy of a trained backbone",
+    "linear": "accuracy of linear classifiers on its features",
+    "logreg": "accuracy of logistic regression on its features",
     "retrieval": "mAP of image retrieval on Oxford or Paris, revisited",
     "copies": "mAP of copy detection on Copydays",
     "video": "follow objects through a film from a mask of its first frame (DAVIS 2017)",

@@ -17,12 +17,14 @@ from made_up import copydays, davis, digit, oxford
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_original import PEER, needs_the_original, saved
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from fastdino import load_backbone
 from fastdino.cli import main
 from fastdino.data.sequences import SequenceSource
 from fastdino.data.sources import FolderSource
 from fastdino.eval.copies import BLOCKS, copy_features
+from fastdino.eval.linear import Heads, Input
 from fastdino.eval.retrieval import read_truth, retrieval_features
 
 
@@ -77,10 +79,42 @@ def test_knn_gives_our_numbers(checkpoint, tmp_path, capsys):
     assert theirs == pytest.approx(ours, rel=1e-12)
 
 
-def test_linear_trains(checkpoint, tmp_path):
+def test_linear_gives_our_accuracies_and_reads_our_file(checkpoint, tmp_path, monkeypatch, capsys):
+    """From our weights, before the first epoch, which it finds as a checkpoint; and we find its last one."""
     labelled(tmp_path / "data")
-    said = evaluate("eval_linear.py", checkpoint, tmp_path / "data", tmp_path, "--num_labels", 5, "--epochs", 2)
-    assert "Training of the supervised linear classifier on frozen features completed." in said
+    heads = Heads({Input(4, False): [2.0 * 16 / 256]}, width=192, layers=4, n_classes=5)
+    optimizer = heads.optimizer()
+    started = {
+        "epoch": 0,
+        "state_dict": {f"module.{name}": value for name, value in heads.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": CosineAnnealingLR(optimizer, 10).state_dict(),
+        "best_acc": 0.0,
+    }
+    torch.save(started, tmp_path / "checkpoint.pth.tar")
+    monkeypatch.setenv("CENTER_CROPS", "1")
+    flags = ["--epochs", 10, "--lr", 2.0, "--batch_size_per_gpu", 16, "--val_freq", 3, "--num_labels", 5]
+    said = evaluate("eval_linear.py", checkpoint, tmp_path / "data", tmp_path, *flags)
+    last = "Training of the supervised linear classifier on frozen features completed.\nTop-1 test accuracy: "
+    assert last in said
+    words = ["--arch", "vit_tiny", "--pretrained_weights", checkpoint, "--data_path", tmp_path / "data", *flags]
+    words += ["--train_view", "center", "--output_dir"]
+    assert main(["linear", *map(str, words), str(tmp_path / "ours")]) == 0
+    assert last in capsys.readouterr().out
+    theirs, ours = (
+        [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+        for folder in (tmp_path, tmp_path / "ours")
+    )
+    assert len(theirs) == 10
+    for entry, own in zip(theirs, ours):
+        assert list(entry) == list(own)
+        for name, value in entry.items():
+            one_image = 100 / 110 + 1e-9
+            assert own[name] == pytest.approx(value, abs=one_image if "acc" in name else 2e-3 * abs(value)), name
+    assert theirs[9]["test_acc1"] > 40  # of random features; 20 is chance
+    # Ours takes theirs for a run that is done.
+    assert main(["linear", *map(str, words), str(tmp_path)]) == 0
+    assert last + said.partition(last)[2].split()[0] in capsys.readouterr().out
 
 
 def values(folder):

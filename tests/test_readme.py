@@ -29,6 +29,9 @@ SMALL = shlex.split(
     "--bottleneck_dim 16 --epochs 1 --batch_size_per_gpu 8 --attention_images 1 --resume false"
 )
 
+FEWER = {"train": SMALL, "linear": ["--epochs", "1"], "logreg": ["--C", "1"]}  # of what would take long
+FEWER |= {name: ["--imsize", "64"] for name in ("retrieval", "copies", "video")}
+
 
 def commands():
     """Of blocks, and of the text."""
@@ -62,6 +65,8 @@ def folder(tmp_path_factory, photo_folder, photos):
     shutil.copy(ROOT / "README.md", folder)
     words = ["--data_path", str(folder / "photos"), "--output_dir", str(folder / "runs" / "photos")]
     assert main(["train", *words, *SMALL]) == 0
+    (folder / "fastdino_digits").mkdir()
+    shutil.copy(folder / "runs" / "photos" / "checkpoint.pth", folder / "fastdino_digits")
     return folder
 
 
@@ -84,8 +89,8 @@ def run_command(command, folder, monkeypatch, capsys):
     words = shlex.split(command)
     if words[0] == "fastdino":
         monkeypatch.chdir(folder)
-        small = SMALL if words[1] == "train" and "--help" not in words else []
-        small = ["--imsize", "64"] if words[1] in ("retrieval", "copies", "video") else small
+        monkeypatch.setattr("fastdino.commands.linear.SWEEP_STEPS", 10)
+        small = FEWER.get(words[1], []) if "--help" not in words else []
         if "--help" in words:
             with pytest.raises(SystemExit) as end:
                 main(words[1:])

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.views import View
 from fastdino.errors import UserError
-from fastdino.eval.features import View
+from fastdino.eval.linear import hold_out
 from fastdino.files import append
 from fastdino.model.archs import ARCHITECTURES
 
@@ -139,6 +142,41 @@ def labelled(source: ImageSource) -> ImageSource:
     if source.labels is None:
         raise UserError(f"labels are needed, from at least two class folders: {source.describe()}")
     return source
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of a labelled source: those at `indices`."""
+
+    source: ImageSource
+    indices: NDArray[np.int64]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(n,) of all images of the source, in the numbers of the original's files: torchvision has 10 before 2."""
+        assert self.source.labels is not None
+        return np.argsort(np.argsort(np.array(self.source.classes)))[self.source.labels]
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        some_of_it = f"{len(self.indices):,} of " if len(self.indices) < len(self.source) else ""
+        return some_of_it + self.source.describe().replace("", "")
+
+
+def open_parts(data_path: str | None, test_only: bool = False) -> tuple[Part, Part]:
+    """(images to train on, held-out ones): as `open_labelled`, and from class folders alone as `hold_out`.
+
+    test_only: val/ is enough, and stands for both. Raises UserError as they do.
+    """
+    if test_only and data_path and (val := Path(data_path) / "val").is_dir():
+        tested = labelled(open_source(val))
+        return (Part(tested, np.arange(len(tested))),) * 2
+    source, held_out = open_labelled(data_path)
+    if held_out is not None:
+        return Part(source, np.arange(len(source))), Part(held_out, np.arange(len(held_out)))
+    assert source.labels is not None
+    kept, held = hold_out(source.labels)
+    return Part(source, kept), Part(source, held)
 
 
 def some(names: Any) -> str:

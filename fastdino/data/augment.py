@@ -45,11 +45,13 @@ def _jitter(image: Image.Image, step: str, factor: float) -> Image.Image:
     return enhancers[step](image).enhance(factor)
 
 
-def apply_crop(pixels: Pixels, params: CropParams, size: int) -> Pixels:
+def apply_crop(
+    pixels: Pixels, params: CropParams, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Pixels:
     """(H, W, 3) uint8, parameters -> (size, size, 3) uint8, by Pillow."""
     x, y, w, h = params.box
     # Crop, then resize: `resize(box=...)` would look at pixels outside the box.
-    crop = Image.fromarray(pixels[y : y + h, x : x + w]).resize((size, size), Image.Resampling.BICUBIC)
+    crop = Image.fromarray(pixels[y : y + h, x : x + w]).resize((size, size), resample)
     if params.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for step, factor in params.jitter:

@@ -35,7 +35,7 @@ class Square:
 
     side: int
 
-    def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
+    def __call__(self, image: Image.Image, index: int = 0) -> NDArray[np.uint8]:
         """RGB image -> (side, side, 3)."""
         return np.asarray(image.resize((self.side, self.side), Image.Resampling.BICUBIC))
 

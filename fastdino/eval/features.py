@@ -5,16 +5,14 @@ Axes: B images, L layers (the last L blocks, each after the final norm), D chann
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from fastdino.data.augment import center_view, normalize
+from fastdino.data.augment import normalize
 from fastdino.data.sources import ImageSource
 from fastdino.data.views import Show, views
 from fastdino.errors import UserError
@@ -22,18 +20,6 @@ from fastdino_kernels.augment import IMAGENET_STD
 
 TOKENS = ("cls", "avg", "patch")
 BATCH = 128  # images at once, as in the original's evaluations
-
-
-@dataclass(frozen=True)
-class View:
-    """How an image is shown to the backbone: short side to `resize` pixels, bicubic, then the middle of side `size`."""
-
-    resize: int
-    size: int
-
-    def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
-        """RGB image -> (size, size, 3)."""
-        return center_view(image, self.resize, self.size)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class LongestSide:
     side: int
     least: int
 
-    def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
+    def __call__(self, image: Image.Image, index: int = 0) -> NDArray[np.uint8]:
         """RGB image -> (H, W, 3). Raises BadImage where too little is left."""
         image.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
         if min(image.size) < self.least:

@@ -66,7 +66,7 @@ class Frame:
             return int(self.side * height / width // MULTIPLE * MULTIPLE), self.side
         return self.side, int(self.side * width / height // MULTIPLE * MULTIPLE)
 
-    def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
+    def __call__(self, image: Image.Image, index: int = 0) -> NDArray[np.uint8]:
         """RGB image -> (H, W, 3). Raises BadImage for a frame of another shape."""
         if image.size != self.shape[::-1]:
             raise BadImage(f"has {image.width} x {image.height} pixels, the first {self.shape[1]} x {self.shape[0]}")
