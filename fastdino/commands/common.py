@@ -160,7 +160,7 @@ class Part:
     def describe(self) -> str:
         """One phrase for the log."""
         some_of_it = f"{len(self.indices):,} of " if len(self.indices) < len(self.source) else ""
-        return some_of_it + self.source.describe().replace("", "")
+        return some_of_it + self.source.describe()
 
 
 def open_parts(data_path: str | None, test_only: bool = False) -> tuple[Part, Part]:
