@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import copydays, davis, oxford
 
 import fastdino
 from bench.records import read
@@ -28,6 +29,9 @@ SMALL = shlex.split(
     "--bottleneck_dim 16 --epochs 1 --batch_size_per_gpu 8 --attention_images 1 --resume false"
 )
 
+FEWER = {"train": SMALL, "linear": ["--epochs", "1"], "logreg": ["--C", "1"]}  # of what would take long
+FEWER |= {name: ["--imsize", "64"] for name in ("retrieval", "copies", "video")}
+
 
 def commands():
     """Of blocks, and of the text."""
@@ -41,8 +45,8 @@ def python_blocks():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, photo_folder):
-    """photos/ with two classes, a run over them, and the results of two runs of the benchmark."""
+def folder(tmp_path_factory, photo_folder, photos):
+    """photos/ with two classes, a run over them, benchmarks, and the results of two runs of ours."""
     folder = tmp_path_factory.mktemp("readme")
     for number, name in enumerate(("cats", "dogs")):
         target = folder / "photos" / name
@@ -51,9 +55,18 @@ def folder(tmp_path_factory, photo_folder):
             shutil.copy(path, target / f"{i:02}.jpg")
     for name in ("before", "after"):
         shutil.copytree(RESULTS, folder / name)
+    oxford(folder / "revisited")
+    copydays(folder / "copydays", n=4, n_strong=4, n_whitening=200)
+    (folder / "copydays" / "whitening").rename(folder / "yfcc")
+    davis(folder / "DAVIS", photos)
+    (folder / "DAVIS" / "JPEGImages" / "480p" / "high").rename(folder / "film")
+    (folder / "DAVIS" / "Annotations" / "480p" / "high" / "00000.png").rename(folder / "first_mask.png")
+    (folder / "DAVIS" / "ImageSets" / "2017" / "val.txt").write_text("wide\n")
     shutil.copy(ROOT / "README.md", folder)
     words = ["--data_path", str(folder / "photos"), "--output_dir", str(folder / "runs" / "photos")]
     assert main(["train", *words, *SMALL]) == 0
+    (folder / "fastdino_digits").mkdir()
+    shutil.copy(folder / "runs" / "photos" / "checkpoint.pth", folder / "fastdino_digits")
     return folder
 
 
@@ -76,7 +89,8 @@ def run_command(command, folder, monkeypatch, capsys):
     words = shlex.split(command)
     if words[0] == "fastdino":
         monkeypatch.chdir(folder)
-        small = SMALL if words[1] == "train" and "--help" not in words else []
+        monkeypatch.setattr("fastdino.commands.linear.SWEEP_STEPS", 10)
+        small = FEWER.get(words[1], []) if "--help" not in words else []
         if "--help" in words:
             with pytest.raises(SystemExit) as end:
                 main(words[1:])

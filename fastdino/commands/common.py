@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.views import View
 from fastdino.errors import UserError
-from fastdino.eval.features import View
+from fastdino.eval.linear import hold_out
 from fastdino.files import append
 from fastdino.model.archs import ARCHITECTURES
 
@@ -37,8 +40,7 @@ def add_weights_flags(parser: argparse.ArgumentParser, unless: str = "") -> None
     # Of the original's command lines.
     group.add_argument("--arch", metavar="NAME", help="not needed: the weights tell, and have to agree")
     group.add_argument("--patch_size", type=int, metavar="N", help="not needed either")
-    for name in ("--dist_url", "--local_rank"):
-        group.add_argument(name, help=argparse.SUPPRESS)
+    add_ignored_flags(parser, "--dist_url", "--local_rank")
 
 
 def add_file_flags(parser: argparse.ArgumentParser, unless: str = "") -> argparse._ArgumentGroup:
@@ -57,8 +59,21 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Images")
     group.add_argument("--size", type=int, metavar="N", help="side of the center crop [as trained]")
     group.add_argument("--resize", type=int, metavar="N", help="short side before it [as trained, else 8/7 of --size]")
-    group.add_argument("--batch_size_per_gpu", type=int, default=128, metavar="N", help="images at once [128]")
+    add_loading_flags(group, batch_size=128)
+
+
+def add_loading_flags(group: Any, batch_size: int) -> None:
+    """How images are loaded. group: of flags, or the parser."""
+    group.add_argument(
+        "--batch_size_per_gpu", type=int, default=batch_size, metavar="N", help=f"images at once [{batch_size}]"
+    )
     group.add_argument("--num_workers", type=int, default=10, metavar="N", help="threads, at most one per core [10]")
+
+
+def add_ignored_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Flags of the original's command lines that have nothing to say here."""
+    for name in names:
+        parser.add_argument(name, help=argparse.SUPPRESS)
 
 
 def add_result_flags(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +142,41 @@ def labelled(source: ImageSource) -> ImageSource:
     if source.labels is None:
         raise UserError(f"labels are needed, from at least two class folders: {source.describe()}")
     return source
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of a labelled source: those at `indices`."""
+
+    source: ImageSource
+    indices: NDArray[np.int64]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(n,) of all images of the source, in the numbers of the original's files: torchvision has 10 before 2."""
+        assert self.source.labels is not None
+        return np.argsort(np.argsort(np.array(self.source.classes)))[self.source.labels]
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        some_of_it = f"{len(self.indices):,} of " if len(self.indices) < len(self.source) else ""
+        return some_of_it + self.source.describe().replace("", "")
+
+
+def open_parts(data_path: str | None, test_only: bool = False) -> tuple[Part, Part]:
+    """(images to train on, held-out ones): as `open_labelled`, and from class folders alone as `hold_out`.
+
+    test_only: val/ is enough, and stands for both. Raises UserError as they do.
+    """
+    if test_only and data_path and (val := Path(data_path) / "val").is_dir():
+        tested = labelled(open_source(val))
+        return (Part(tested, np.arange(len(tested))),) * 2
+    source, held_out = open_labelled(data_path)
+    if held_out is not None:
+        return Part(source, np.arange(len(source))), Part(held_out, np.arange(len(held_out)))
+    assert source.labels is not None
+    kept, held = hold_out(source.labels)
+    return Part(source, kept), Part(source, held)
 
 
 def some(names: Any) -> str:

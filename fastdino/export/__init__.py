@@ -16,8 +16,8 @@ from PIL import Image
 from fastdino import files
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.sources import read_file
+from fastdino.data.views import View
 from fastdino.errors import ExportError, UserError, printable, reason
-from fastdino.eval.features import View
 from fastdino.export.check import TOLERANCE, Checked, check, quiet, sample_images
 from fastdino.export.formats import FORMATS, Format, Model
 from fastdino.model import VisionTransformer

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastdino.data.augment import center_view, normalize
-from fastdino.eval.features import View
+from fastdino.data.views import View
 from fastdino.export.formats import Loaded, Model
 from fastdino.model import VisionTransformer
 from fastdino_kernels.augment import IMAGENET_STD

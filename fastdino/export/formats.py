@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdino import files
-from fastdino.eval.features import View
+from fastdino.data.views import View
 from fastdino.export.graph import AnySize
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import ARCHITECTURES
