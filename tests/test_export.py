@@ -283,7 +283,7 @@ def test_odd_metadata_of_others_is_ignored_or_refused(metadata, backbone, here):
 def test_the_graphs_interpolation_is_pytorchs(side, n):
     """Against what F.interpolate makes of the identity, in fp64."""
     index = torch.arange(n, dtype=torch.float64)
-    weights = resize_weights(index, side)
+    weights = resize_weights(index, torch.arange(side).double(), torch.arange(-1.0, 3.0).double())
     identity = torch.eye(side * side, dtype=torch.float64)
     expected = _resize(identity[None], n, n)[0]
     torch.testing.assert_close(torch.kron(weights, weights), expected, rtol=0, atol=1e-6)  # the scale is fp32 there
@@ -292,6 +292,15 @@ def test_the_graphs_interpolation_is_pytorchs(side, n):
 @pytest.mark.parametrize("sides", [(32, 32), (32, 39), (39, 39), (8, 8), (8, 24), (100, 20)], ids=str)
 def test_the_graph_gives_the_backbones_features_untraced(backbone, sides):
     assert_same_features(AnySize(backbone), backbone, torch.randn(3, 3, *sides))
+
+
+@pytest.mark.parametrize("size", [None, 24], ids=["any size", "one size"])
+def test_a_graph_moves_to_another_device(size, folder, here):
+    """To the one without memory, where a tensor that stayed behind would be an error."""
+    exported = written("pt2", folder, size=size)
+    program = torch.export.load(exported.path).module().to("meta")
+    sides = (size, size) if size else (48, 40)
+    assert program(torch.zeros(3, 3, *sides, device="meta")).shape == (3, 96)
 
 
 @pytest.mark.parametrize("size", [8, 24, 36, 64])

@@ -1,5 +1,6 @@
 """A trained backbone for other libraries: written, read back by the library, and compared before it gets its name."""
 
+import glob
 import importlib
 import os
 import shutil
@@ -180,7 +181,7 @@ def _checked(
 
 def _remove_left_behind(path: Path) -> None:
     """What exports to the same name left that were killed."""
-    for folder in path.parent.glob(f".{path.name}.*{files.TEMPORARY}"):
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*{files.TEMPORARY}"):
         number = folder.name.removesuffix(files.TEMPORARY).rpartition(".")[2]
         with suppress(ValueError, PermissionError):
             try:

@@ -27,13 +27,15 @@ def _kernel(x: Tensor) -> Tensor:
     return torch.where(x <= 1, near, far)
 
 
-def resize_weights(index: Tensor, side: int) -> Tensor:
-    """(n, S): what each of n rows takes of each of S = side old ones. index: arange(n), in floats."""
-    n_rows = index[-1] + 1  # a tensor: a tracer keeps it open
+def resize_weights(index: Tensor, old: Tensor, around: Tensor) -> Tensor:
+    """(n, S): what each of n rows takes of each of S old ones.
+
+    index, old, around: arange(n), arange(S) and (-1, 0, 1, 2), in floats.
+    """
+    side, n_rows = len(old), index[-1] + 1  # a tensor: a tracer keeps it open
     at = (index + 0.5) * (side / (n_rows + 0.1)) - 0.5
-    neighbours = at.floor()[:, None] + torch.arange(-1.0, 3.0, device=index.device)  # (n, 4)
+    neighbours = at.floor()[:, None] + around  # (n, 4)
     weights = _kernel(at[:, None] - neighbours)
-    old = torch.arange(float(side), device=index.device)
     # What lies outside repeats the border.
     return (weights[..., None] * (neighbours.clamp(0, side - 1)[..., None] == old)).sum(1)
 
@@ -44,22 +46,26 @@ class AnySize(nn.Module):
     def __init__(self, backbone: VisionTransformer) -> None:
         super().__init__()
         self.backbone = backbone
+        # Buffers, and below new_ones instead of arange: a graph that names no device can be moved to another.
+        side = backbone.patch_embed.img_size // backbone.patch_embed.patch_size
+        self.register_buffer("old", torch.arange(float(side)))
+        self.register_buffer("around", torch.arange(-1.0, 3.0))
 
     def positions(self, images: Tensor, rows: int, cols: int) -> Tensor:
         """(rows * cols, D) for the patches of images (B, 3, H, W)."""
-        patch_embed, learned = self.backbone.patch_embed, self.backbone.pos_embed[0, 1:]
-        side = patch_embed.img_size // patch_embed.patch_size
-        height, width = (torch.arange(n, device=images.device)[-1] for n in images.shape[2:])
-        down, right = (torch.arange(n, device=images.device) for n in (rows, cols))
+        old, around = cast(Tensor, self.old), cast(Tensor, self.around)
+        side = len(old)
+        height, width = (images.new_ones(n).sum() for n in images.shape[2:])
+        down, right = (images.new_ones(n).cumsum(0) - 1 for n in (rows, cols))
         # Positions are as they were learned where there are as many, and the image is square: a condition of the
         # original's, whose interpolation is not the identity there.
         as_learned = (down[-1] == side - 1) & (right[-1] == side - 1) & (height == width)
-        old = torch.arange(side, device=images.device)
         to_rows, to_cols = (
-            torch.where(as_learned, (index[:, None] == old).float(), resize_weights(index.float(), side))
+            torch.where(as_learned, index[:, None].eq(old).type_as(index), resize_weights(index, old, around))
             for index in (down, right)
         )
-        resized = (to_rows @ learned.unflatten(0, (side, side)).flatten(1)).unflatten(1, (side, -1))
+        learned = self.backbone.pos_embed[0, 1:].unflatten(0, (side, side))
+        resized = (to_rows @ learned.flatten(1)).unflatten(1, (side, -1))
         return (to_cols @ resized).flatten(0, 1)
 
     def forward(self, images: Tensor) -> Tensor:
