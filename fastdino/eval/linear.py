@@ -5,6 +5,10 @@ All heads that see the same features are one matrix: the logits of H heads of C 
 be folded into its share of the loss: at rate r, a gradient times a / r moves the weights as at rate a. One optimizer
 serves all.
 
+A step of DINOv2's 52 heads at batch 128, in ms of one CPU core, and of 52 modules in brackets (2026-11-28): for tokens
+of 96 channels and 10 classes 3.1 (9.1), for 384 and 20 classes 10 (20), for 384 and 1,000 classes 426 (406), of which
+83% are the products, at the 83 GFLOP/s that the core has.
+
 Axes: B images of a batch, N images, W channels of a token, L blocks, D channels of an input, H heads of an input,
 C classes.
 """
@@ -154,28 +158,41 @@ class Heads(nn.Module):
         self.register_buffer("shares", shares, persistent=False)
         self.shares: Tensor
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Rows of `Tokens` -> logits (B, all heads, C)."""
-        logits = [
-            linear(each.of(rows, self.width, self.layers)).unflatten(1, (-1, self.n_classes))
-            for each, linear in zip(self.rates, self.children())
-        ]
-        return torch.cat(logits, dim=1) if len(logits) > 1 else logits[0]
+    def forward(self, rows: Tensor) -> Iterator[tuple[nn.Linear, Tensor, Tensor]]:
+        """Rows of `Tokens` -> for each input (its layer, what it sees (B, D), its logits (B, H, C)).
 
-    def losses(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each head (all heads,), a mean over the batch."""
-        return cross_entropies(self(rows), labels)
+        One after another: the logits of all 52 heads of DINOv2 would fill a cache many times over.
+        """
+        for each, layer in zip(self.rates, self.children()):
+            assert isinstance(layer, nn.Linear)
+            x = each.of(rows, self.width, self.layers)
+            yield layer, x, layer(x).unflatten(1, (-1, self.n_classes))
+
+    @torch.no_grad()
+    def backward_(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of each head (all heads,), a mean over the batch; each one's gradient, times its share.
+
+        The gradient of the logits is (probs - one-hot) / B: no graph is needed, and buffers stay.
+        """
+        losses, shares = [], iter((self.shares / len(labels)).split([len(rates) for rates in self.rates.values()]))
+        for layer, x, logits in self(rows):
+            n_heads = logits.shape[1]
+            own_class = labels[:, None, None].expand(-1, n_heads, 1)
+            log_probs = F.log_softmax(logits, dim=-1)
+            losses.append(-log_probs.gather(2, own_class)[..., 0].mean(0))
+            grad = log_probs.exp_()
+            grad.scatter_add_(2, own_class, grad.new_full((len(labels), n_heads, 1), -1.0))
+            grad = grad.mul_(next(shares).to(grad.dtype)[:, None]).flatten(1)
+            for parameter in (layer.weight, layer.bias):
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+            torch.mm(grad.T, x, out=layer.weight.grad)
+            torch.sum(grad, 0, out=layer.bias.grad)
+        return torch.cat(losses)
 
     def optimizer(self) -> torch.optim.SGD:
         """SGD at the greatest of the rates, for `train`."""
         return torch.optim.SGD(self.parameters(), self.max_rate, momentum=0.9, weight_decay=0)
-
-
-def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, H, C), (B,) -> (H,), a mean over the batch."""
-    n_heads = logits.shape[1]
-    each = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(n_heads), reduction="none")
-    return each.view(-1, n_heads).mean(0)
 
 
 def train(
@@ -190,14 +207,11 @@ def train(
     """
     total, steps = torch.zeros_like(heads.shares), 0
     for rows, labels in batches:
-        with torch.enable_grad():  # batches of `Tokens.rows` leave it off between them
-            losses = heads.losses(rows, labels)
-        optimizer.zero_grad()
-        losses.backward(heads.shares.to(losses.dtype))
+        losses = heads.backward_(rows, labels)
         optimizer.step()
         if scheduler:
             scheduler.step()
-        total, steps = total + losses.detach(), steps + 1
+        total, steps = total + losses, steps + 1
     if not steps:
         raise ValueError("batches: expected at least one, got none")
     return total / steps
@@ -216,10 +230,14 @@ def score(heads: Heads, test: Labelled, batch_size: int = BATCH) -> Scores:
     """Of held-out images, in their order. With fewer than five classes top5 is 1."""
     losses, hits = [], torch.zeros(2, len(heads.shares), device=test.features.device, dtype=torch.int64)
     for rows, labels in zip(test.features.split(batch_size), test.labels.split(batch_size)):
-        logits = heads(rows)
-        losses.append(cross_entropies(logits, labels))
-        best = logits.topk(min(5, heads.n_classes), dim=-1).indices == labels[:, None, None]
-        hits += torch.stack([best[..., 0].sum(0), best.any(-1).sum(0)])
+        of_batch, of_hits = [], []
+        for _, _, logits in heads(rows):
+            log_probs, own_class = F.log_softmax(logits, dim=-1), labels[:, None, None]
+            of_batch.append(-log_probs.gather(2, own_class.expand(-1, logits.shape[1], 1))[..., 0].mean(0))
+            best = logits.topk(min(5, heads.n_classes), dim=-1).indices == own_class
+            of_hits.append(torch.stack([best[..., 0].sum(0), best.any(-1).sum(0)]))
+        losses.append(torch.cat(of_batch))
+        hits += torch.cat(of_hits, dim=1)
     top1, top5 = (hits.double() / len(test.labels)).cpu()
     return Scores(torch.stack(losses).mean(0).cpu(), top1, top5)
 

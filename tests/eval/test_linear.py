@@ -92,7 +92,8 @@ def test_scores_are_those_of_each_head():
     data = Labelled(torch.randn(50, WIDTH), torch.randint(N_CLASSES, (50,)))
     found = score(heads, data, batch_size=16)
     for h in range(2):
-        logits = heads(data.features)[:, h].detach()
+        ((_, _, logits),) = heads(data.features)
+        logits = logits[:, h].detach()
         first = logits.argsort(dim=1, descending=True)
         assert found.top1[h] == (first[:, 0] == data.labels).double().mean()
         assert found.top5[h] == (first[:, :5] == data.labels[:, None]).any(1).double().mean()
