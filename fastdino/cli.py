@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from fastdino import __version__
-from fastdino.errors import TrainingError, UserError
+from fastdino.errors import ExportError, TrainingError, UserError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -21,9 +21,13 @@ COMMANDS = {
     "knn": "k-NN accuracy of a trained backbone",
     "linear": "accuracy of linear classifiers on its features",
     "logreg": "accuracy of logistic regression on its features",
+    "retrieval": "mAP of image retrieval on Oxford or Paris, revisited",
+    "copies": "mAP of copy detection on Copydays",
+    "video": "follow objects through a film from a mask of its first frame (DAVIS 2017)",
     "attention": "draw where the CLS token looks, in images and films",
     "pca": "draw what patches have in common",
     "report": "one HTML page about a run",
+    "export": "write a trained backbone for timm, transformers, ONNX ...",
     "doctor": "what this machine can do",
 }
 
@@ -88,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_module(args.command).run(args))
     except UserError as error:
         return _end(args.command, str(error), EXIT_USAGE)
-    except TrainingError as error:
+    except (TrainingError, ExportError) as error:
         return _end(args.command, str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return _end(args.command, "interrupted", EXIT_INTERRUPTED)

@@ -18,9 +18,10 @@ from fastdino.data.augment import center_view, normalize
 from fastdino.data.loader import useful_workers
 from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.views import View
 from fastdino.errors import UserError, some_of
 from fastdino.eval import feature_files
-from fastdino.eval.features import BATCH, View, backbone_features, evaluating, stream
+from fastdino.eval.features import BATCH, backbone_features, evaluating, stream
 from fastdino.train import distributed
 from fastdino.train.checkpoint import backbone_of, eval_size, load_checkpoint
 

@@ -21,11 +21,12 @@ from fastdino.data.augment import center_view
 from fastdino.data.decode import decode
 from fastdino.data.digits import load_digits
 from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.views import View
 from fastdino.doctor import environment
 from fastdino.errors import UserError, some_of
 from fastdino.eval import EVALUATIONS, TITLES
 from fastdino.eval.attention_maps import Looked, attention_figure, cls_attention
-from fastdino.eval.features import View, stream
+from fastdino.eval.features import stream
 from fastdino.eval.knn import Features, knn_votes
 from fastdino.eval.pca import patch_colors, patch_tokens, pca_figure
 from fastdino.train.checkpoint import backbone_of, load_checkpoint

@@ -1,6 +1,7 @@
 """Every command and every block of Python in the README runs, on a few small images and with a small model."""
 
 import copy
+import importlib
 import os
 import re
 import shlex
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import copydays, davis, oxford
 
 import fastdino
 from bench.records import read
 from bench.report import BEGIN, END, summary
 from fastdino.cli import main, parser
+from fastdino.export.formats import FORMATS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,6 +30,7 @@ SMALL = shlex.split(
 )
 
 FEWER = {"train": SMALL, "linear": ["--epochs", "1"], "logreg": ["--C", "1"]}  # of what would take long
+FEWER |= {name: ["--imsize", "64"] for name in ("retrieval", "copies", "video")}
 
 
 def commands():
@@ -41,8 +45,8 @@ def python_blocks():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, photo_folder):
-    """photos/ with two classes, a run over them, and the results of two runs of the benchmark."""
+def folder(tmp_path_factory, photo_folder, photos):
+    """photos/ with two classes, a run over them, benchmarks, and the results of two runs of ours."""
     folder = tmp_path_factory.mktemp("readme")
     for number, name in enumerate(("cats", "dogs")):
         target = folder / "photos" / name
@@ -51,6 +55,13 @@ def folder(tmp_path_factory, photo_folder):
             shutil.copy(path, target / f"{i:02}.jpg")
     for name in ("before", "after"):
         shutil.copytree(RESULTS, folder / name)
+    oxford(folder / "revisited")
+    copydays(folder / "copydays", n=4, n_strong=4, n_whitening=200)
+    (folder / "copydays" / "whitening").rename(folder / "yfcc")
+    davis(folder / "DAVIS", photos)
+    (folder / "DAVIS" / "JPEGImages" / "480p" / "high").rename(folder / "film")
+    (folder / "DAVIS" / "Annotations" / "480p" / "high" / "00000.png").rename(folder / "first_mask.png")
+    (folder / "DAVIS" / "ImageSets" / "2017" / "val.txt").write_text("wide\n")
     shutil.copy(ROOT / "README.md", folder)
     words = ["--data_path", str(folder / "photos"), "--output_dir", str(folder / "runs" / "photos")]
     assert main(["train", *words, *SMALL]) == 0
@@ -65,6 +76,14 @@ def run(words, folder, expect=(0,)):
     assert done.returncode in expect, done.stdout + done.stderr
 
 
+def imports(library):
+    try:
+        importlib.import_module(library)
+    except ImportError:
+        return False
+    return True
+
+
 def run_command(command, folder, monkeypatch, capsys):
     """The command as it stands, but for what would take long."""
     words = shlex.split(command)
@@ -76,6 +95,9 @@ def run_command(command, folder, monkeypatch, capsys):
             with pytest.raises(SystemExit) as end:
                 main(words[1:])
             assert end.value.code == 0
+        elif words[1] == "export" and not all(map(imports, FORMATS[words[words.index("--format") + 1]].needs)):
+            assert main(words[1:]) == 2
+            assert "cannot be imported" in capsys.readouterr().err
         else:
             assert main([*words[1:], *small]) == 0, capsys.readouterr().err
     elif words[0] == "torchrun":

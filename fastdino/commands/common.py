@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.views import View
 from fastdino.errors import UserError
-from fastdino.eval.features import View
 from fastdino.eval.linear import hold_out
 from fastdino.files import append
 from fastdino.model.archs import ARCHITECTURES
@@ -34,19 +34,24 @@ class Opened:
 
 def add_weights_flags(parser: argparse.ArgumentParser, unless: str = "") -> None:
     """Which backbone, and where it runs. unless: a flag that takes its place."""
+    group = add_file_flags(parser, unless)
+    group.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N [auto]")
+    group.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the backbone [fp32]")
+    # Of the original's command lines.
+    group.add_argument("--arch", metavar="NAME", help="not needed: the weights tell, and have to agree")
+    group.add_argument("--patch_size", type=int, metavar="N", help="not needed either")
+    add_ignored_flags(parser, "--dist_url", "--local_rank")
+
+
+def add_file_flags(parser: argparse.ArgumentParser, unless: str = "") -> argparse._ArgumentGroup:
+    """Which backbone; the group, for what else is about it."""
     group = parser.add_argument_group("Weights")
     group.add_argument(
         "--pretrained_weights", required=not unless, metavar="FILE", help="checkpoint, or backbone weights"
     )
     group.add_argument("--checkpoint_key", default="teacher", metavar="NAME", help="teacher or student [teacher]")
     group.add_argument("--num_heads", type=int, metavar="N", help="only for widths that no architecture here has")
-    group.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N [auto]")
-    group.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the backbone [fp32]")
-    # Of the original's command lines.
-    group.add_argument("--arch", metavar="NAME", help="not needed: the weights tell, and have to agree")
-    group.add_argument("--patch_size", type=int, metavar="N", help="not needed either")
-    for name in ("--dist_url", "--local_rank"):
-        group.add_argument(name, help=argparse.SUPPRESS)
+    return group
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +59,21 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Images")
     group.add_argument("--size", type=int, metavar="N", help="side of the center crop [as trained]")
     group.add_argument("--resize", type=int, metavar="N", help="short side before it [as trained, else 8/7 of --size]")
-    group.add_argument("--batch_size_per_gpu", type=int, default=128, metavar="N", help="images at once [128]")
+    add_loading_flags(group, batch_size=128)
+
+
+def add_loading_flags(group: Any, batch_size: int) -> None:
+    """How images are loaded. group: of flags, or the parser."""
+    group.add_argument(
+        "--batch_size_per_gpu", type=int, default=batch_size, metavar="N", help=f"images at once [{batch_size}]"
+    )
     group.add_argument("--num_workers", type=int, default=10, metavar="N", help="threads, at most one per core [10]")
+
+
+def add_ignored_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Flags of the original's command lines that have nothing to say here."""
+    for name in names:
+        parser.add_argument(name, help=argparse.SUPPRESS)
 
 
 def add_result_flags(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +160,7 @@ class Part:
     def describe(self) -> str:
         """One phrase for the log."""
         some_of_it = f"{len(self.indices):,} of " if len(self.indices) < len(self.source) else ""
-        return some_of_it + self.source.describe().replace(" (for k-NN only)", "")
+        return some_of_it + self.source.describe()
 
 
 def open_parts(data_path: str | None, test_only: bool = False) -> tuple[Part, Part]:

@@ -28,8 +28,8 @@ from fastdino.commands.common import (
     some,
     tell,
 )
+from fastdino.data.views import RandomView
 from fastdino.errors import TrainingError, UserError, reason, some_of
-from fastdino.eval.features import RandomView
 from fastdino.eval.linear import (
     LEARNING_RATES,
     Heads,

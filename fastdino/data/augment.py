@@ -129,11 +129,11 @@ def center_view(image: Image.Image, resize: int, size: int) -> NDArray[np.uint8]
     return np.asarray(resized.crop((x, y, x + size, y + size)))
 
 
-def normalize(pixels: Tensor) -> Tensor:
+def normalize(pixels: Tensor, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """(..., 3, H, W) uint8 -> floats (the default dtype), ImageNet's mean and deviation removed, on the same device."""
     mean = torch.tensor(IMAGENET_MEAN, device=pixels.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=pixels.device)[:, None, None]
-    return (pixels.to(mean.dtype) / 255 - mean) / std
+    deviation = torch.tensor(std, device=pixels.device)[:, None, None]
+    return (pixels.to(mean.dtype) / 255 - mean) / deviation
 
 
 def _as_images(images: Sequence[Image.Image] | Tensor) -> list[Image.Image]:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from fastdino.data.sources import ImageSource
+from fastdino.data.views import RandomView, View
 from fastdino.errors import UserError
-from fastdino.eval.features import BATCH, RandomView, View, stream
+from fastdino.eval.features import BATCH, stream
 
 # Of DINOv2 (arXiv:2304.07193), for a batch of 256.
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)

@@ -48,12 +48,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Keys: student (names start with `module.`), teacher, optimizer, epoch (finished ones), args (argparse.Namespace),
     dino_loss, fp16_scaler with fp16. Raises UserError where the file is missing, cannot be read, is no checkpoint, is
     damaged, or holds pickled code, which is refused and not run.
+    Of `fastdino export --format safetensors`: the weights by name, and args with what its metadata tell.
     """
     path = Path(path)
     if not path.is_file():
         is_link = path.is_symlink() and not path.exists()
         what = "a link to nothing" if is_link else "a folder" if path.is_dir() else "no file" if path.exists() else ""
         raise UserError(f"no checkpoint at {path}: found {what or 'nothing'} there")
+    if path.suffix.lower() == ".safetensors":
+        return _load_safetensors(path)
     try:
         _check_archive(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
@@ -68,6 +71,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if odd := odd_tensor(checkpoint):
         raise UserError(f"{path} is not a checkpoint: {printable(odd)}")
     return checkpoint
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise UserError(f"{path} needs safetensors: pip install safetensors") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # its own kinds, and what PyTorch makes of odd dtypes
+        raise UserError(f"{path} {_refusal(error)}") from error
+    # Under the names that a run has for them. Others' metadata may hold anything.
+    names = {"img_size": "global_crops_size", "resize": "eval_resize", "num_heads": "num_heads"}
+    numbers = {names[key]: value for key, value in metadata.items() if key in names}
+    known = {name: int(value) for name, value in numbers.items() if re.fullmatch(r"[1-9][0-9]{0,4}", value)}
+    return {**weights, "args": argparse.Namespace(**known)}
 
 
 def _check_archive(path: Path) -> None:
@@ -198,9 +218,12 @@ def backbone_of(
     if bad := first_nonfinite(state):
         raise UserError(f"{path}: {bad} holds numbers that are not finite")
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    heads = num_heads or heads_of(embed_dim)
+    told = getattr(checkpoint.get("args"), "num_heads", None)
+    heads = num_heads or (told if type(told) is int else None) or heads_of(embed_dim)
     if heads is None:
         raise UserError(f"{path}: the number of heads cannot be told from a width of {embed_dim}; give num_heads")
+    if heads < 1 or embed_dim % heads:
+        raise UserError(f"{path}: num_heads: expected a divisor of the width {embed_dim}, got {heads}")
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     sizes = (getattr(checkpoint.get("args"), "global_crops_size", None), 224)  # the original's args do not tell: 224
     backbone = VisionTransformer(

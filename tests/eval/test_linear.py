@@ -19,10 +19,9 @@ from fastdino.data.augment import apply_crop, center_view, normalize
 from fastdino.data.decode import decode, decode_array, open_image
 from fastdino.data.params import ViewRecipe, crop_params, draw_crops
 from fastdino.data.sources import FolderSource
-from fastdino.data.views import random_views
+from fastdino.data.views import RandomView, views
 from fastdino.errors import UserError
 from fastdino.eval.evaluations import EVALUATIONS, EvalSettings
-from fastdino.eval.features import RandomView
 from fastdino.eval.knn import Features
 from fastdino.eval.linear import (
     Heads,
@@ -122,8 +121,8 @@ def test_random_crops_are_the_training_loaders_and_depend_on_seed_epoch_and_inde
     drawn = crop_params(draw_crops(5, 3, indices, widths, heights, [recipe]))
     assert {params.flip for params in drawn} == {True, False}
     for batch_size, workers in ((32, 0), (5, 3)):
-        views = random_views(source, indices, 24, 5, 3, batch_size, workers, lambda *_: None)
-        made = torch.cat([batch for batch, _ in views]).permute(0, 2, 3, 1).numpy()
+        shown = views(source, indices, RandomView(24, 5, 3), batch_size, workers, lambda *_: None)
+        made = torch.cat([batch for batch, _ in shown]).permute(0, 2, 3, 1).numpy()
         for crop, image, params in zip(made, pixels, drawn):
             assert np.array_equal(crop, apply_crop(image, params, 24, Image.Resampling.BILINEAR))
     assert np.mean([params.box[2] * params.box[3] for params in drawn]) == pytest.approx(0.5 * 120 * 100, rel=0.2)
