@@ -112,7 +112,7 @@ def test_the_order_is_that_of_the_originals_sampler():
     assert [order.tolist() for _, order in found] == [expected[0][8:], expected[1], expected[2]]
 
 
-def test_random_crops_are_torchvisions_and_depend_on_seed_epoch_and_index_alone(photo_folder):
+def test_random_crops_are_the_training_loaders_and_depend_on_seed_epoch_and_index_alone(photo_folder):
     source = FolderSource(photo_folder)
     recipe = ViewRecipe(size=24, scale=(0.08, 1.0), jitter=0, gray=0, blur=0)
     indices = np.arange(31, -1, -1)
