@@ -12,7 +12,7 @@ from types import ModuleType
 from fastdino import __version__
 from fastdino.errors import ExportError, TrainingError, UserError
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 
 # fastdino.commands has a module for each.
 COMMANDS = {
@@ -84,7 +84,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. 1: the run failed, 2: the command was wrong, 130: interrupted."""
+    """Run a command; the exit code. 1: the run failed, 2: the command was wrong, 130: interrupted, 141: a broken pipe."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files in an alphabet that the terminal does not have
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse(argv)
@@ -96,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(args.command, str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return _end(args.command, "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # of a reader such as `head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        return EXIT_PIPE
 
 
 def _end(command: str, message: str, code: int) -> int:

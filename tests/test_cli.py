@@ -324,3 +324,13 @@ def test_namespace_survives_a_checkpoint(tmp_path):
     args = load_checkpoint(tmp_path / "a.pth")["args"]
     assert isinstance(args, argparse.Namespace)
     assert TrainConfig(**vars(args)) == config
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path):
+    torch.save(fastdino.vit_nano(patch_size=8, img_size=[24]).state_dict(), tmp_path / "weights.pth")
+    command = f"{sys.executable} -u -m fastdino knn --pretrained_weights weights.pth --nb_knn 1 2 3 | true"
+    root = Path(fastdino.__file__).parent.parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    script = f"set -o pipefail; {command}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")

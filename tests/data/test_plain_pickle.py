@@ -64,7 +64,9 @@ class RunsCode:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize(
-    "value", [RunsCode(), {"gnd": [RunsCode()]}, OrderedDict(a=1), np.random.RandomState(0), pickle.loads], ids=repr
+    "value",
+    [RunsCode(), {"gnd": [RunsCode()]}, OrderedDict(a=1), np.random.RandomState(0), pickle.loads],
+    ids=["code", "code inside", "OrderedDict", "RandomState", "function"],
 )
 def test_what_names_anything_else_is_refused_and_not_run(value, protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
