@@ -84,7 +84,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. 1: the run failed, 2: the command was wrong, 130: interrupted, 141: a broken pipe."""
+    """Run a command; the exit code: 1 it failed, 2 it was wrong, 130 interrupted, 141 nobody reads what it prints."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files in an alphabet that the terminal does not have
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse(argv)
