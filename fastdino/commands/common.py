@@ -17,6 +17,7 @@ from fastdino.data.views import View
 from fastdino.errors import UserError
 from fastdino.eval.linear import hold_out
 from fastdino.files import append
+from fastdino.model import VisionTransformer
 from fastdino.model.archs import ARCHITECTURES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,16 +82,25 @@ def add_result_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="add the result to this file, too: a JSON object, a line each")
 
 
-def open_backbone(args: argparse.Namespace) -> Opened:
-    """The backbone that the flags ask for, frozen, and the view. Raises UserError where they do not fit together."""
-    from fastdino.train.checkpoint import backbone_of, eval_size, load_checkpoint
+def open_backbone(args: argparse.Namespace, of_any_kind: bool = False) -> Opened:
+    """The backbone that the flags ask for, frozen, and the view. Raises UserError where they do not fit together.
+
+    of_any_kind: a network of timm's will do, too.
+    """
+    from fastdino.train.checkpoint import any_backbone_of, backbone_of, eval_size, load_checkpoint
     from fastdino.train.distributed import start
 
     check_positive(args, "batch_size_per_gpu")
     if args.pretrained_weights is None:
         raise UserError("--pretrained_weights: a checkpoint is needed")
     checkpoint = load_checkpoint(args.pretrained_weights)
-    backbone = backbone_of(checkpoint, args.pretrained_weights, args.checkpoint_key, args.num_heads)
+    opened = any_backbone_of if of_any_kind else backbone_of
+    backbone: Any = opened(checkpoint, args.pretrained_weights, args.checkpoint_key, args.num_heads)
+    device = start(args.device, "env://").device
+    if not isinstance(backbone, VisionTransformer):
+        size = getattr(args, "size", None) or checkpoint["args"].global_crops_size
+        resize = getattr(args, "resize", None) or eval_size(checkpoint, size)
+        return Opened(backbone.to(device, DTYPES[args.dtype]), View(resize, size), checkpoint)
     patch_size = backbone.patch_embed.patch_size
     if args.patch_size not in (None, patch_size):
         raise UserError(f"--patch_size: {args.pretrained_weights} has {patch_size}, got {args.patch_size}")
@@ -103,7 +113,6 @@ def open_backbone(args: argparse.Namespace) -> Opened:
         raise UserError(
             f"--size: expected at least the patch size {patch_size} and at most --resize, got {size} and {resize}"
         )
-    device = start(args.device, "env://").device
     return Opened(backbone.to(device, DTYPES[args.dtype]), View(resize, size), checkpoint)
 
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from fastdino import files
 from fastdino.errors import TrainingError, UserError, printable
 from fastdino.model import VisionTransformer
-from fastdino.model.archs import heads_of
+from fastdino.model.archs import TIMM, check_arch, heads_of, timm_backbone
 from fastdino.train import distributed
 from fastdino.train.config import TrainConfig
 from fastdino.train.contents import check, first_difference, odd_tensor, unwrapped
@@ -204,19 +204,12 @@ def backbone_of(
     checkpoint: Mapping[str, Any], path: str | Path, key: str, num_heads: int | None = None
 ) -> VisionTransformer:
     """`load_backbone` of a file that has been read already; path: what to call it."""
-    state = checkpoint.get(key, checkpoint)
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path} has no weights under {key!r}, but {type(state).__name__}")
-    state = unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
-    prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
-    state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    state = _backbone_state(checkpoint, path, key)
     if missing := [name for name in ("pos_embed", "patch_embed.proj.weight") if name not in state]:
         raise UserError(f"{path} has no Vision Transformer under {key!r}: {missing[0]} is missing")
     for name, rank in (("pos_embed", 3), ("patch_embed.proj.weight", 4)):
         if state[name].ndim != rank or not state[name].numel():
             raise UserError(f"{path} is no Vision Transformer: {name} is {tuple(state[name].shape)}")
-    if bad := first_nonfinite(state):
-        raise UserError(f"{path}: {bad} holds numbers that are not finite")
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     told = getattr(checkpoint.get("args"), "num_heads", None)
     heads = num_heads or (told if type(told) is int else None) or heads_of(embed_dim)
@@ -236,5 +229,40 @@ def backbone_of(
     )
     if difference := first_difference(backbone.state_dict(), state):
         raise UserError(f"{path} is of another model: {difference}")
+    backbone.load_state_dict(state)
+    return backbone.eval().requires_grad_(False)
+
+
+def _backbone_state(checkpoint: Mapping[str, Any], path: str | Path, key: str) -> dict[str, Tensor]:
+    """The backbone's weights under their own names. Raises UserError where there are none, or one is not finite."""
+    state = checkpoint.get(key, checkpoint)
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} has no weights under {key!r}, but {type(state).__name__}")
+    state = unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
+    state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    if bad := first_nonfinite(state):
+        raise UserError(f"{path}: {bad} holds numbers that are not finite")
+    return state
+
+
+def any_backbone_of(
+    checkpoint: Mapping[str, Any], path: str | Path, key: str, num_heads: int | None = None
+) -> nn.Module:
+    """`backbone_of`; or the network of timm's that a run with --arch timm:NAME trained, frozen, too.
+
+    Raises UserError as it does, and where timm is missing, or has another network under that name by now.
+    """
+    name = getattr(checkpoint.get("args"), "arch", None)
+    if not (isinstance(name, str) and name.startswith(TIMM)):
+        return backbone_of(checkpoint, path, key, num_heads)
+    state = _backbone_state(checkpoint, path, key)
+    try:
+        check_arch(name)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    backbone = timm_backbone(name, 0.0)
+    if difference := first_difference(backbone.state_dict(), state):
+        raise UserError(f"{path} does not fit {name} of this timm: {difference}")
     backbone.load_state_dict(state)
     return backbone.eval().requires_grad_(False)
