@@ -1,9 +1,11 @@
 """The command line: which commands there are, and what becomes of a mistake."""
 
 import argparse
+import difflib
 import importlib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -78,9 +80,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     training = words[:1] == ["train"]
     args, unknown = parser(*words[:1]).parse_known_args(expand(words) if training else words)
     if unknown:
-        message = unrecognized(unknown) if training else f"unrecognized arguments: {' '.join(unknown)}"
+        message = unrecognized(unknown) if training else _unrecognized(args.command, unknown)
         _Parser(prog=f"fastdino {args.command}").error(message)
     return args
+
+
+def _unrecognized(command: str, words: Sequence[str]) -> str:
+    """What argparse says of words that it does not know, and the flag that comes near."""
+    asked = _Parser()
+    _module(command).add_flags(asked)
+    close = difflib.get_close_matches(words[0].partition("=")[0], re.findall(r"--\w+", asked.format_usage()), 1)
+    return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -193,7 +193,7 @@ MISTAKES = {
         "--data_path few --nodes 2 --ngpus=8",
         "run_with_submitit.py are srun's here: srun --nodes",
     ),
-    "an evaluation's": ("--pretrained_weights few", "weights are given to fastdino knn and fastdino attention"),
+    "an evaluation's": ("--pretrained_weights few", "weights are for evaluations (fastdino knn, features ...)"),
 }
 
 
@@ -324,6 +324,25 @@ def test_namespace_survives_a_checkpoint(tmp_path):
     args = load_checkpoint(tmp_path / "a.pth")["args"]
     assert isinstance(args, argparse.Namespace)
     assert TrainConfig(**vars(args)) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("knn --datapath x", "--data_path"),
+        ("pca --imagesize=3", "--image_size"),
+        ("report x --device_ cpu", "--device"),
+    ],
+)
+def test_every_command_names_the_flag_that_comes_near(line, meant, capsys):
+    command, *words = line.split()
+    weights = [] if command == "report" else ["--pretrained_weights", "x"]
+    with pytest.raises(SystemExit) as end:
+        main([command, *weights, *words])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert f"; did you mean {meant}? (see fastdino {command} --help)" in said
+    assert said.count("\n") == 1
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path):

@@ -49,7 +49,7 @@ def unrecognized(words: Sequence[str]) -> str:
         )
     if any(name in WEIGHTS.split() for name in names):
         return (
-            f"{said}; weights are given to fastdino knn and fastdino attention, "
+            f"{said}; weights are for evaluations (fastdino knn, features ...), "
             "training goes on from checkpoint.pth in --output_dir"
         )
     if not words[0].startswith("-"):
