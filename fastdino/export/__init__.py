@@ -126,6 +126,8 @@ def _open(weights: str | Path, key: str, num_heads: int | None, size: int | None
             f"{error}. It was trained as {printable(arch)}, which is no Vision Transformer of ours, and cannot be "
             f"exported: its weights under {key!r} have timm's names behind 'backbone.', and timm loads them as they are"
         ) from error
+    if not backbone.is_dinos:
+        raise UserError(f"{weights} is a backbone of DINOv2 or DINOv3: only those of DINO can be exported so far")
     if (channels := backbone.patch_embed.proj.in_channels) != 3:
         raise UserError(f"{weights} takes images of {channels} channels: only those of 3 can be exported")
     side = backbone.patch_embed.img_size if size is None else size

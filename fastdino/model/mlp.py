@@ -58,10 +58,11 @@ class Mlp(nn.Module):
 
     def _is_ours(self, x: Tensor) -> bool:
         """Whether our kernels may stand in for the layers: they take x, and nobody changed a layer or watches one."""
-        if _Current.way != "ours" or not takes_kernels(x) or self.fc1.bias is None:
+        if _Current.way != "ours" or not takes_kernels(x):
             return False
         layers = self.fc1, self.act, self.fc2
-        untouched = [type(layer) for layer in layers] == [nn.Linear, GELU, nn.Linear]
+        kinds = [type(layer) for layer in layers]
+        untouched = kinds == [nn.Linear, GELU, nn.Linear] and self.fc1.bias is not None
         if not untouched or torch.compiler.is_compiling():
             return untouched
         return not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)

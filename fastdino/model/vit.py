@@ -271,8 +271,8 @@ class VisionTransformer(nn.Module):
     table. rope: arguments of RopeEmbed, which takes the table's place. mask_k_bias: keys have no bias.
     untie_cls_and_patch_norms: CLS and registers end in `cls_norm`. untie_global_and_local_cls_norm: in training those
     of local crops, of all groups but the first, end in `local_cls_norm`. drop_path_uniform: the same for all blocks.
-    Attributes: embed_dim (D), num_heads, num_prefix_tokens (CLS and registers, before the patches); packs: it takes
-    crops of several resolutions in one pass.
+    Attributes: embed_dim (D), num_heads, num_prefix_tokens (CLS and registers, before the patches); is_dinos: nothing
+    of DINOv2's or DINOv3's is in it; packs: it takes crops of several resolutions in one pass.
     Raises ValueError where num_heads does not divide embed_dim or no patch fits img_size, and for what the original
     takes and no recipe of DINO uses: qk_scale, drop_rate, attn_drop_rate.
 
@@ -340,6 +340,8 @@ class VisionTransformer(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.rope_embed = None if rope is None else RopeEmbed(embed_dim // num_heads, **rope)
         self.num_prefix_tokens = 1 + registers
+        added = (ffn != "mlp", mask_k_bias, init_values, registers, mask_token, rope is not None)
+        self.is_dinos = not any((*added, untie_cls_and_patch_norms, untie_global_and_local_cls_norm))
         # The originals' names: DINOv2's, and, where positions are rotary, DINOv3's.
         self._registers = None if not registers else "register_tokens" if rope is None else "storage_tokens"
         if self._registers:
