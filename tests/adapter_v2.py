@@ -4,8 +4,9 @@ import torch
 
 # --- backbones: fastdino.model ---
 from fastdino import DINOHead, VisionTransformer, load_backbone
-from fastdino.model.archs import PUBLISHED
+from fastdino.model.archs import CONVNEXTS, PUBLISHED
 from fastdino.model.attention import Packing
+from fastdino.model.convnext import ConvNeXt
 from fastdino.model.drop_path import Path as DropPath
 from fastdino.model.drop_path import of_images
 from fastdino.model.layers import NORMS, layer_norm
@@ -101,7 +102,8 @@ def rope(kw, H, W, dtype):
 
 def architecture(name):
     with torch.device("meta"):
-        return {key: tuple(value.shape) for key, value in PUBLISHED[name]().state_dict().items()}
+        module = ConvNeXt(*CONVNEXTS[name]) if name in CONVNEXTS else PUBLISHED[name]()
+    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 def load_teacher(path, version, cfg, img_size):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdino.model.archs import PUBLISHED
+from fastdino.model.archs import CONVNEXTS, PUBLISHED
 
 HERE = Path(__file__).parent
 BLOCKS = [
@@ -27,7 +27,7 @@ CHECKS = [
     *(f"backbone_{name}.{dtype}" for name in BACKBONES for dtype in ("fp64", "fp32")),
     *(f"pos_embed.offset{name}" for name in POSITIONS),
     *(f"rope.{dtype}" for dtype in ("fp64", "fp32", "bf16")),
-    *(f"names_{name}" for name in PUBLISHED),
+    *(f"names_{name}" for name in (*PUBLISHED, *CONVNEXTS)),
     *(f"teacher_checkpoint_{name}" for name in TEACHERS),
 ]
 

@@ -98,7 +98,7 @@ def open_backbone(args: argparse.Namespace, of_any_kind: bool = False) -> Opened
     backbone: Any = opened(checkpoint, args.pretrained_weights, args.checkpoint_key, args.num_heads)
     device = start(args.device, "env://").device
     if not isinstance(backbone, VisionTransformer):
-        size = getattr(args, "size", None) or checkpoint["args"].global_crops_size
+        size: Any = getattr(args, "size", None) or getattr(checkpoint.get("args"), "global_crops_size", 224)
         resize = getattr(args, "resize", None) or eval_size(checkpoint, size)
         return Opened(backbone.to(device, DTYPES[args.dtype]), View(resize, size), checkpoint)
     patch_size = backbone.patch_embed.patch_size

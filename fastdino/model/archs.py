@@ -101,6 +101,14 @@ PUBLISHED = {
     "dinov3_vit7b16_sat493m": _dinov3(4096, 40, 32, **_7B),
 }
 
+# DINOv3's students of another kind: (blocks, channels) of their four stages.
+CONVNEXTS = {
+    "dinov3_convnext_tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "dinov3_convnext_small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "dinov3_convnext_base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "dinov3_convnext_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+}
+
 TIMM = "timm:"  # what a name of a model of timm's begins with
 
 

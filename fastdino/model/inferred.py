@@ -78,3 +78,11 @@ def img_size_of(state: Mapping[str, Tensor], trained_at: Any) -> int:
         return trained_at if isinstance(trained_at, int) else 224
     side, patch_size = math.isqrt(state["pos_embed"].shape[1] - 1), state["patch_embed.proj.weight"].shape[-1]
     return next((x for x in (trained_at, 224) if isinstance(x, int) and x // patch_size == side), patch_size * side)
+
+
+def convnext_stages(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Blocks and channels of each stage of a ConvNeXt."""
+    stages = sorted({int(found[1]) for name in state if (found := re.match(r"stages\.(\d+)\.", name))})
+    depths = [len({name.split(".")[2] for name in state if name.startswith(f"stages.{stage}.")}) for stage in stages]
+    dims = [len(state.get(f"stages.{stage}.0.gamma", ())) for stage in stages]
+    return depths, dims

@@ -402,13 +402,14 @@ class VisionTransformer(nn.Module):
 
         mask: (B, patches) bool, the patches that the mask token replaces.
         """
+        # shape[0], not len(x), which an exported graph would hold as a constant
+        cls = self.cls_token.expand(x.shape[0], -1, -1)
         patches = self.patch_embed(x)
         if mask is not None:
             if self.mask_token is None:
                 raise ValueError("mask: expected none, for this model has no mask token")
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
-        # shape[0], not len(x), which an exported graph would hold as a constant
-        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), patches), dim=1)
+        tokens = torch.cat((cls, patches), dim=1)
         if self.rope_embed is None:
             tokens = tokens + self.interpolate_pos_encoding(tokens, *x.shape[-2:])
         if not self._registers:

@@ -19,7 +19,8 @@ from fastdino import files
 from fastdino.errors import TrainingError, UserError, printable
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import TIMM, check_arch, heads_of, timm_backbone
-from fastdino.model.inferred import heads_by_rope, img_size_of, vit_options, without_chunks
+from fastdino.model.convnext import ConvNeXt
+from fastdino.model.inferred import convnext_stages, heads_by_rope, img_size_of, vit_options, without_chunks
 from fastdino.train import distributed
 from fastdino.train.config import TrainConfig
 from fastdino.train.contents import check, first_difference, odd_tensor, unwrapped
@@ -190,15 +191,30 @@ def eval_size(checkpoint: Mapping[str, Any], size: int) -> int:
     return round(size * 8 / 7)
 
 
-def load_backbone(path: str | Path, key: str = "teacher", num_heads: int | None = None) -> VisionTransformer:
+def load_backbone(path: str | Path, key: str = "teacher", num_heads: int | None = None) -> VisionTransformer | ConvNeXt:
     """The Vision Transformer of a checkpoint, built to fit its weights, in eval mode, frozen, on the CPU.
+
+    Or the ConvNeXt that is in it: DINOv3 has them, too.
 
     key: teacher or student; a file with nothing but a backbone's weights, as the originals publish, works too. Of
     DINO, DINOv2 and DINOv3: registers, LayerScale, SwiGLU and rotary positions are told from the names.
     num_heads: needed only for widths that no architecture here has.
     Raises UserError where the file has no backbone in it.
     """
-    return backbone_of(load_checkpoint(path), path, key, num_heads)
+    checkpoint = load_checkpoint(path)
+    return convnext_of(checkpoint, path, key) or backbone_of(checkpoint, path, key, num_heads)
+
+
+def convnext_of(checkpoint: Mapping[str, Any], path: str | Path, key: str) -> ConvNeXt | None:
+    """The ConvNeXt of a file, frozen; None where there is none. Raises UserError where weights of it are missing."""
+    state = _backbone_state(checkpoint, path, key)
+    if "downsample_layers.0.0.weight" not in state:
+        return None
+    backbone = ConvNeXt(*convnext_stages(state))
+    if difference := first_difference(backbone.state_dict(), state):
+        raise UserError(f"{path} is of another model: {difference}")
+    backbone.load_state_dict(state)
+    return backbone.eval().requires_grad_(False)
 
 
 def backbone_of(
@@ -220,13 +236,17 @@ def backbone_of(
     if heads < 1 or embed_dim % heads:
         raise UserError(f"{path}: num_heads: expected a divisor of the width {embed_dim}, got {heads}")
     img_size = img_size_of(state, getattr(args, "global_crops_size", None))
+    # DINOv3's largest has 7e9 weights: drawn first, and copied over, they would take minutes and twice the memory.
+    is_drawn = "mask_token" not in state
     try:
-        backbone = VisionTransformer(img_size=[img_size], num_heads=heads, **options)
+        with torch.device("cpu" if is_drawn else "meta"):
+            backbone = VisionTransformer(img_size=[img_size], num_heads=heads, **options)
     except ValueError as error:
         raise UserError(f"{path} is of another model: {error}") from error
     if difference := first_difference(backbone.state_dict(), state):
         raise UserError(f"{path} is of another model: {difference}")
-    backbone.load_state_dict(state)
+    full = {name: value.to(torch.get_default_dtype()) for name, value in state.items()}
+    backbone.load_state_dict(state if is_drawn else full, assign=not is_drawn)
     return backbone.eval().requires_grad_(False)
 
 
@@ -246,13 +266,13 @@ def _backbone_state(checkpoint: Mapping[str, Any], path: str | Path, key: str) -
 def any_backbone_of(
     checkpoint: Mapping[str, Any], path: str | Path, key: str, num_heads: int | None = None
 ) -> nn.Module:
-    """`backbone_of`; or the network of timm's that a run with --arch timm:NAME trained, frozen, too.
+    """`load_backbone` of a file that has been read; or the network of timm's that a run with --arch timm:NAME trained.
 
     Raises UserError as it does, and where timm is missing, or has another network under that name by now.
     """
     name = getattr(checkpoint.get("args"), "arch", None)
     if not (isinstance(name, str) and name.startswith(TIMM)):
-        return backbone_of(checkpoint, path, key, num_heads)
+        return convnext_of(checkpoint, path, key) or backbone_of(checkpoint, path, key, num_heads)
     state = _backbone_state(checkpoint, path, key)
     try:
         check_arch(name)

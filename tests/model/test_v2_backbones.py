@@ -14,6 +14,7 @@ from fastdino.eval.attention_maps import cls_attention
 from fastdino.eval.features import backbone_features
 from fastdino.model import mlp
 from fastdino.model.archs import PUBLISHED, heads_of
+from fastdino.model.convnext import ConvNeXt
 
 TINY = {"embed_dim": 192, "depth": 2, "num_heads": 3, "patch_size": 8}
 KINDS = {
@@ -55,6 +56,19 @@ def test_a_file_of_the_published_sizes_loads(tmp_path):
     loaded = fastdino.load_backbone(tmp_path / "weights.pth")
     assert (loaded.num_heads, len(loaded.blocks), loaded.num_prefix_tokens) == (6, 12, 5)
     assert torch.equal(loaded.rope_embed.periods, vit.rope_embed.periods)
+
+
+def test_a_convnext_loads_and_gives_features(tmp_path):
+    net = ConvNeXt((1, 2, 1, 1), (8, 12, 16, 24))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    loaded, images = fastdino.load_backbone(tmp_path / "weights.pth"), torch.randn(2, 3, 64, 96)
+    assert torch.equal(loaded(images), net(images))
+    features = loaded.forward_features([images])[0]
+    assert features["patch"].shape == (2, 6, 24)
+    torch.testing.assert_close(features["cls"], net(images))
+    assert main(["knn", "--pretrained_weights", str(tmp_path / "weights.pth"), "--size", "32", "--nb_knn", "1"]) == 0
 
 
 def test_heads_of_all_published_models_are_told_by_the_width():
