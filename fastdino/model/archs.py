@@ -151,9 +151,13 @@ def _in_timm(name: str) -> str | None:
 
 
 def check_arch(name: str) -> None:
-    """Raises ValueError unless there is an architecture of that name, here or in timm."""
+    """Raises ValueError unless there is an architecture of that name to be trained, here or in timm."""
     if name in ARCHITECTURES:
         return
+    if name in PUBLISHED or name in CONVNEXTS:
+        raise ValueError(
+            f"{name} is of DINOv2 or DINOv3; its files load, but training knows DINO's recipe alone so far"
+        )
     if not name.startswith(TIMM):
         there = _in_timm(name)
         raise ValueError(

@@ -341,7 +341,8 @@ class VisionTransformer(nn.Module):
         self.rope_embed = None if rope is None else RopeEmbed(embed_dim // num_heads, **rope)
         self.num_prefix_tokens = 1 + registers
         added = (ffn != "mlp", mask_k_bias, init_values, registers, mask_token, rope is not None)
-        self.is_dinos = not any((*added, untie_cls_and_patch_norms, untie_global_and_local_cls_norm))
+        untied = untie_cls_and_patch_norms or untie_global_and_local_cls_norm
+        self.is_dinos = proj_bias and ffn_bias and interpolation == Interpolation() and not (any(added) or untied)
         # The originals' names: DINOv2's, and, where positions are rotary, DINOv3's.
         self._registers = None if not registers else "register_tokens" if rope is None else "storage_tokens"
         if self._registers:

@@ -13,7 +13,7 @@ from fastdino.errors import UserError
 from fastdino.eval.attention_maps import cls_attention
 from fastdino.eval.features import backbone_features
 from fastdino.model import mlp
-from fastdino.model.archs import PUBLISHED, heads_of
+from fastdino.model.archs import PUBLISHED, check_arch, heads_of
 from fastdino.model.convnext import ConvNeXt
 
 TINY = {"embed_dim": 192, "depth": 2, "num_heads": 3, "patch_size": 8}
@@ -69,6 +69,12 @@ def test_a_convnext_loads_and_gives_features(tmp_path):
     assert features["patch"].shape == (2, 6, 24)
     torch.testing.assert_close(features["cls"], net(images))
     assert main(["knn", "--pretrained_weights", str(tmp_path / "weights.pth"), "--size", "32", "--nb_knn", "1"]) == 0
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov3_convnext_tiny"])
+def test_training_says_that_it_does_not_know_the_recipe(name):
+    with pytest.raises(ValueError, match="training knows DINO's recipe alone so far"):
+        check_arch(name)
 
 
 def test_heads_of_all_published_models_are_told_by_the_width():
