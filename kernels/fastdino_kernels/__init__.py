@@ -8,6 +8,7 @@ from fastdino_kernels.dino_loss import DINOLossStats, dino_loss, dino_loss_and_g
 from fastdino_kernels.ema import ema_update_
 from fastdino_kernels.mlp import linear_gelu, mlp
 from fastdino_kernels.optim import ClipAdamWEMA
+from fastdino_kernels.patch_loss import patch_loss, patch_loss_and_grad_
 
 __all__ = [
     "ClipAdamWEMA",
@@ -26,5 +27,7 @@ __all__ = [
     "linear_gelu",
     "mlp",
     "multi_crop_augment",
+    "patch_loss",
+    "patch_loss_and_grad_",
     "short_attention",
 ]

@@ -19,6 +19,7 @@ from fastdino_kernels.launch import INTERPRETED, AotCase
 
 ROOMS = (
     "dino_loss",
+    "patch_loss",
     "center",
     "ema",
     "clip_adamw_ema",

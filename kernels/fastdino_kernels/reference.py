@@ -60,6 +60,43 @@ def dino_loss_with_stats(
     return per_image.mean(), entropies.mean(), per_image.detach()
 
 
+def patch_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weights: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+) -> Tensor:
+    """Sum over rows of weights * H(q, p), without the rows of weight 0; iBOT (arXiv:2111.07832), equation 2."""
+    live = (weights != 0)[:, None]
+    student, teacher = (promote(x).where(live, 0.0) for x in (student, teacher))
+    log_probs = torch.log_softmax(student / student_temp, dim=-1)
+    targets = torch.softmax((teacher - promote(center)) / teacher_temp, dim=-1)
+    return -(weights * (targets * log_probs).sum(-1)).sum() * one_if_finite(student, teacher, center)
+
+
+@torch.no_grad()
+def patch_loss_and_grad_(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weights: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    grad_loss: float | Tensor,
+) -> Tensor:
+    """`patch_loss`, and the student's logits overwritten with grad_loss times their gradient."""
+    loss = patch_loss(student, teacher, center, weights, student_temp, teacher_temp)
+    live = (weights != 0)[:, None]
+    student_rows, teacher_rows = (promote(x).where(live, 0.0) for x in (student, teacher))
+    grad = torch.softmax(student_rows / student_temp, dim=-1)
+    grad = grad - torch.softmax((teacher_rows - promote(center)) / teacher_temp, dim=-1)
+    factor = grad_loss * weights / student_temp * one_if_finite(student_rows, teacher_rows, center)
+    student.copy_(torch.where(live, grad * factor[:, None], 0.0))
+    return loss
+
+
 def batch_center(teacher: Tensor) -> Tensor:
     """Mean of the teacher's logits over views and images: (T, B, K) -> (K,)."""
     return promote(teacher).mean(dim=(0, 1))
