@@ -9,6 +9,7 @@ from fastdino_kernels.ema import ema_update_
 from fastdino_kernels.mlp import linear_gelu, mlp
 from fastdino_kernels.optim import ClipAdamWEMA
 from fastdino_kernels.patch_loss import patch_loss, patch_loss_and_grad_
+from fastdino_kernels.sinkhorn import sinkhorn_center
 
 __all__ = [
     "ClipAdamWEMA",
@@ -30,4 +31,5 @@ __all__ = [
     "patch_loss",
     "patch_loss_and_grad_",
     "short_attention",
+    "sinkhorn_center",
 ]

@@ -100,6 +100,11 @@ LAUNCH = {
     "patch_loss_fwd": Launch(block=1, num_warps=4),
     "patch_loss_sum": Launch(block=1024, num_warps=4),
     "patch_loss_bwd": Launch(block=512, num_warps=1),  # predicted 100 / 100
+    # Predicted, 2026-11-28, M 3771, bf16, % of a copy on H200 / H100: 97 / 99, 97 / 99, 98 / 99. Tried: a column's top
+    # per row 68 / 96; two rows that share the center, not four 77 / 87; probs with 4 warps 86 / 99, 2 warps 42 / 60.
+    "column_exps": Launch(block=64, num_warps=4),
+    "row_norm": Launch(block=1, num_warps=4),
+    "column_probs": Launch(block=64, num_warps=8),
     "batch_center": Launch(block=64, num_warps=4),  # predicted 73 / 83; 256 columns with 8 warps 40 / 57
     "center_ema": Launch(block=1024, num_warps=4),
     "ema": Launch(block=2048, num_warps=8),

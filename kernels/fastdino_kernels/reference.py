@@ -97,6 +97,20 @@ def patch_loss_and_grad_(
     return loss
 
 
+def column_exps(teacher: Tensor, weights: Tensor, temp: float | Tensor) -> Tensor:
+    """Of every prototype, over the rows that count: largest logit, sum of exp((logit - largest) / temp); (2, K)."""
+    lowest = -1e36  # the largest of no logit
+    rows = torch.cat([promote(teacher), promote(teacher).new_full((1, teacher.shape[1]), lowest)])
+    live = torch.cat([weights != 0, weights.new_zeros(1) != 0])[:, None]
+    top = rows.where(live, lowest).amax(0)
+    return torch.stack([top, torch.exp((rows - top) / temp).where(live, 0.0).sum(0)])
+
+
+def column_probs(teacher: Tensor, center: Tensor, weights: Tensor, temp: float | Tensor) -> Tensor:
+    """Sum over the rows that count of softmax((teacher - center) / temp): (K,)."""
+    return torch.softmax((promote(teacher) - center) / temp, dim=-1).where((weights != 0)[:, None], 0.0).sum(0)
+
+
 def batch_center(teacher: Tensor) -> Tensor:
     """Mean of the teacher's logits over views and images: (T, B, K) -> (K,)."""
     return promote(teacher).mean(dim=(0, 1))

@@ -14,8 +14,18 @@ from test_mlp import check_against_fp64 as check_mlp
 from test_mlp import inputs, upstream
 from test_patch_loss import check_against_fp64 as check_patch_loss
 from test_patch_loss import inputs as patch_inputs
+from test_sinkhorn import logits as sinkhorn_logits
+from test_sinkhorn import plain as plain_sinkhorn
 
-from fastdino_kernels import batch_center, cls_attention, dino_loss_with_stats, mlp, reference, short_attention
+from fastdino_kernels import (
+    batch_center,
+    cls_attention,
+    dino_loss_with_stats,
+    mlp,
+    reference,
+    short_attention,
+    sinkhorn_center,
+)
 from fastdino_kernels.launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a card has arithmetic of its own")
@@ -54,6 +64,14 @@ def test_patch_loss_and_its_gradient_match_fp64(dtype, device):
     student, teacher, center, weights = patch_inputs(3, 300, fp32, device)
     huge = [(1e4 * x.clamp(-1, 1)).to(dtype) for x in (student, teacher)]
     check_patch_loss(*huge, center, weights)
+
+
+def test_sinkhorn_center_matches_fp64(device):
+    for scale in (1.0, 1e4):
+        teacher = scale * sinkhorn_logits(40, 257, fp32, device)
+        truth = sinkhorn_center(teacher.double(), TEACHER_TEMP)
+        got = sinkhorn_center(teacher, TEACHER_TEMP)
+        assert_within_budget("center", got, plain_sinkhorn(teacher), truth, fp32)
 
 
 def test_one_prototype_costs_nothing(device):

@@ -13,10 +13,12 @@ from fastdino_kernels import (
     dino_loss_with_stats,
     patch_loss,
     patch_loss_and_grad_,
+    sinkhorn_center,
 )
 from fastdino_kernels.center import _batch_center, _center_ema_, _center_update_
 from fastdino_kernels.dino_loss import _dino_loss, _dino_loss_and_grad_, _dino_loss_backward
 from fastdino_kernels.patch_loss import _patch_loss, _patch_loss_and_grad_, _patch_loss_backward
+from fastdino_kernels.sinkhorn import _column_exps, _column_probs
 
 
 def test_the_fake_device_refuses_what_it_should(fakegpu):
@@ -50,13 +52,15 @@ def test_loss_backward_and_center_do_not_synchronise(fakegpu, dtype, on_device):
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["kernels", "reference"])
-def test_patch_loss_does_not_synchronise(fakegpu, dtype, on_device):
+def test_patch_loss_and_sinkhorn_do_not_synchronise(fakegpu, dtype, on_device):
     def scalar(value: float) -> float | torch.Tensor:
         return torch.full((), value, device=fakegpu) if on_device else value
 
     student = torch.randn(6, 512, device=fakegpu, dtype=dtype, requires_grad=True)
     teacher = torch.randn(6, 512, device=fakegpu, dtype=dtype)
-    center, weights = torch.zeros(512, device=fakegpu), torch.ones(6, device=fakegpu)
+    weights = torch.ones(6, device=fakegpu)
+    center = sinkhorn_center(teacher, scalar(0.04), weights=weights)
+    assert center.shape == (512,)
     loss = patch_loss(student, teacher, center, weights, scalar(0.1), scalar(0.04))
     (loss * scalar(1024.0)).backward()
     assert student.grad.shape == student.shape
@@ -76,6 +80,8 @@ def test_launchers_of_patches_do_not_synchronise(fakegpu, layout):
     _, norm = run_launcher(_patch_loss, *inputs)
     assert run_launcher(_patch_loss_backward, one, *inputs, norm).shape == student.shape
     run_launcher(_patch_loss_and_grad_, student.contiguous(), *inputs[1:], one)
+    assert run_launcher(_column_exps, teacher, weights, one).shape == (2, 512)
+    assert run_launcher(_column_probs, teacher, center, weights, one).shape == (512,)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "image-major", "K-strided"])
