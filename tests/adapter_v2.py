@@ -1,0 +1,88 @@
+"""What check_v2.py asks of an implementation of the DINOv2 and DINOv3 recipes, by fastdino's own functions."""
+
+import torch
+
+from fastdino import objectives
+from fastdino.data.masks import BlockMasks
+from fastdino.data.masks import mask_batch as draw_masks
+from fastdino_kernels import center_update_, patch_loss, sinkhorn_center
+from fastdino_kernels import dino_loss as dino_loss_of_pairs
+
+# Losses and masks.
+STUDENT_TEMP = 0.1
+
+
+def _logits(probs):
+    """Whose softmax at temperature 1 is `probs`; the ops take logits."""
+    return probs.clamp(min=torch.finfo(probs.dtype).tiny).log(), probs.new_zeros(probs.shape[-1])
+
+
+def softmax_center(logits, center, temp):
+    return torch.softmax((logits - center) / temp, dim=-1)
+
+
+def sinkhorn(logits, temp):
+    return softmax_center(logits, sinkhorn_center(logits, temp), temp)
+
+
+def center_update(center, logits):
+    center = center.clone()
+    center_update_(center.flatten(), logits[None], 0.9)
+    return center
+
+
+def dino_loss(globals_, locals_, probs):
+    """The two parts of the loss over all pairs; only their sum is the op's, so the local part is the rest."""
+    n_global_pairs, n_pairs = 2, 2 + 2 * len(locals_)
+    teacher, center = _logits(probs)
+    whole = dino_loss_of_pairs(torch.cat([globals_, locals_]), teacher, center, STUDENT_TEMP, 1.0)
+    part = dino_loss_of_pairs(globals_, teacher, center, STUDENT_TEMP, 1.0) * (n_global_pairs / n_pairs)
+    return part, whole - part
+
+
+def dino_loss_diag(globals_, probs):
+    teacher, center = _logits(probs)
+    pairs = [dino_loss_of_pairs(views, teacher, center, STUDENT_TEMP, 1.0) for views in (globals_, globals_.flip(0))]
+    return sum(pairs) / 2
+
+
+def ibot_loss(student, probs, masks, weights):
+    n_masked = int(masks.sum())
+    if weights is None:
+        weights = (1 / masks.sum(-1).clamp(min=1).float()).repeat_interleave(masks.sum(-1))
+    padded = torch.zeros(len(student), dtype=student.dtype)
+    padded[:n_masked] = weights.to(student.dtype) / len(masks)
+    return patch_loss(student, *_logits(probs), padded, STUDENT_TEMP, 1.0)
+
+
+def koleo(x, topk):
+    return objectives.koleo(x, topk)
+
+
+def gram(student, teacher, **flags):
+    return objectives.gram(student, teacher, **flags)
+
+
+def _generator(version, input_size, max_num_patches=None, num_masking_patches=None, **options):
+    names = {"min_num_patches": "min_patches", "min_aspect": "min_aspect", "roll": "circular_shift"}
+    options = {names.get(name, name): value for name, value in options.items() if value is not None}
+    most = num_masking_patches if max_num_patches is None else max_num_patches
+    return BlockMasks(height=input_size[0], width=input_size[1], max_patches=most, exact=version == 3, **options)
+
+
+def mask(version, kw, count, py, nprng):
+    return _generator(version, **kw).draw(count, py, nprng)
+
+
+def mask_batch(version, case, py, nprng):
+    side = case["img_size"] // case["patch_size"]
+    shift = {"circular_shift": case["circular_shift"]} if version == 3 else {}
+    generator = _generator(version, (side, side), case["max_num_patches"], **shift)
+    got = draw_masks(generator, 2 * case["images"], case["probability"], case["ratio"], py, nprng)
+    return {
+        "masks": got.masks,
+        "indices": got.indices,
+        "weights": got.weights,
+        "n_masked": len(got.indices),
+        "upperbound": got.upper_bound,
+    }
