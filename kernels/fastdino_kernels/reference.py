@@ -60,6 +60,21 @@ def dino_loss_with_stats(
     return per_image.mean(), entropies.mean(), per_image.detach()
 
 
+def patch_rows(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weights: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Whose softmaxes p and q are, rows of weight 0 all 0; and 1, or NaN where a value that counts is not finite."""
+    live = (weights != 0)[:, None]
+    student, teacher = (promote(x).where(live, 0.0) for x in (student, teacher))
+    one = one_if_finite(student, teacher, center)
+    return student / student_temp, (teacher - promote(center)) / teacher_temp, one
+
+
 def patch_loss(
     student: Tensor,
     teacher: Tensor,
@@ -69,11 +84,8 @@ def patch_loss(
     teacher_temp: float | Tensor,
 ) -> Tensor:
     """Sum over rows of weights * H(q, p), without the rows of weight 0; iBOT (arXiv:2111.07832), equation 2."""
-    live = (weights != 0)[:, None]
-    student, teacher = (promote(x).where(live, 0.0) for x in (student, teacher))
-    log_probs = torch.log_softmax(student / student_temp, dim=-1)
-    targets = torch.softmax((teacher - promote(center)) / teacher_temp, dim=-1)
-    return -(weights * (targets * log_probs).sum(-1)).sum() * one_if_finite(student, teacher, center)
+    rows, teacher_rows, one = patch_rows(student, teacher, center, weights, student_temp, teacher_temp)
+    return -(weights * (teacher_rows.softmax(-1) * rows.log_softmax(-1)).sum(-1)).sum() * one
 
 
 @torch.no_grad()
@@ -87,13 +99,11 @@ def patch_loss_and_grad_(
     grad_loss: float | Tensor,
 ) -> Tensor:
     """`patch_loss`, and the student's logits overwritten with grad_loss times their gradient."""
-    loss = patch_loss(student, teacher, center, weights, student_temp, teacher_temp)
-    live = (weights != 0)[:, None]
-    student_rows, teacher_rows = (promote(x).where(live, 0.0) for x in (student, teacher))
-    grad = torch.softmax(student_rows / student_temp, dim=-1)
-    grad = grad - torch.softmax((teacher_rows - promote(center)) / teacher_temp, dim=-1)
-    factor = grad_loss * weights / student_temp * one_if_finite(student_rows, teacher_rows, center)
-    student.copy_(torch.where(live, grad * factor[:, None], 0.0))
+    rows, teacher_rows, one = patch_rows(student, teacher, center, weights, student_temp, teacher_temp)
+    targets = teacher_rows.softmax(-1)
+    loss = -(weights * (targets * rows.log_softmax(-1)).sum(-1)).sum() * one
+    factor = (grad_loss * weights / student_temp * one)[:, None]
+    student.copy_(torch.where(weights[:, None] != 0, (rows.softmax(-1) - targets) * factor, 0.0))
     return loss
 
 
