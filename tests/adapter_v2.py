@@ -5,6 +5,8 @@ import torch
 from fastdino import objectives
 from fastdino.data.masks import BlockMasks
 from fastdino.data.masks import mask_batch as draw_masks
+from fastdino.train.iteration_schedules import LR_SCALES, IterationSchedules, warmup_cosine_constant
+from fastdino.train.param_multipliers import backbone_multipliers, head_multipliers
 from fastdino_kernels import center_update_, patch_loss, sinkhorn_center
 from fastdino_kernels import dino_loss as dino_loss_of_pairs
 
@@ -85,4 +87,31 @@ def mask_batch(version, case, py, nprng):
         "weights": got.weights,
         "n_masked": len(got.indices),
         "upperbound": got.upper_bound,
+    }
+
+
+# Schedules and parameters.
+def schedules(case):
+    optim, teacher = dict(case["optim"]), case["teacher"]
+    scale = LR_SCALES[optim.pop("scaling_rule")](case["batch"])
+    if case["version"] == 2:
+        lr = optim.pop("base_lr") * scale
+    else:  # DINOv3 counts the square root from another batch
+        lr = optim.pop("lr") * scale * (4 if case["optim"]["scaling_rule"] == "sqrt_wrt_1024" else 1)
+    extra = optim.pop("schedule_trunc_extra", 0.0)
+    settings = {"epoch_length": case["epoch_length"], "n": case["n"], "trunc_extra": extra, "lr": lr}
+    got = IterationSchedules.of(**optim, **teacher, **settings)
+    names = {"wd": "weight_decay", "momentum": "momentum_teacher"}
+    return {k: getattr(got, names.get(k, k)) for k in ("lr", "wd", "momentum", "teacher_temp", "last_layer_lr")}
+
+
+def curve(**kw):
+    return warmup_cosine_constant(**kw)
+
+
+def param_groups(case):
+    settings = case["depth"], case["lr_decay_rate"], case["patch_embed_lr_mult"]
+    return {
+        "backbone": {name: list(backbone_multipliers(name, *settings)) for name in case["names"]["backbone"]},
+        "head": {name: list(head_multipliers(name)) for name in case["names"]["head"]},
     }

@@ -15,7 +15,8 @@ HERE = Path(__file__).parent
 LOSSES = ("sinkhorn", "center_cls", "center_patch", "dino_loss", "dino_loss_diag", "ibot_loss", "gram")
 KOLEO = ("koleo0", "koleo1", "koleo2", "koleo_duplicates", "koleo_top3")
 MASKS = ("mask_v2", "mask_v3", "mask_batch_v2", "mask_batch_v3")
-CHECKS = [*(f"{name}.{dtype}" for name in (*LOSSES, *KOLEO) for dtype in ("fp64", "fp32")), *MASKS]
+RUN = ("schedules_v2", "schedules_v3", "schedules_v3_curve", "param_groups")
+CHECKS = [*(f"{name}.{dtype}" for name in (*LOSSES, *KOLEO) for dtype in ("fp64", "fp32")), *MASKS, *RUN]
 
 
 @pytest.fixture(scope="module")
