@@ -90,6 +90,7 @@ measure plain $((start + 20)) step -k "plain and 2+8 and B64"
 measure compiled $((start + 5 * compile / 2 + 20)) step -k "compiled and B64"
 measure careful $((start + 20)) step -k "careful and B64"
 measure jpeg $((start + compile / 2 + 30)) pipeline -k "training or kernels"
+measure features $((start + 20)) pipeline -k features
 part doctor 20 python -m fastdino.cli doctor
 measure tuned $((start + 6 * compile)) step -k tuned # a guess, too
 measure step $((8 * compile + 200)) step # other batches and crops, eager: as many as there is time for

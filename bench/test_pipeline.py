@@ -26,7 +26,8 @@ from fastdino.data.loader import CropLoader, EpochSampler
 from fastdino.data.params import crop_params, draw_crops
 from fastdino.data.ring import PackedBuffer
 from fastdino.data.sequences import SequenceSource
-from fastdino.eval.features import View, stream
+from fastdino.data.views import View
+from fastdino.eval.features import stream
 from fastdino.train.config import TrainConfig
 from fastdino_kernels import CropTable, PackedImages, multi_crop_augment
 

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 if importlib.util.find_spec("fastdino_kernels") is None:  # run from a clone that nobody installed
     sys.path.append(str(Path(__file__).parent.parent / "kernels"))
 
-from fastdino import train
+from fastdino import export, train
 from fastdino.data.augment import global_augment, multiple_local_augments
 from fastdino.dino import DINO, distillation_loss, train_dino
 from fastdino.extract import EvalTransform, Features, eval_transform, features
@@ -47,6 +47,7 @@ __all__ = [
     "cosine_schedule",
     "distillation_loss",
     "eval_transform",
+    "export",
     "features",
     "get_params_groups",
     "global_augment",

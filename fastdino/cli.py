@@ -1,27 +1,35 @@
 """The command line: which commands there are, and what becomes of a mistake."""
 
 import argparse
+import difflib
 import importlib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
 from types import ModuleType
 
 from fastdino import __version__
-from fastdino.errors import TrainingError, UserError
+from fastdino.errors import ExportError, TrainingError, UserError
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 1, 2, 130, 141
 
 # fastdino.commands has a module for each.
 COMMANDS = {
     "train": "train a model",
     "features": "write features of images to a file",
     "knn": "k-NN accuracy of a trained backbone",
+    "linear": "accuracy of linear classifiers on its features",
+    "logreg": "accuracy of logistic regression on its features",
+    "retrieval": "mAP of image retrieval on Oxford or Paris, revisited",
+    "copies": "mAP of copy detection on Copydays",
+    "video": "follow objects through a film from a mask of its first frame (DAVIS 2017)",
     "attention": "draw where the CLS token looks, in images and films",
     "pca": "draw what patches have in common",
     "report": "one HTML page about a run",
+    "export": "write a trained backbone for timm, transformers, ONNX ...",
     "doctor": "what this machine can do",
 }
 
@@ -72,13 +80,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     training = words[:1] == ["train"]
     args, unknown = parser(*words[:1]).parse_known_args(expand(words) if training else words)
     if unknown:
-        message = unrecognized(unknown) if training else f"unrecognized arguments: {' '.join(unknown)}"
+        message = unrecognized(unknown) if training else _unrecognized(args.command, unknown)
         _Parser(prog=f"fastdino {args.command}").error(message)
     return args
 
 
+def _unrecognized(command: str, words: Sequence[str]) -> str:
+    """What argparse says of words that it does not know, and the flag that comes near."""
+    asked = _Parser()
+    _module(command).add_flags(asked)
+    close = difflib.get_close_matches(words[0].partition("=")[0], re.findall(r"--\w+", asked.format_usage()), 1)
+    return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {close[0]}?" if close else "")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code. 1: the run failed, 2: the command was wrong, 130: interrupted."""
+    """Run a command; the exit code: 1 it failed, 2 it was wrong, 130 interrupted, 141 nobody reads what it prints."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files in an alphabet that the terminal does not have
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse(argv)
@@ -86,10 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(_module(args.command).run(args))
     except UserError as error:
         return _end(args.command, str(error), EXIT_USAGE)
-    except TrainingError as error:
+    except (TrainingError, ExportError) as error:
         return _end(args.command, str(error), EXIT_FAILED)
     except KeyboardInterrupt:
         return _end(args.command, "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # of a reader such as `head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        return EXIT_PIPE
 
 
 def _end(command: str, message: str, code: int) -> int:

@@ -11,6 +11,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on (a non-finite loss, too many unreadable images, too little memory): exit code 1."""
 
 
+class ExportError(RuntimeError):
+    """A file that does not give the backbone's features, or that its library cannot read: exit code 1."""
+
+
 NAMED_BAD = 3  # unreadable images that are named on the console
 
 # Lines of PyTorch's messages that say how to find out more, not what happened.

@@ -18,11 +18,13 @@ from fastdino.data.augment import center_view, normalize
 from fastdino.data.loader import useful_workers
 from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.views import View
 from fastdino.errors import UserError, some_of
 from fastdino.eval import feature_files
-from fastdino.eval.features import BATCH, View, backbone_features, evaluating, stream
+from fastdino.eval.features import BATCH, backbone_features, evaluating, stream
+from fastdino.model import VisionTransformer
 from fastdino.train import distributed
-from fastdino.train.checkpoint import backbone_of, eval_size, load_checkpoint
+from fastdino.train.checkpoint import any_backbone_of, eval_size, load_checkpoint
 
 Progress = Callable[[int, int, float], object]  # (images done, of how many, images a second)
 
@@ -71,9 +73,11 @@ def _opened(weights: str | Path | nn.Module, size: int | None = None, resize: in
     backbone: Any = weights
     if not isinstance(weights, nn.Module):
         checkpoint = load_checkpoint(weights)
-        backbone = backbone_of(checkpoint, weights, "teacher")
-    size = size or (backbone.patch_embed.img_size if hasattr(backbone, "patch_embed") else 224)
-    return backbone, View(resize or eval_size(checkpoint, size), size)
+        backbone = any_backbone_of(checkpoint, weights, "teacher")
+    if size is None and isinstance(backbone, VisionTransformer):
+        size = backbone.patch_embed.img_size
+    side = size or int(getattr(checkpoint.get("args"), "global_crops_size", 224))
+    return backbone, View(resize or eval_size(checkpoint, side), side)
 
 
 def features(

@@ -21,14 +21,16 @@ from fastdino.data.augment import center_view
 from fastdino.data.decode import decode
 from fastdino.data.digits import load_digits
 from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.views import View
 from fastdino.doctor import environment
 from fastdino.errors import UserError, some_of
 from fastdino.eval import EVALUATIONS, TITLES
 from fastdino.eval.attention_maps import Looked, attention_figure, cls_attention
-from fastdino.eval.features import View, stream
+from fastdino.eval.features import stream
 from fastdino.eval.knn import Features, knn_votes
 from fastdino.eval.pca import patch_colors, patch_tokens, pca_figure
-from fastdino.train.checkpoint import backbone_of, load_checkpoint
+from fastdino.model import VisionTransformer
+from fastdino.train.checkpoint import any_backbone_of, load_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.curves import draw_curves
 from fastdino.train.sinks import read_log
@@ -157,7 +159,7 @@ class _LookedAt:
     @classmethod
     def of(cls, run: Path, config: TrainConfig, source: ImageSource, n_images: int, device: str) -> "_LookedAt":
         checkpoint = load_checkpoint(run / "checkpoint.pth")
-        backbone = backbone_of(checkpoint, run / "checkpoint.pth", "teacher").to(device)
+        backbone = any_backbone_of(checkpoint, run / "checkpoint.pth", "teacher").to(device)
         indices = np.unique(np.linspace(0, len(source) - 1, min(n_images, len(source))).astype(np.int64))
         bad: list[str] = []
         view = View(*config.eval_size)
@@ -177,6 +179,11 @@ class _LookedAt:
 
     def pictures(self, notes: list[str]) -> list[Picture]:
         """Attention and components of the shown images."""
+        if not isinstance(self.backbone, VisionTransformer):
+            notes.append(
+                f"No attention, no components: {type(self.backbone).__name__} is no Vision Transformer of ours"
+            )
+            return []
         names = [Path(self.source.name(int(self.kept[at]))).name for at in self._shown()]
         views = [self._seen(at) for at in self._shown()]
         looked = [Looked(name, view, cls_attention(self.backbone, view)) for name, view in zip(names, views)]

@@ -1,10 +1,12 @@
 """A program of the original on a CPU: `python original_on_cpu.py FOLDER eval_knn.py FLAGS...`, FOLDER its checkout.
 
 Its evaluations ask for CUDA and for names that libraries have dropped since. Here `.cuda()` stays where it is, and one
-process meets itself over gloo.
+process meets itself over gloo. What it rounds before it prints is left in values.pth, where the program was called.
+With CENTER_CROPS=1 it trains on the crops that it tests on.
 """
 
 import io
+import os
 import runpy
 import sys
 import urllib.request
@@ -35,10 +37,17 @@ def main(folder: str, program: str, *flags: str) -> None:
     def loaded(*args: Any, load: Any = torch.load, **kwargs: Any) -> Any:
         return load(*args, **kwargs, weights_only=False)
 
-    palette = io.BytesIO(b"0 0 0\n255 0 0\n")  # what the video program downloads
+    palette = io.BytesIO(b"0 0 0\n255 0 0\n0 255 0\n0 0 255\n" * 64)  # what the video program downloads
     if not hasattr(Image, "ANTIALIAS"):
         Image.ANTIALIAS = Image.Resampling.LANCZOS  # type: ignore[attr-defined]
     np.__dict__.setdefault("in1d", np.isin)
+    if os.environ.get("CENTER_CROPS"):
+        from torchvision import transforms
+
+        transforms.RandomResizedCrop = lambda size: transforms.Compose(  # type: ignore[misc,assignment]
+            [transforms.Resize(size * 8 // 7, interpolation=3), transforms.CenterCrop(size)]
+        )
+        transforms.RandomHorizontalFlip = nn.Identity  # type: ignore[misc,assignment]
     sys.argv = [program, *flags]
     with (
         mock.patch.object(torch.Tensor, "cuda", lambda self, **_: self),
@@ -50,7 +59,25 @@ def main(folder: str, program: str, *flags: str) -> None:
         mock.patch.object(utils, "init_distributed_mode", start),
         mock.patch.object(urllib.request, "urlopen", return_value=palette),
     ):
-        runpy.run_path(f"{folder}/{program}", run_name="__main__")
+        names = runpy.run_path(f"{folder}/{program}", run_name="__main__")
+    values = {name: value for name, value in names.items() if isinstance(value, (torch.Tensor, np.ndarray, float))}
+    torch.save(values | precisions(names), "values.pth")
+
+
+def precisions(names: dict[str, Any]) -> dict[str, list[float]]:
+    """Of the copies' program: the average precision of each query."""
+    if "score_ap_from_ranks_1" not in names:
+        return {}
+    found: list[float] = []
+    score, evaluate = names["score_ap_from_ranks_1"], names["dataset"].eval_result
+
+    def keep(*args: Any) -> float:
+        found.append(score(*args))
+        return found[-1]
+
+    with mock.patch.dict(evaluate.__func__.__globals__, score_ap_from_ranks_1=keep):
+        evaluate(names["indices"], names["distances"])
+    return {"precisions": found}
 
 
 if __name__ == "__main__":

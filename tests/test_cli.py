@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import pickle
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -108,6 +110,38 @@ def test_the_command_that_resumes_is_the_run_again():
     assert "--arch vit_nano" in command_line(demo, 2)  # else two processes were asked for the images
 
 
+def test_a_file_gives_the_flags_of_another_run_and_the_command_line_wins(tmp_path, monkeypatch):
+    config = parse("--data_path", "my photos", "--epochs", "7", "--blur_prob", "0", "0.9", "0.5", "--lr", "0.1")
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(dataclasses.asdict(config) | {"history": [{"epochs": 3}]}))
+    runs = []
+    monkeypatch.setattr("fastdino.train.loop.train", lambda config, own=None: runs.append(config) or mock.MagicMock())
+    for words in ([], ["--lr", "0.2"]):
+        main(["train", "--config", str(path), *words])
+    fastdino.train(config=path, lr=0.2)
+    assert runs == [config, dataclasses.replace(config, lr=0.2), dataclasses.replace(config, lr=0.2)]
+
+
+CONFIGS = {
+    "missing": (None, "--config: args.json: No such file or directory"),
+    "no JSON": ("epochs: 3", "--config: args.json is no JSON: Expecting value: line 1"),
+    "no object": ("[3]", "--config: args.json: expected an object with a value for each flag, got list"),
+    "unknown": ('{"epoch": 3}', "--config: args.json: no flag 'epoch'; did you mean 'epochs'?"),
+    "kind": ('{"epochs": "many", "data_path": "x"}', "--epochs: expected a whole number, got 'many'"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_a_file_that_holds_no_flags_is_refused(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "args.json").write_text(text)
+    assert main(["train", "--config", "args.json"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
 def test_a_default_warm_up_fits_a_short_run_and_an_asked_one_does_not():
     assert parse("--data_path", "x", "--epochs", "2").warmup_epochs == 0
     assert parse("--data_path", "x", "--epochs", "50").warmup_epochs == 10
@@ -159,7 +193,7 @@ MISTAKES = {
         "--data_path few --nodes 2 --ngpus=8",
         "run_with_submitit.py are srun's here: srun --nodes",
     ),
-    "an evaluation's": ("--pretrained_weights few", "weights are given to fastdino knn and fastdino attention"),
+    "an evaluation's": ("--pretrained_weights few", "weights are for evaluations (fastdino knn, features ...)"),
 }
 
 
@@ -290,3 +324,32 @@ def test_namespace_survives_a_checkpoint(tmp_path):
     args = load_checkpoint(tmp_path / "a.pth")["args"]
     assert isinstance(args, argparse.Namespace)
     assert TrainConfig(**vars(args)) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("knn --datapath x", "--data_path"),
+        ("pca --imagesize=3", "--image_size"),
+        ("report x --device_ cpu", "--device"),
+    ],
+)
+def test_every_command_names_the_flag_that_comes_near(line, meant, capsys):
+    command, *words = line.split()
+    weights = [] if command == "report" else ["--pretrained_weights", "x"]
+    with pytest.raises(SystemExit) as end:
+        main([command, *weights, *words])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert f"; did you mean {meant}? (see fastdino {command} --help)" in said
+    assert said.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path):
+    torch.save(fastdino.vit_nano(patch_size=8, img_size=[24]).state_dict(), tmp_path / "weights.pth")
+    command = f"{sys.executable} -u -m fastdino knn --pretrained_weights weights.pth --nb_knn 1 2 3 | true"
+    root = Path(fastdino.__file__).parent.parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    script = f"set -o pipefail; {command}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -21,9 +21,10 @@ from fastdino.cli import main
 from fastdino.data.decode import decode
 from fastdino.data.digits import load_digits
 from fastdino.data.sources import FolderSource
+from fastdino.data.views import View
 from fastdino.errors import UserError
 from fastdino.eval import feature_files
-from fastdino.eval.features import View, backbone_features, stream
+from fastdino.eval.features import backbone_features, stream
 
 SIZE = 32
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["proof", "main", "tests", "ops", "attention", "base", "batch", "plain", "compiled", "careful", "jpeg"]
-ORDER += ["doctor", "tuned", "step", "adamw", "report"]
+ORDER += ["features", "doctor", "tuned", "step", "adamw", "report"]
 
 PYTHON = """#!/bin/bash
 (IFS='|'; echo "$*" >> "$STUB/calls")
@@ -173,5 +173,6 @@ for file, words in {words!r}:
         [f"test_step[ours compiled-{small}]", f"test_step[careful compiled-{small}]"],
         [f"test_step[careful-{small}]", f"test_step[careful compiled-{small}]"],
         ["test_kernels[ours exact]", "test_kernels[ours fast]", f"test_training[ours graph-{small}]"],
+        ["test_features[ours]", "test_features[plain]"],
         [f"test_step[ours tuned-{small}]"],
     ], done.stdout + done.stderr

@@ -25,6 +25,7 @@ from PIL import Image
 
 import fastdino
 from fastdino import VisionTransformer, load_backbone, load_checkpoint
+from fastdino.export.formats import FORMATS
 from fastdino.model import ARCHITECTURES
 from fastdino.train.build import build_networks, build_step
 from fastdino.train.checkpoint import restore, save_checkpoint
@@ -332,6 +333,30 @@ def test_its_programs_draw_attention_and_take_features_of_our_checkpoint(origina
     layers = zip(model.get_intermediate_layers(x, 4), backbone.get_intermediate_layers(x, 4), strict=True)
     for theirs, ours in layers:
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@needs_the_original
+@pytest.mark.parametrize("format", ["backbone", "safetensors", "onnx", "pt2"])
+def test_an_exported_backbone_is_the_originals(original, rel, tmp_path, format):
+    """The weights alone are loaded strictly by its class; the graphs interpolate positions as it does."""
+    torch.manual_seed(0)
+    theirs = original.vision_transformer.vit_tiny(patch_size=32).eval()
+    torch.nn.init.normal_(theirs.pos_embed, std=0.3)
+    torch.save(theirs.state_dict(), tmp_path / "published.pth")
+    kind = FORMATS[format]
+    for library in kind.needs:
+        pytest.importorskip(library)
+    exported = fastdino.export(tmp_path / "published.pth", tmp_path / f"vit{kind.suffixes[0]}", format)
+    features = kind.load(exported.model, exported.path).features
+    with torch.no_grad():
+        for sides in ((224, 224), (96, 96), (100, 333), (224, 230), (320, 320)):
+            for n in (1, 3):
+                x = torch.randn(n, 3, *sides)
+                assert rel(features(x), theirs(x)) < 1e-5, sides
+        if format == "backbone":
+            again = original.vision_transformer.vit_tiny(patch_size=32).eval()
+            again.load_state_dict(torch.load(exported.path, weights_only=True))
+            assert torch.equal(again(x), theirs(x))
 
 
 @needs_the_original

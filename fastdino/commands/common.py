@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.views import View
 from fastdino.errors import UserError
-from fastdino.eval.features import View
+from fastdino.eval.linear import hold_out
 from fastdino.files import append
+from fastdino.model import VisionTransformer
 from fastdino.model.archs import ARCHITECTURES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,19 +35,24 @@ class Opened:
 
 def add_weights_flags(parser: argparse.ArgumentParser, unless: str = "") -> None:
     """Which backbone, and where it runs. unless: a flag that takes its place."""
+    group = add_file_flags(parser, unless)
+    group.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N [auto]")
+    group.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the backbone [fp32]")
+    # Of the original's command lines.
+    group.add_argument("--arch", metavar="NAME", help="not needed: the weights tell, and have to agree")
+    group.add_argument("--patch_size", type=int, metavar="N", help="not needed either")
+    add_ignored_flags(parser, "--dist_url", "--local_rank")
+
+
+def add_file_flags(parser: argparse.ArgumentParser, unless: str = "") -> argparse._ArgumentGroup:
+    """Which backbone; the group, for what else is about it."""
     group = parser.add_argument_group("Weights")
     group.add_argument(
         "--pretrained_weights", required=not unless, metavar="FILE", help="checkpoint, or backbone weights"
     )
     group.add_argument("--checkpoint_key", default="teacher", metavar="NAME", help="teacher or student [teacher]")
     group.add_argument("--num_heads", type=int, metavar="N", help="only for widths that no architecture here has")
-    group.add_argument("--device", default="auto", metavar="TEXT", help="auto, cpu, cuda or cuda:N [auto]")
-    group.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the backbone [fp32]")
-    # Of the original's command lines.
-    group.add_argument("--arch", metavar="NAME", help="not needed: the weights tell, and have to agree")
-    group.add_argument("--patch_size", type=int, metavar="N", help="not needed either")
-    for name in ("--dist_url", "--local_rank"):
-        group.add_argument(name, help=argparse.SUPPRESS)
+    return group
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +60,21 @@ def add_view_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Images")
     group.add_argument("--size", type=int, metavar="N", help="side of the center crop [as trained]")
     group.add_argument("--resize", type=int, metavar="N", help="short side before it [as trained, else 8/7 of --size]")
-    group.add_argument("--batch_size_per_gpu", type=int, default=128, metavar="N", help="images at once [128]")
+    add_loading_flags(group, batch_size=128)
+
+
+def add_loading_flags(group: Any, batch_size: int) -> None:
+    """How images are loaded. group: of flags, or the parser."""
+    group.add_argument(
+        "--batch_size_per_gpu", type=int, default=batch_size, metavar="N", help=f"images at once [{batch_size}]"
+    )
     group.add_argument("--num_workers", type=int, default=10, metavar="N", help="threads, at most one per core [10]")
+
+
+def add_ignored_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Flags of the original's command lines that have nothing to say here."""
+    for name in names:
+        parser.add_argument(name, help=argparse.SUPPRESS)
 
 
 def add_result_flags(parser: argparse.ArgumentParser) -> None:
@@ -60,16 +82,25 @@ def add_result_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="add the result to this file, too: a JSON object, a line each")
 
 
-def open_backbone(args: argparse.Namespace) -> Opened:
-    """The backbone that the flags ask for, frozen, and the view. Raises UserError where they do not fit together."""
-    from fastdino.train.checkpoint import backbone_of, eval_size, load_checkpoint
+def open_backbone(args: argparse.Namespace, of_any_kind: bool = False) -> Opened:
+    """The backbone that the flags ask for, frozen, and the view. Raises UserError where they do not fit together.
+
+    of_any_kind: a network of timm's will do, too.
+    """
+    from fastdino.train.checkpoint import any_backbone_of, backbone_of, eval_size, load_checkpoint
     from fastdino.train.distributed import start
 
     check_positive(args, "batch_size_per_gpu")
     if args.pretrained_weights is None:
         raise UserError("--pretrained_weights: a checkpoint is needed")
     checkpoint = load_checkpoint(args.pretrained_weights)
-    backbone = backbone_of(checkpoint, args.pretrained_weights, args.checkpoint_key, args.num_heads)
+    opened = any_backbone_of if of_any_kind else backbone_of
+    backbone: Any = opened(checkpoint, args.pretrained_weights, args.checkpoint_key, args.num_heads)
+    device = start(args.device, "env://").device
+    if not isinstance(backbone, VisionTransformer):
+        size = getattr(args, "size", None) or checkpoint["args"].global_crops_size
+        resize = getattr(args, "resize", None) or eval_size(checkpoint, size)
+        return Opened(backbone.to(device, DTYPES[args.dtype]), View(resize, size), checkpoint)
     patch_size = backbone.patch_embed.patch_size
     if args.patch_size not in (None, patch_size):
         raise UserError(f"--patch_size: {args.pretrained_weights} has {patch_size}, got {args.patch_size}")
@@ -82,7 +113,6 @@ def open_backbone(args: argparse.Namespace) -> Opened:
         raise UserError(
             f"--size: expected at least the patch size {patch_size} and at most --resize, got {size} and {resize}"
         )
-    device = start(args.device, "env://").device
     return Opened(backbone.to(device, DTYPES[args.dtype]), View(resize, size), checkpoint)
 
 
@@ -121,6 +151,41 @@ def labelled(source: ImageSource) -> ImageSource:
     if source.labels is None:
         raise UserError(f"labels are needed, from at least two class folders: {source.describe()}")
     return source
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of a labelled source: those at `indices`."""
+
+    source: ImageSource
+    indices: NDArray[np.int64]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(n,) of all images of the source, in the numbers of the original's files: torchvision has 10 before 2."""
+        assert self.source.labels is not None
+        return np.argsort(np.argsort(np.array(self.source.classes)))[self.source.labels]
+
+    def describe(self) -> str:
+        """One phrase for the log."""
+        some_of_it = f"{len(self.indices):,} of " if len(self.indices) < len(self.source) else ""
+        return some_of_it + self.source.describe()
+
+
+def open_parts(data_path: str | None, test_only: bool = False) -> tuple[Part, Part]:
+    """(images to train on, held-out ones): as `open_labelled`, and from class folders alone as `hold_out`.
+
+    test_only: val/ is enough, and stands for both. Raises UserError as they do.
+    """
+    if test_only and data_path and (val := Path(data_path) / "val").is_dir():
+        tested = labelled(open_source(val))
+        return (Part(tested, np.arange(len(tested))),) * 2
+    source, held_out = open_labelled(data_path)
+    if held_out is not None:
+        return Part(source, np.arange(len(source))), Part(held_out, np.arange(len(held_out)))
+    assert source.labels is not None
+    kept, held = hold_out(source.labels)
+    return Part(source, kept), Part(source, held)
 
 
 def some(names: Any) -> str:

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _extract(args: argparse.Namespace) -> tuple[Features, Features | None]:
     source, held_out = open_labelled(args.data_path)
-    opened = open_backbone(args)
+    opened = open_backbone(args, of_any_kind=True)
 
     def extracted(images: ImageSource, what: str) -> Features:
         found = extract_features(opened.backbone, images, **vars(opened.view), **loading(args))

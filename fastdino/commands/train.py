@@ -15,6 +15,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 Train DINO. Flags are those of the original main_dino.py, with its defaults [in brackets], and some more.
 BOOL is true/false, on/off or 1/0. Without --data_path: the digits of scikit-learn, with a recipe of their own.
 Several GPUs: torchrun --nproc_per_node=8 -m fastdino.train ..."""
+    parser.add_argument(
+        "--config",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="flags from a JSON file, as args.json of a run is one; those given here win",
+    )
     add_flags(parser)
 
 
@@ -22,9 +28,11 @@ def run(args: argparse.Namespace) -> int:
     """Train; 128 + the signal where one ended the run."""
     from fastdino.train.config import config_from_args
     from fastdino.train.distributed import launched
-    from fastdino.train.flags import check_images
+    from fastdino.train.flags import check_images, read_config
     from fastdino.train.loop import train
 
+    if path := vars(args).pop("config", None):
+        args = argparse.Namespace(**{**read_config(path), **vars(args)})
     try:
         config = config_from_args(args)
     except ValueError as error:

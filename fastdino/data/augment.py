@@ -45,11 +45,13 @@ def _jitter(image: Image.Image, step: str, factor: float) -> Image.Image:
     return enhancers[step](image).enhance(factor)
 
 
-def apply_crop(pixels: Pixels, params: CropParams, size: int) -> Pixels:
+def apply_crop(
+    pixels: Pixels, params: CropParams, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Pixels:
     """(H, W, 3) uint8, parameters -> (size, size, 3) uint8, by Pillow."""
     x, y, w, h = params.box
     # Crop, then resize: `resize(box=...)` would look at pixels outside the box.
-    crop = Image.fromarray(pixels[y : y + h, x : x + w]).resize((size, size), Image.Resampling.BICUBIC)
+    crop = Image.fromarray(pixels[y : y + h, x : x + w]).resize((size, size), resample)
     if params.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for step, factor in params.jitter:
@@ -127,11 +129,11 @@ def center_view(image: Image.Image, resize: int, size: int) -> NDArray[np.uint8]
     return np.asarray(resized.crop((x, y, x + size, y + size)))
 
 
-def normalize(pixels: Tensor) -> Tensor:
+def normalize(pixels: Tensor, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """(..., 3, H, W) uint8 -> floats (the default dtype), ImageNet's mean and deviation removed, on the same device."""
     mean = torch.tensor(IMAGENET_MEAN, device=pixels.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=pixels.device)[:, None, None]
-    return (pixels.to(mean.dtype) / 255 - mean) / std
+    deviation = torch.tensor(std, device=pixels.device)[:, None, None]
+    return (pixels.to(mean.dtype) / 255 - mean) / deviation
 
 
 def _as_images(images: Sequence[Image.Image] | Tensor) -> list[Image.Image]:

@@ -23,11 +23,8 @@ def frames(path: str | Path, say_bad: list[str] | None = None) -> Iterator[tuple
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(
-            (p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".")), key=_natural
-        )
         found = False
-        for file in files:
+        for file in frame_files(path):
             try:
                 image = decode(read_file(file))
             except (BadImage, OSError) as error:
@@ -55,9 +52,15 @@ def frames(path: str | Path, say_bad: list[str] | None = None) -> Iterator[tuple
         raise UserError(f"no frame in {printable(path)}: it is no film that OpenCV reads")
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """A key that has frame2 before frame10."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.stem)]
+def frame_files(folder: Path) -> list[Path]:
+    """The images in a folder, not below it, in the order of their names: frame2 before frame10."""
+    files = (p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+    return sorted(files, key=_natural)
+
+
+def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
+    parts = re.split(r"(\d+)", path.stem)
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], path.name
 
 
 def rate_of(path: str | Path) -> float | None:

@@ -11,6 +11,7 @@ from torch import nn
 from fastdino.data.sources import ImageSource
 from fastdino.errors import some_of
 from fastdino.eval.knn import Features, extract_features, knn_accuracy
+from fastdino.eval.linear import Labelled, best_of_rates, hold_out
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class EvalSettings:
     say: Callable[[str], object] = print
 
 
+LINEAR_STEPS = 500  # 6 passes over 10,000 images: the larger learning rates are done by then
+
 # (labelled features, held-out ones or None for leave-one-out, settings) -> {name: number}
 Evaluation = Callable[[Features, Features | None, EvalSettings], dict[str, float]]
 
@@ -38,7 +41,23 @@ def knn(bank: Features, queries: Features | None, settings: EvalSettings) -> dic
     return {"knn": knn_accuracy(bank, queries, settings.k)}
 
 
-EVALUATIONS: dict[str, Evaluation] = {"knn": knn}
+def linear(bank: Features, queries: Features | None, settings: EvalSettings) -> dict[str, float]:
+    """Top-1 in [0, 1] of the best of 13 linear classifiers, each at a learning rate of DINOv2's, after 500 steps.
+
+    Without queries they are tested on a fifth of each class of the bank, and trained on the rest.
+    """
+    del settings
+    scale = bank.features.shape[1] ** 0.5  # unit length -> unit variance, for which those learning rates are
+    parts = [Labelled(scale * each.features, each.labels) for each in (bank, queries) if each]
+    if queries is None:
+        chosen = hold_out(bank.labels.cpu().numpy())
+        parts = [Labelled(parts[0].features[index], parts[0].labels[index]) for index in chosen]
+    train_on, test_on = parts
+    n_classes = int(max(part.labels.max() for part in parts)) + 1
+    return {"linear": best_of_rates(train_on, test_on, n_classes, LINEAR_STEPS)}
+
+
+EVALUATIONS: dict[str, Evaluation] = {"knn": knn, "linear": linear}
 TITLES = {"knn": "k-NN"}  # how a name is said; the others are said as they are
 
 

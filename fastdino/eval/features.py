@@ -5,7 +5,6 @@ Axes: B images, L layers (the last L blocks, each after the final norm), D chann
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,12 @@ from torch import Tensor, nn
 
 from fastdino.data.augment import normalize
 from fastdino.data.sources import ImageSource
-from fastdino.data.views import center_views
+from fastdino.data.views import Show, views
 from fastdino.errors import UserError
+from fastdino_kernels.augment import IMAGENET_STD
 
 TOKENS = ("cls", "avg", "patch")
 BATCH = 128  # images at once, as in the original's evaluations
-
-
-@dataclass(frozen=True)
-class View:
-    """How an image is shown to the backbone: short side to `resize` pixels, bicubic, then the middle of side `size`."""
-
-    resize: int
-    size: int
 
 
 @contextmanager
@@ -75,7 +67,7 @@ def stream(
     backbone: nn.Module,
     source: ImageSource,
     indices: NDArray[np.int64],
-    view: View,
+    view: Show,
     *,
     layers: int = 1,
     tokens: Sequence[str] = ("cls",),
@@ -88,8 +80,29 @@ def stream(
     num_workers: threads that decode, 0 for the caller's. bad: is told index and reason of each image that cannot be
     read. The backbone runs in eval mode, on its own device and in its own dtype, and is put back as it was.
     """
+    for batch, images in image_batches(
+        backbone, source, indices, view, batch_size=batch_size, num_workers=num_workers, bad=bad
+    ):
+        yield batch, backbone_features(backbone, images, layers, tokens)
+
+
+def image_batches(
+    backbone: nn.Module,
+    source: ImageSource,
+    indices: NDArray[np.int64],
+    show: Show,
+    *,
+    batch_size: int = BATCH,
+    num_workers: int = 0,
+    bad: Callable[[int, str], object] = lambda index, line: None,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """(indices (B,), images (B, 3, H, W)) as the backbone takes them; it is in eval mode, without gradients, meanwhile.
+
+    show: how an image is seen, a View or another function; where sizes differ, only images of one size share a batch.
+    std: the deviation by which colors are divided.
+    """
     parameter = next(backbone.parameters())
     with evaluating(backbone):
-        for views, batch in center_views(source, indices, view.resize, view.size, batch_size, num_workers, bad):
-            images = normalize(views.to(parameter.device)).to(parameter.dtype)
-            yield batch, backbone_features(backbone, images, layers, tokens)
+        for pixels, batch in views(source, indices, show, batch_size, num_workers, bad):
+            yield batch, normalize(pixels.to(parameter.device), std).to(parameter.dtype)

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdino.data.sources import ImageSource
+from fastdino.data.views import View
 from fastdino.errors import UserError
-from fastdino.eval.features import BATCH, View, stream
+from fastdino.eval.features import BATCH, stream
 
 QUERIES_AT_ONCE = 256  # bounds the similarity matrix, (256, N)
 

@@ -115,7 +115,7 @@ def timm_backbone(name: str, drop_path_rate: float) -> nn.Module:
     """
     import timm
 
-    options = {"pretrained": False, "num_classes": 0, "drop_path_rate": drop_path_rate}
+    options: dict[str, Any] = {"pretrained": False, "num_classes": 0, "drop_path_rate": drop_path_rate}
     try:  # ViTs of timm take one size of images, unless they are told otherwise; others do not know the option
         backbone = timm.create_model(name.removeprefix(TIMM), dynamic_img_size=True, **options)
     except TypeError:

@@ -14,6 +14,7 @@ def train(
     val_dataset: Any = None,
     backbone: Any = None,
     callbacks: Any = (),
+    config: Any = None,
     **flags: Any,
 ) -> "TrainResult":
     """Train DINO: `fastdino.train(data_path="photos/", arch="vit_small", epochs=100, output_dir="runs/photos")`.
@@ -25,6 +26,7 @@ def train(
     numbers in its attribute `targets` are used for k-NN alone.
     backbone: a module of your own instead of arch: images (B, 3, H, W) of any size to features (B, embed_dim), with the
     attribute embed_dim. The teacher gets a copy of it.
+    config: a JSON file with flags, as args.json of another run is one; those given as arguments win.
     callbacks: instances of classes derived from `fastdino.Sink`, told the numbers as they come.
     Returns a TrainResult: the numbers of the evaluations, and the trained backbone.
     Raises UserError (a ValueError) before anything is written where the run cannot be, TrainingError (a RuntimeError)
@@ -33,7 +35,7 @@ def train(
     from fastdino.errors import UserError
     from fastdino.train.build import Own
     from fastdino.train.distributed import launched
-    from fastdino.train.flags import check_images, config_from_flags
+    from fastdino.train.flags import check_images, config_from_flags, read_config
     from fastdino.train.loop import train as run
     from fastdino.train.sinks import Sink
 
@@ -42,11 +44,13 @@ def train(
             raise UserError(
                 f"callbacks: expected instances of classes derived from fastdino.Sink, got {type(callback).__name__}"
             )
-    config = config_from_flags(flags, is_demo=dataset is None and not flags.get("data_path"))
+    if config is not None:
+        flags = {**read_config(config), **flags}
+    asked = config_from_flags(flags, is_demo=dataset is None and not flags.get("data_path"))
     if dataset is None:
         check_images(flags, launched().world_size)
     return run(
-        config,
+        asked,
         Own(dataset, val_dataset, backbone, tuple(callbacks)),
     )
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from fastdino import files
 from fastdino.errors import TrainingError, UserError, printable
 from fastdino.model import VisionTransformer
-from fastdino.model.archs import heads_of
+from fastdino.model.archs import TIMM, check_arch, heads_of, timm_backbone
 from fastdino.train import distributed
 from fastdino.train.config import TrainConfig
 from fastdino.train.contents import check, first_difference, odd_tensor, unwrapped
@@ -48,12 +48,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Keys: student (names start with `module.`), teacher, optimizer, epoch (finished ones), args (argparse.Namespace),
     dino_loss, fp16_scaler with fp16. Raises UserError where the file is missing, cannot be read, is no checkpoint, is
     damaged, or holds pickled code, which is refused and not run.
+    Of `fastdino export --format safetensors`: the weights by name, and args with what its metadata tell.
     """
     path = Path(path)
     if not path.is_file():
         is_link = path.is_symlink() and not path.exists()
         what = "a link to nothing" if is_link else "a folder" if path.is_dir() else "no file" if path.exists() else ""
         raise UserError(f"no checkpoint at {path}: found {what or 'nothing'} there")
+    if path.suffix.lower() == ".safetensors":
+        return _load_safetensors(path)
     try:
         _check_archive(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
@@ -68,6 +71,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if odd := odd_tensor(checkpoint):
         raise UserError(f"{path} is not a checkpoint: {printable(odd)}")
     return checkpoint
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise UserError(f"{path} needs safetensors: pip install safetensors") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # its own kinds, and what PyTorch makes of odd dtypes
+        raise UserError(f"{path} {_refusal(error)}") from error
+    # Under the names that a run has for them. Others' metadata may hold anything.
+    names = {"img_size": "global_crops_size", "resize": "eval_resize", "num_heads": "num_heads"}
+    numbers = {names[key]: value for key, value in metadata.items() if key in names}
+    known = {name: int(value) for name, value in numbers.items() if re.fullmatch(r"[1-9][0-9]{0,4}", value)}
+    return {**weights, "args": argparse.Namespace(**known)}
 
 
 def _check_archive(path: Path) -> None:
@@ -184,23 +204,19 @@ def backbone_of(
     checkpoint: Mapping[str, Any], path: str | Path, key: str, num_heads: int | None = None
 ) -> VisionTransformer:
     """`load_backbone` of a file that has been read already; path: what to call it."""
-    state = checkpoint.get(key, checkpoint)
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path} has no weights under {key!r}, but {type(state).__name__}")
-    state = unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
-    prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
-    state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    state = _backbone_state(checkpoint, path, key)
     if missing := [name for name in ("pos_embed", "patch_embed.proj.weight") if name not in state]:
         raise UserError(f"{path} has no Vision Transformer under {key!r}: {missing[0]} is missing")
     for name, rank in (("pos_embed", 3), ("patch_embed.proj.weight", 4)):
         if state[name].ndim != rank or not state[name].numel():
             raise UserError(f"{path} is no Vision Transformer: {name} is {tuple(state[name].shape)}")
-    if bad := first_nonfinite(state):
-        raise UserError(f"{path}: {bad} holds numbers that are not finite")
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    heads = num_heads or heads_of(embed_dim)
+    told = getattr(checkpoint.get("args"), "num_heads", None)
+    heads = num_heads or (told if type(told) is int else None) or heads_of(embed_dim)
     if heads is None:
         raise UserError(f"{path}: the number of heads cannot be told from a width of {embed_dim}; give num_heads")
+    if heads < 1 or embed_dim % heads:
+        raise UserError(f"{path}: num_heads: expected a divisor of the width {embed_dim}, got {heads}")
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     sizes = (getattr(checkpoint.get("args"), "global_crops_size", None), 224)  # the original's args do not tell: 224
     backbone = VisionTransformer(
@@ -213,5 +229,40 @@ def backbone_of(
     )
     if difference := first_difference(backbone.state_dict(), state):
         raise UserError(f"{path} is of another model: {difference}")
+    backbone.load_state_dict(state)
+    return backbone.eval().requires_grad_(False)
+
+
+def _backbone_state(checkpoint: Mapping[str, Any], path: str | Path, key: str) -> dict[str, Tensor]:
+    """The backbone's weights under their own names. Raises UserError where there are none, or one is not finite."""
+    state = checkpoint.get(key, checkpoint)
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} has no weights under {key!r}, but {type(state).__name__}")
+    state = unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    prefix = "backbone." if any(name.startswith("backbone.") for name in state) else ""
+    state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    if bad := first_nonfinite(state):
+        raise UserError(f"{path}: {bad} holds numbers that are not finite")
+    return state
+
+
+def any_backbone_of(
+    checkpoint: Mapping[str, Any], path: str | Path, key: str, num_heads: int | None = None
+) -> nn.Module:
+    """`backbone_of`; or the network of timm's that a run with --arch timm:NAME trained, frozen, too.
+
+    Raises UserError as it does, and where timm is missing, or has another network under that name by now.
+    """
+    name = getattr(checkpoint.get("args"), "arch", None)
+    if not (isinstance(name, str) and name.startswith(TIMM)):
+        return backbone_of(checkpoint, path, key, num_heads)
+    state = _backbone_state(checkpoint, path, key)
+    try:
+        check_arch(name)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    backbone = timm_backbone(name, 0.0)
+    if difference := first_difference(backbone.state_dict(), state):
+        raise UserError(f"{path} does not fit {name} of this timm: {difference}")
     backbone.load_state_dict(state)
     return backbone.eval().requires_grad_(False)

@@ -267,7 +267,8 @@ class TrainConfig:
         values = {"arch": cls.arch, **(DIGITS if is_demo else {}), **preset, **given}
         values["arch"] = SYNONYMS.get(values["arch"], values["arch"])  # as the original saves it
         epochs = values.get("epochs", cls.epochs)
-        if "warmup_epochs" not in given and values.get("warmup_epochs", cls.warmup_epochs) > epochs:
+        is_number = isinstance(epochs, int)  # else __post_init__ says so
+        if is_number and "warmup_epochs" not in given and values.get("warmup_epochs", cls.warmup_epochs) > epochs:
             values["warmup_epochs"] = epochs // 10
         return cls(**values)
 

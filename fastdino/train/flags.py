@@ -1,8 +1,10 @@
 """Flags as people give them: abbreviated, written for the original's programs, misspelt, or without --data_path."""
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from fastdino.errors import UserError
@@ -47,7 +49,7 @@ def unrecognized(words: Sequence[str]) -> str:
         )
     if any(name in WEIGHTS.split() for name in names):
         return (
-            f"{said}; weights are given to fastdino knn and fastdino attention, "
+            f"{said}; weights are for evaluations (fastdino knn, features ...), "
             "training goes on from checkpoint.pth in --output_dir"
         )
     if not words[0].startswith("-"):
@@ -56,13 +58,38 @@ def unrecognized(words: Sequence[str]) -> str:
     return said + (f"; did you mean --{close[0]}?" if close else "")
 
 
+def _close(name: str) -> str:
+    """What may have been meant by a flag that there is not."""
+    close = difflib.get_close_matches(name, [f.name for f in fields(TrainConfig)], 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Flags by name from a JSON file: args.json of another run, edited perhaps. Raises UserError where it is none.
+
+    What args.json holds beside flags, its history, is left out.
+    """
+    try:
+        given = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--config: {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"--config: {path} is no JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise UserError(f"--config: {path}: expected an object with a value for each flag, got {type(given).__name__}")
+    names = {f.name for f in fields(TrainConfig)}
+    for name in given:
+        if name not in names | {"history"}:
+            raise UserError(f"--config: {path}: no flag {name!r}{_close(name)}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names}
+
+
 def config_from_flags(given: Mapping[str, Any], is_demo: bool) -> TrainConfig:
     """Flags by name, as a caller in Python gives them. Raises UserError for a name or a value that cannot be."""
     names = [f.name for f in fields(TrainConfig)]
     for name in given:
         if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            raise UserError(f"no flag {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise UserError(f"no flag {name!r}{_close(name)}")
     try:
         return TrainConfig.from_flags({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}, is_demo)
     except (ValueError, TypeError) as error:

@@ -1,10 +1,12 @@
 """What a run says of itself: at the start, after an epoch that had something to remark on, and at the end."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from fastdino import files
 from fastdino.errors import some_of
 from fastdino.eval import TITLES
 from fastdino.eval.attention_maps import draw_samples
@@ -13,6 +15,7 @@ from fastdino.train.config import command_line
 from fastdino.train.result import TrainResult
 from fastdino.train.resume import HARMLESS, in_words, shown
 
+BACKBONE = "backbone.pth"  # the teacher's backbone alone, as the original publishes its own
 MUCH_WAITING = 0.1  # warn when loading takes more than this share of an epoch
 SHORT_EPOCH = 10.0  # seconds: in less, the first batch is most of the waiting
 
@@ -74,7 +77,7 @@ def remark(parts: Parts, seconds: float, data_wait: float, bad: Sequence[str], s
 
 
 def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
-    """At the end: attention.png, how well it went or how to go on, and what was written.
+    """At the end: attention.png, backbone.pth, how well it went or how to go on, and how to use what was written.
 
     steps: of the epoch in which the run was stopped.
     """
@@ -89,8 +92,12 @@ def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
     for name, value in after.items():
         at_first = f"{before[name]:.4f} before training, " if name in before else ""
         say(f"{TITLES.get(name, name)} on {on}: {at_first}{value:.4f} after; {result.seconds:.0f} s")
-    names = ["checkpoint.pth", "log.txt", "args.json", "curves.png", "attention.png"]
+    folder.write(BACKBONE, lambda path: files.replace(path, partial(torch.save, parts.backbone.state_dict())))
+    names = ["checkpoint.pth", BACKBONE, "log.txt", "args.json", "curves.png", "attention.png"]
     say("wrote " + ", ".join(str(folder.path / name) for name in names if (folder.path / name).is_file()))
+    if parts.is_built_in:
+        say(f'use it  fastdino.load_backbone("{folder.path / BACKBONE}"), or')
+        say(f"        fastdino features | knn | attention | export --pretrained_weights {folder.checkpoint}")
 
 
 def _draw(parts: Parts, path: Path, say: Say) -> None:

@@ -17,7 +17,8 @@ from fastdino.data.loader import CropLoader, EpochSampler, useful_workers
 from fastdino.data.params import MultiCropRecipe, ViewRecipe, crop_params, draw_crops
 from fastdino.data.sequences import SequenceSource
 from fastdino.data.sources import FolderSource
-from fastdino.data.views import center_views
+from fastdino.data.views import View
+from fastdino.data.views import views as image_views
 
 RECIPE = MultiCropRecipe(
     globals=(ViewRecipe(size=32, scale=(0.4, 1.0)),) * 2, locals=(ViewRecipe(size=16, scale=(0.05, 0.4)),) * 3
@@ -159,7 +160,7 @@ def test_a_bad_image_is_replaced_and_named(photo_folder, tmp_path, workers):
                 for v, params in enumerate(crop_params(crops)):
                     assert np.array_equal(got[i].global_crops[v, b].permute(1, 2, 0), apply_crop(pixels, params, 32))
     said: list[tuple[int, str]] = []
-    views = center_views(source, np.arange(32), 32, 24, 8, workers, lambda index, line: said.append((index, line)))
+    views = image_views(source, np.arange(32), View(32, 24), 8, workers, lambda index, line: said.append((index, line)))
     kept = np.concatenate([index for _, index in views])
     assert sorted(set(range(32)) - set(kept.tolist())) == [index for index, _ in said] == [3, 9, 20]
     assert [line.partition(": ")[0] for _, line in said] == [source.name(index) for index in (3, 9, 20)]

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+import fastdino
 from fastdino import DINOHead, MultiCropWrapper
+from fastdino.cli import main
 from fastdino.model.archs import ARCHITECTURES, check_arch, heads_of, timm_backbone
 
 
@@ -51,6 +53,27 @@ def test_a_model_of_timms_takes_crops_of_all_sizes(timm, name):
     assert student(crops).shape == (6, 5)
     assert student.packing(crops, 2) is None
     assert any(key == "backbone.layer.weight" for key in student.state_dict())  # timm's own names
+
+
+def test_a_run_with_a_model_of_timms_is_evaluated_and_reported(timm, photo_folder, tmp_path, capsys):
+    small = "--global_crops_size 16 --local_crops_size 8 --out_dim 16 --hidden_dim 8 --bottleneck_dim 4 --epochs 1"
+    words = ["--data_path", str(photo_folder), "--output_dir", str(tmp_path / "run"), "--batch_size_per_gpu", "8"]
+    assert main(["train", "--arch", "timm:resnet18", "--num_workers", "0", *small.split(), *words]) == 0
+    weights = str(tmp_path / "run/checkpoint.pth")
+    assert main(["knn", "--pretrained_weights", weights, "--data_path", str(photo_folder), "--nb_knn", "5"]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert "No attention, no components: Network is no Vision Transformer of ours" in page
+    assert page.count("<img") == 1 + 6 * 8
+    found = fastdino.features(photo_folder, weights)
+    assert found.cls.shape == (32, 6)
+    capsys.readouterr()
+    for command in ("attention", "pca", "logreg"):
+        assert main([command, "--pretrained_weights", weights]) == 2
+        assert capsys.readouterr().err.endswith("has no Vision Transformer under 'teacher': pos_embed is missing\n")
+    words = ["--pretrained_weights", weights, "--tokens", "avg", "--output", str(tmp_path / "a.npz")]
+    assert main(["features", *words]) == 2
+    assert "Network gives its output alone: one layer, tokens cls" in capsys.readouterr().err
 
 
 def test_a_name_that_timm_does_not_know_is_refused_with_what_comes_near(timm):

@@ -62,6 +62,20 @@ def test_a_run_leaves_checkpoints_log_and_pictures(finished):
         assert np.asarray(Image.open(folder / name).convert("L")).std() > 10
 
 
+def test_a_run_ends_with_how_to_use_it(finished, capsys, tiny):
+    """And with the backbone alone in a file of its own, the one that is evaluated."""
+    folder, result = finished
+    alone, whole = (load_backbone(folder / name).state_dict() for name in ("backbone.pth", "checkpoint.pth"))
+    for name, value in result.backbone.state_dict().items():
+        assert torch.equal(alone[name], value)
+        assert torch.equal(whole[name], value)
+    train(tiny("again", epochs=1))
+    *_, wrote, python, command = capsys.readouterr().out.splitlines()
+    assert "backbone.pth, " in wrote
+    assert python.startswith('use it  fastdino.load_backbone("')
+    assert command.startswith("        fastdino features | knn | attention | export --pretrained_weights ")
+
+
 def test_checkpoints_have_exactly_the_originals_keys(finished, golden_folder):
     folder, _ = finished
     theirs = load_checkpoint(golden_folder / "checkpoint_micro.pth")
