@@ -29,6 +29,32 @@ def plain_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temp: f
     return sum(torch.sum(-q * F.log_softmax(p, dim=-1), dim=-1).mean() for q, p in pairs) / len(pairs)
 
 
+def plain_patch_loss(
+    student: Tensor, teacher: Tensor, center: Tensor, weights: Tensor, student_temp: float, teacher_temp: float
+) -> Tensor:
+    """(M, K), (M, K), (K,), (M,) -> (): iBOT's loss as DINOv3 computes it, in fp32."""
+    targets = F.softmax((teacher - center) / teacher_temp, dim=-1)
+    student = student.to(targets.dtype)
+    return -(torch.sum(targets * F.log_softmax(student / student_temp, dim=-1), dim=-1) * weights).sum()
+
+
+@torch.no_grad()
+def plain_sinkhorn_center(teacher: Tensor, temp: float) -> Tensor:
+    """(M, K) -> (K,): columns and rows of exp(teacher / temp) divided in turn, three times, as in SwAV and DINOv2.
+
+    Returned is what the columns were divided by, as a center.
+    """
+    scaled = teacher.to(torch.promote_types(teacher.dtype, torch.float32)) / temp
+    log_divisors = scaled.amax()
+    probs = torch.exp(scaled - log_divisors)
+    for _ in range(3):
+        share = probs.mean(0)
+        probs = probs / share
+        probs = probs / probs.mean(1, keepdim=True)
+        log_divisors = log_divisors + share.log()
+    return temp * log_divisors
+
+
 def plain_clip(params: Sequence[Tensor], clip_grad: float) -> None:
     """Each gradient by its own norm; the host waits for every one."""
     for p in params:

@@ -15,7 +15,17 @@ from bench import baselines
 from bench.measure import DEVICE, ON_GPU, QUICK, require
 from bench.test_step import MAIN, NETWORKS
 from fastdino import DINOHead
-from fastdino_kernels import ClipAdamWEMA, center_update_, dino_loss, dino_loss_and_grad_, ema_update_, reference
+from fastdino_kernels import (
+    ClipAdamWEMA,
+    center_update_,
+    dino_loss,
+    dino_loss_and_grad_,
+    ema_update_,
+    patch_loss,
+    patch_loss_and_grad_,
+    reference,
+    sinkhorn_center,
+)
 from fastdino_kernels.launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter's time says nothing: unset TRITON_INTERPRET")
@@ -23,6 +33,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter's time says
 N_STUDENT, N_TEACHER = 10, 2
 BATCHES, K = (64, 256) if ON_GPU else (MAIN.batch,), MAIN.out_dim
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+MASKED = 59  # patches per image that a student does not see: 0.3 of the 196 of half of the global crops
 TEMPS, MOMENTUM = (0.1, 0.04), 0.996
 CLIP, LR, WEIGHT_DECAY = 3.0, 5e-4, 0.04
 
@@ -72,6 +83,52 @@ def test_dino_loss(provider: str, n_images: int, timed: Any) -> None:
     # Forward: T + V rows per image read. Backward: as many, and V written.
     n_bytes = (3 * N_STUDENT + 2 * N_TEACHER) * n_images * K * DTYPE.itemsize
     timed(loss_way(provider, n_images), n_bytes=n_bytes)
+
+
+def patches(n_images: int, dtype: torch.dtype = DTYPE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(MASKED * n_images, K, device=DEVICE).to(DTYPE).to(dtype) for _ in range(2))
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = torch.full((len(student),), 1 / len(student), device=DEVICE).to(wide)
+    return student, teacher, 0.1 * torch.randn(K, device=DEVICE).to(wide), weights
+
+
+def patch_way(provider: str, n_images: int, dtype: torch.dtype = DTYPE) -> Way:
+    student, *others = patches(n_images, dtype)
+    if provider == "ours, in place":
+        return lambda: [patch_loss_and_grad_(student, *others, *TEMPS), student]
+    known = {"ours": patch_loss, "plain": baselines.plain_patch_loss, "reference": reference.patch_loss}
+    function = known.get(provider) or compiled(baselines.plain_patch_loss)
+    student.requires_grad_()
+
+    def run() -> list[Tensor]:
+        loss = function(student, *others, *TEMPS)
+        return [loss.detach(), *torch.autograd.grad(loss, student)]
+
+    return run
+
+
+@pytest.mark.parametrize("n_images", BATCHES[:1], ids=lambda n: f"B{n} K{K}")
+@pytest.mark.parametrize("provider", ["ours", "ours, in place", "plain", "compiled"])
+def test_patch_loss(provider: str, n_images: int, timed: Any) -> None:
+    check(patch_way(provider, 1)(), patch_way("reference", 1, torch.float64)(), patch_way("reference", 1)())
+    timed(patch_way(provider, n_images), n_bytes=3 * MASKED * n_images * K * DTYPE.itemsize)  # 2 rows read, 1 written
+
+
+def sinkhorn_way(provider: str, n_images: int, dtype: torch.dtype = DTYPE) -> Way:
+    teacher = patches(n_images, dtype)[1] / 4  # beyond +-3.5 the plain one's exp(teacher / 0.04) leaves fp32
+    known = {"ours": sinkhorn_center, "plain": baselines.plain_sinkhorn_center}
+    center = known.get(provider) or compiled(baselines.plain_sinkhorn_center)
+    return lambda: [center(teacher, TEMPS[1])]
+
+
+@pytest.mark.parametrize("n_images", BATCHES[:1], ids=lambda n: f"B{n} K{K}")
+@pytest.mark.parametrize("provider", ["ours", "plain", "compiled"])
+def test_sinkhorn_center(provider: str, n_images: int, timed: Any) -> None:
+    way = sinkhorn_way(provider, 1)
+    check(way(), sinkhorn_way("plain", 1, torch.float64)(), sinkhorn_way("plain", 1)())
+    # Sums over columns and over rows in turn, five in all, and no chip holds the logits in between.
+    timed(sinkhorn_way(provider, n_images), n_bytes=5 * MASKED * n_images * K * DTYPE.itemsize)
 
 
 def center_way(provider: str, n_images: int, dtype: torch.dtype = DTYPE) -> Way:

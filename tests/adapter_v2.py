@@ -1,9 +1,10 @@
-"""What `check_v2.py` asks for, by the product's own modules. A section for each part of the recipe."""
+"""What check_v2.py asks of an implementation of the DINOv2 and DINOv3 recipes, by fastdino's own functions."""
 
 import torch
 
-# --- backbones: fastdino.model ---
-from fastdino import DINOHead, VisionTransformer, load_backbone
+from fastdino import DINOHead, VisionTransformer, load_backbone, objectives
+from fastdino.data.masks import BlockMasks
+from fastdino.data.masks import mask_batch as draw_masks
 from fastdino.model.archs import CONVNEXTS, PUBLISHED
 from fastdino.model.attention import Packing
 from fastdino.model.convnext import ConvNeXt
@@ -12,8 +13,119 @@ from fastdino.model.drop_path import of_images
 from fastdino.model.layers import NORMS, layer_norm
 from fastdino.model.rope import Draw, RopeEmbed
 from fastdino.model.vit import Block, Interpolation
+from fastdino.train.iteration_schedules import LR_SCALES, IterationSchedules, warmup_cosine_constant
+from fastdino.train.param_multipliers import backbone_multipliers, head_multipliers
+from fastdino_kernels import center_update_, patch_loss, sinkhorn_center
+from fastdino_kernels import dino_loss as dino_loss_of_pairs
+
+# Losses and masks.
+STUDENT_TEMP = 0.1
 
 
+def _logits(probs):
+    """Whose softmax at temperature 1 is `probs`; the ops take logits."""
+    return probs.clamp(min=torch.finfo(probs.dtype).tiny).log(), probs.new_zeros(probs.shape[-1])
+
+
+def softmax_center(logits, center, temp):
+    return torch.softmax((logits - center) / temp, dim=-1)
+
+
+def sinkhorn(logits, temp):
+    return softmax_center(logits, sinkhorn_center(logits, temp), temp)
+
+
+def center_update(center, logits):
+    center = center.clone()
+    center_update_(center.flatten(), logits[None], 0.9)
+    return center
+
+
+def dino_loss(globals_, locals_, probs):
+    """The two parts of the loss over all pairs; only their sum is the op's, so the local part is the rest."""
+    n_global_pairs, n_pairs = 2, 2 + 2 * len(locals_)
+    teacher, center = _logits(probs)
+    whole = dino_loss_of_pairs(torch.cat([globals_, locals_]), teacher, center, STUDENT_TEMP, 1.0)
+    part = dino_loss_of_pairs(globals_, teacher, center, STUDENT_TEMP, 1.0) * (n_global_pairs / n_pairs)
+    return part, whole - part
+
+
+def dino_loss_diag(globals_, probs):
+    teacher, center = _logits(probs)
+    pairs = [dino_loss_of_pairs(views, teacher, center, STUDENT_TEMP, 1.0) for views in (globals_, globals_.flip(0))]
+    return sum(pairs) / 2
+
+
+def ibot_loss(student, probs, masks, weights):
+    n_masked = int(masks.sum())
+    if weights is None:
+        weights = (1 / masks.sum(-1).clamp(min=1).float()).repeat_interleave(masks.sum(-1))
+    padded = torch.zeros(len(student), dtype=student.dtype)
+    padded[:n_masked] = weights.to(student.dtype) / len(masks)
+    return patch_loss(student, *_logits(probs), padded, STUDENT_TEMP, 1.0)
+
+
+def koleo(x, topk):
+    return objectives.koleo(x, topk)
+
+
+def gram(student, teacher, **flags):
+    return objectives.gram(student, teacher, **flags)
+
+
+def _generator(version, input_size, max_num_patches=None, num_masking_patches=None, **options):
+    names = {"min_num_patches": "min_patches", "min_aspect": "min_aspect", "roll": "circular_shift"}
+    options = {names.get(name, name): value for name, value in options.items() if value is not None}
+    most = num_masking_patches if max_num_patches is None else max_num_patches
+    return BlockMasks(height=input_size[0], width=input_size[1], max_patches=most, exact=version == 3, **options)
+
+
+def mask(version, kw, count, py, nprng):
+    return _generator(version, **kw).draw(count, py, nprng)
+
+
+def mask_batch(version, case, py, nprng):
+    side = case["img_size"] // case["patch_size"]
+    shift = {"circular_shift": case["circular_shift"]} if version == 3 else {}
+    generator = _generator(version, (side, side), case["max_num_patches"], **shift)
+    got = draw_masks(generator, 2 * case["images"], case["probability"], case["ratio"], py, nprng)
+    return {
+        "masks": got.masks,
+        "indices": got.indices,
+        "weights": got.weights,
+        "n_masked": len(got.indices),
+        "upperbound": got.upper_bound,
+    }
+
+
+# Schedules and parameters.
+def schedules(case):
+    optim, teacher = dict(case["optim"]), case["teacher"]
+    scale = LR_SCALES[optim.pop("scaling_rule")](case["batch"])
+    if case["version"] == 2:
+        lr = optim.pop("base_lr") * scale
+    else:  # DINOv3 counts the square root from another batch
+        lr = optim.pop("lr") * scale * (4 if case["optim"]["scaling_rule"] == "sqrt_wrt_1024" else 1)
+    extra = optim.pop("schedule_trunc_extra", 0.0)
+    settings = {"epoch_length": case["epoch_length"], "n": case["n"], "trunc_extra": extra, "lr": lr}
+    got = IterationSchedules.of(**optim, **teacher, **settings)
+    names = {"wd": "weight_decay", "momentum": "momentum_teacher"}
+    return {k: getattr(got, names.get(k, k)) for k in ("lr", "wd", "momentum", "teacher_temp", "last_layer_lr")}
+
+
+def curve(**kw):
+    return warmup_cosine_constant(**kw)
+
+
+def param_groups(case):
+    settings = case["depth"], case["lr_decay_rate"], case["patch_embed_lr_mult"]
+    return {
+        "backbone": {name: list(backbone_multipliers(name, *settings)) for name in case["names"]["backbone"]},
+        "head": {name: list(head_multipliers(name)) for name in case["names"]["head"]},
+    }
+
+
+# Backbones and heads.
 def head(version, kw):
     return DINOHead(**kw, norm_last_layer=False, weight_norm=version == 2)
 

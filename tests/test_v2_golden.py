@@ -14,6 +14,10 @@ import pytest
 from fastdino.model.archs import CONVNEXTS, PUBLISHED
 
 HERE = Path(__file__).parent
+LOSSES = ("sinkhorn", "center_cls", "center_patch", "dino_loss", "dino_loss_diag", "ibot_loss", "gram")
+KOLEO = ("koleo0", "koleo1", "koleo2", "koleo_duplicates", "koleo_top3")
+MASKS = ("mask_v2", "mask_v3", "mask_batch_v2", "mask_batch_v3")
+RUN = ("schedules_v2", "schedules_v3", "schedules_v3_curve", "param_groups")
 BLOCKS = [
     *(f"v2_{name}" for name in ("plain", "ls", "swiglu", "nobias", "drop", "drop_nols")),
     *(f"v3_{name}" for name in ("rope", "kbias", "swiglu", "swiglu64", "rms", "drop")),
@@ -21,7 +25,7 @@ BLOCKS = [
 BACKBONES = ("v2_mlp", "v2_reg", "v3_mlp", "v3_untied", "v3_rescale")
 POSITIONS = ("0.1", "0.0.antialias", "0.0", "0.1.antialias")
 TEACHERS = ("v2", "v2_chunked", "v3")
-CHECKS = [
+MODELS = [
     *(f"head_v{version}.{dtype}" for version in (2, 3) for dtype in ("fp64", "fp32")),
     *(f"block_{name}.{dtype}" for name in BLOCKS for dtype in ("fp64", "fp32")),
     *(f"backbone_{name}.{dtype}" for name in BACKBONES for dtype in ("fp64", "fp32")),
@@ -30,6 +34,7 @@ CHECKS = [
     *(f"names_{name}" for name in (*PUBLISHED, *CONVNEXTS)),
     *(f"teacher_checkpoint_{name}" for name in TEACHERS),
 ]
+CHECKS = [*(f"{name}.{dtype}" for name in (*LOSSES, *KOLEO) for dtype in ("fp64", "fp32")), *MASKS, *RUN, *MODELS]
 
 
 @pytest.fixture(scope="module")

@@ -2,5 +2,7 @@
 
 from fastdino.objectives.base import Objective
 from fastdino.objectives.dino import DINOLoss
+from fastdino.objectives.gram import gram
+from fastdino.objectives.koleo import koleo
 
-__all__ = ["DINOLoss", "Objective"]
+__all__ = ["DINOLoss", "Objective", "gram", "koleo"]

@@ -8,6 +8,8 @@ from fastdino_kernels.dino_loss import DINOLossStats, dino_loss, dino_loss_and_g
 from fastdino_kernels.ema import ema_update_
 from fastdino_kernels.mlp import linear_gelu, mlp
 from fastdino_kernels.optim import ClipAdamWEMA
+from fastdino_kernels.patch_loss import patch_loss, patch_loss_and_grad_
+from fastdino_kernels.sinkhorn import sinkhorn_center
 
 __all__ = [
     "ClipAdamWEMA",
@@ -26,5 +28,8 @@ __all__ = [
     "linear_gelu",
     "mlp",
     "multi_crop_augment",
+    "patch_loss",
+    "patch_loss_and_grad_",
     "short_attention",
+    "sinkhorn_center",
 ]

@@ -19,6 +19,8 @@ from fastdino_kernels.launch import INTERPRETED, AotCase
 
 ROOMS = (
     "dino_loss",
+    "patch_loss",
+    "sinkhorn",
     "center",
     "ema",
     "clip_adamw_ema",

@@ -27,47 +27,17 @@ from torch import Tensor
 from fastdino_kernels import reference
 from fastdino_kernels.checks import check_floating, check_same_device, check_shape, check_temperature
 from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_host, on_own_device, tl, triton, use_triton
+from fastdino_kernels.softmax import LN_2, LOWEST, numerators, quotient, scale_of
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
-LN_2 = tl.constexpr(0.6931471805599453)
-
-# A softmax is exp2((logit - top) * scale) / total, with scale = LOG2_E / temp, top the largest logit and total the sum
-# of the numerators. `top` and `total` are kept as two words: in one, as log-sum-exp, rounding at logits of 1e4 and
-# temperature 0.04 would move every probability by a percent. For the same reason `top` is subtracted first.
-
-LOWEST = tl.constexpr(-1e36)  # the top of no logit: finite, also times a scale, so that 0 * (LOWEST - top) is 0
 CHUNK = 2**19  # logits that the library's loss takes at once, so that they stay in the cache
 MAX_VIEWS = 12  # student views that a program of the forward pass keeps sums of: 4 registers each
-
-
-# To half an ulp and a little, where `/` may be off by 2: all that is multiplied with it would be wrong by as much. One
-# Newton step; `tl.div_rn` does the same in a function call, whose registers spill on sm_100.
-@triton.jit
-def _quotient(x, y):
-    first = x / y
-    return first + tl.fma(-first, y, x) / y
-
-
-@triton.jit
-def _scale(temp_ptr):
-    return _quotient(tl.full((), LOG2_E, tl.float32), tl.load(temp_ptr).to(tl.float32))
-
-
-# A chunk of a row, (LANES, WIDTH), LOWEST where it is not inside: logits less the lane's new top (LANES,), their
-# numerators, the new top, and what the lane's sums so far are to be multiplied with.
-@triton.jit
-def _numerators(row, inside, scale, top):
-    new_top = tl.maximum(top, tl.max(row, axis=1))
-    below = row - new_top[:, None]
-    exps = tl.where(inside, tl.exp2(below * scale), 0.0)
-    return below, exps, new_top, tl.exp2((top - new_top) * scale)
 
 
 @triton.jit
 def _teacher_chunk(row_ptr, center, inside, scale, top, total, dot):
     row = tl.load(row_ptr, mask=inside, other=0.0).to(tl.float32) - center
     row = tl.where(inside, row, LOWEST)
-    below, exps, new_top, shrink = _numerators(row, inside, scale, top)
+    below, exps, new_top, shrink = numerators(row, inside, scale, top)
     before = total * shrink
     dot = dot * shrink + before * (top - new_top) + tl.sum(exps * below, axis=1)
     return exps, shrink, before, new_top, before + tl.sum(exps, axis=1), dot
@@ -122,7 +92,7 @@ def _dino_loss_fwd_kernel(
     image, split = program // n_splits, program % n_splits
     first_view, t = tl.program_id(1) * VIEWS, 2 * tl.program_id(2)
     u = tl.minimum(t + 1, n_teacher_views - 1)  # the last of an odd number pairs with itself
-    student_scale, teacher_scale = _scale(student_temp_ptr), _scale(teacher_temp_ptr)
+    student_scale, teacher_scale = scale_of(student_temp_ptr), scale_of(teacher_temp_ptr)
     student_ptr += image.to(tl.int64) * student_stride_b + first_view.to(tl.int64) * student_stride_v
     teacher_ptr += image.to(tl.int64) * teacher_stride_b
     teacher_ptr_t = teacher_ptr + t.to(tl.int64) * teacher_stride_t
@@ -147,7 +117,7 @@ def _dino_loss_fwd_kernel(
         for _ in tl.static_range(VIEWS):  # a view's sums are taken from the front and come back at the end
             row = tl.where(inside, tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32), LOWEST)
             row_ptr += student_stride_v  # one pointer for all views: one each would take 2 * VIEWS registers
-            below, exps, top, shrink = _numerators(row, inside, student_scale, tops[0])
+            below, exps, top, shrink = numerators(row, inside, student_scale, tops[0])
             grown = tops[0] - top
             tops = tops[1:] + (top,)  # noqa: RUF005  (Triton knows no *)
             totals = totals[1:] + (totals[0] * shrink + tl.sum(exps, axis=1),)  # noqa: RUF005
@@ -195,7 +165,7 @@ def _dino_loss_join_kernel(
     BLOCK_S: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
-    student_scale, teacher_scale = _scale(student_temp_ptr), _scale(teacher_temp_ptr)
+    student_scale, teacher_scale = scale_of(student_temp_ptr), scale_of(teacher_temp_ptr)
     views, splits = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
     is_view, is_split = views < n_student_views, splits < n_splits
     tile, in_tile = views[:, None] * n_splits + splits[None, :], is_view[:, None] & is_split[None, :]
@@ -295,9 +265,9 @@ def _dino_loss_bwd_kernel(
     image, split = n_images - 1 - program // n_splits, program % n_splits
     cols = split * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (cols < n_prototypes) | EVEN_K
-    student_scale, teacher_scale = _scale(student_temp_ptr), _scale(teacher_temp_ptr)
+    student_scale, teacher_scale = scale_of(student_temp_ptr), scale_of(teacher_temp_ptr)
     student_temp = tl.load(student_temp_ptr).to(tl.float32)
-    factor = _quotient(tl.load(grad_loss_ptr).to(tl.float32), student_temp * n_images * n_pairs)
+    factor = quotient(tl.load(grad_loss_ptr).to(tl.float32), student_temp * n_images * n_pairs)
     center = tl.load(center_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     student_ptr += image * student_stride_b + cols
     teacher_ptr += image * teacher_stride_b + cols

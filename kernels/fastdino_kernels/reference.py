@@ -60,6 +60,67 @@ def dino_loss_with_stats(
     return per_image.mean(), entropies.mean(), per_image.detach()
 
 
+def patch_rows(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weights: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Whose softmaxes p and q are, rows of weight 0 all 0; and 1, or NaN where a value that counts is not finite."""
+    live = (weights != 0)[:, None]
+    student, teacher = (promote(x).where(live, 0.0) for x in (student, teacher))
+    one = one_if_finite(student, teacher, center)
+    return student / student_temp, (teacher - promote(center)) / teacher_temp, one
+
+
+def patch_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weights: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+) -> Tensor:
+    """Sum over rows of weights * H(q, p), without the rows of weight 0; iBOT (arXiv:2111.07832), equation 2."""
+    rows, teacher_rows, one = patch_rows(student, teacher, center, weights, student_temp, teacher_temp)
+    return -(weights * (teacher_rows.softmax(-1) * rows.log_softmax(-1)).sum(-1)).sum() * one
+
+
+@torch.no_grad()
+def patch_loss_and_grad_(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weights: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    grad_loss: float | Tensor,
+) -> Tensor:
+    """`patch_loss`, and the student's logits overwritten with grad_loss times their gradient."""
+    rows, teacher_rows, one = patch_rows(student, teacher, center, weights, student_temp, teacher_temp)
+    targets = teacher_rows.softmax(-1)
+    loss = -(weights * (targets * rows.log_softmax(-1)).sum(-1)).sum() * one
+    factor = (grad_loss * weights / student_temp * one)[:, None]
+    student.copy_(torch.where(weights[:, None] != 0, (rows.softmax(-1) - targets) * factor, 0.0))
+    return loss
+
+
+def column_exps(teacher: Tensor, weights: Tensor, temp: float | Tensor) -> Tensor:
+    """Of every prototype, over the rows that count: largest logit, sum of exp((logit - largest) / temp); (2, K)."""
+    lowest = -1e36  # the largest of no logit
+    rows = torch.cat([promote(teacher), promote(teacher).new_full((1, teacher.shape[1]), lowest)])
+    live = torch.cat([weights != 0, weights.new_zeros(1) != 0])[:, None]
+    top = rows.where(live, lowest).amax(0)
+    return torch.stack([top, torch.exp((rows - top) / temp).where(live, 0.0).sum(0)])
+
+
+def column_probs(teacher: Tensor, center: Tensor, weights: Tensor, temp: float | Tensor) -> Tensor:
+    """Sum over the rows that count of softmax((teacher - center) / temp): (K,)."""
+    return torch.softmax((promote(teacher) - center) / temp, dim=-1).where((weights != 0)[:, None], 0.0).sum(0)
+
+
 def batch_center(teacher: Tensor) -> Tensor:
     """Mean of the teacher's logits over views and images: (T, B, K) -> (K,)."""
     return promote(teacher).mean(dim=(0, 1))

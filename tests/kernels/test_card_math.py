@@ -1,4 +1,4 @@
-"""Loss, center and MLP stay within their budgets where exp2, log2 and division are as wrong as a card's may be."""
+"""Losses, center and MLP stay within their budgets where exp2, log2 and division are as wrong as a card's may be."""
 
 from collections.abc import Iterator
 
@@ -12,8 +12,20 @@ from test_center import rows, updated
 from test_dino_loss import STUDENT_TEMP, TEACHER_TEMP, check_against_fp64, logits
 from test_mlp import check_against_fp64 as check_mlp
 from test_mlp import inputs, upstream
+from test_patch_loss import check_against_fp64 as check_patch_loss
+from test_patch_loss import inputs as patch_inputs
+from test_sinkhorn import logits as sinkhorn_logits
+from test_sinkhorn import plain as plain_sinkhorn
 
-from fastdino_kernels import batch_center, cls_attention, dino_loss_with_stats, mlp, reference, short_attention
+from fastdino_kernels import (
+    batch_center,
+    cls_attention,
+    dino_loss_with_stats,
+    mlp,
+    reference,
+    short_attention,
+    sinkhorn_center,
+)
 from fastdino_kernels.launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a card has arithmetic of its own")
@@ -44,6 +56,22 @@ def test_loss_and_gradient_match_fp64(dtype, device):
 def test_huge_logits_match_fp64(device):
     student, teacher, center = logits(4, 2, 2, 257, fp32, device)
     check_against_fp64(1e4 * student.clamp(-1, 1), 1e4 * teacher.clamp(-1, 1), center)
+
+
+@pytest.mark.parametrize("dtype", [fp32, bf16], ids=["fp32", "bf16"])
+def test_patch_loss_and_its_gradient_match_fp64(dtype, device):
+    check_patch_loss(*patch_inputs(5, 257, dtype, device))
+    student, teacher, center, weights = patch_inputs(3, 300, fp32, device)
+    huge = [(1e4 * x.clamp(-1, 1)).to(dtype) for x in (student, teacher)]
+    check_patch_loss(*huge, center, weights)
+
+
+def test_sinkhorn_center_matches_fp64(device):
+    for scale in (1.0, 1e4):
+        teacher = scale * sinkhorn_logits(40, 257, fp32, device)
+        truth = sinkhorn_center(teacher.double(), TEACHER_TEMP)
+        got = sinkhorn_center(teacher, TEACHER_TEMP)
+        assert_within_budget("center", got, plain_sinkhorn(teacher), truth, fp32)
 
 
 def test_one_prototype_costs_nothing(device):

@@ -53,6 +53,15 @@ CATCH = """
         temps = torch.tensor(0.1), torch.tensor(0.04)
         fk.dino_loss(student.requires_grad_(), teacher, torch.zeros(k), *temps).backward()
 
+    def patch_loss(m, k, dtype):
+        student, teacher = (torch.zeros(m, k, dtype=dtype) for _ in range(2))
+        rest = torch.zeros(k), torch.ones(m), torch.tensor(0.1), torch.tensor(0.04)
+        fk.patch_loss(student.requires_grad_(), teacher, *rest).backward()
+        fk.patch_loss_and_grad_(student.detach(), teacher, *rest, torch.tensor(1.0))
+
+    def sinkhorn(m, k, dtype):
+        fk.sinkhorn_center(torch.zeros(m, k, dtype=dtype), torch.tensor(0.04), 2)
+
     def center(t, b, k, dtype):
         fk.batch_center(torch.zeros(t, b, k, dtype=dtype))
         fk.center_update_(torch.zeros(k), torch.zeros(t, b, k, dtype=dtype), torch.tensor(0.9))
@@ -72,8 +81,7 @@ CATCH = """
     with mock.patch.object(JITFunction, "run", catch):
         for call in sys.argv[1:]:
             op, *shape, dtype = call.split()
-            ops = {"loss": loss, "center": center, "attention": attention, "mlp": mlp}
-            ops[op](*map(int, shape), getattr(torch, dtype))
+            globals()[op](*map(int, shape), getattr(torch, dtype))
             with ThreadPoolExecutor() as pool:
                 stacks = pool.map(lambda case: compile_case(case, 90).stack_bytes, caught.values())
             for case, stack in zip(caught.values(), stacks):
@@ -81,6 +89,8 @@ CATCH = """
             caught.clear()
 """
 LOSS = ("_dino_loss_fwd_kernel", "_dino_loss_join_kernel", "_dino_loss_mean_kernel", "_dino_loss_bwd_kernel")
+PATCH_LOSS = tuple(f"_patch_loss_{part}_kernel" for part in ("fwd", "sum", "bwd", "fwd"))
+SINKHORN = ("_column_exps_kernel", "_row_norm_kernel", "_column_probs_kernel")
 CENTER = ("_batch_center_kernel", "_center_update_kernel", "_center_ema_kernel")
 ATTENTION = tuple(f"_{op}_attention_{way}_kernel" for op in ("short", "cls") for way in ("fwd", "bwd"))
 MLP = ("_linear_gelu_kernel", "_linear_gelu_kernel", "_linear_gelu_bwd_kernel")
@@ -90,6 +100,11 @@ CALLS = {
     "loss 10 2 1 4099 bfloat16": LOSS,  # a masked tail
     "loss 12 2 1 1000 float32": LOSS,  # one split, masked
     "loss 12 2 1 65536 float16": LOSS,  # the most views of a program
+    "patch_loss 1 1 float32": PATCH_LOSS,  # M, K
+    "patch_loss 3 4099 bfloat16": PATCH_LOSS,
+    "patch_loss 2 131072 float16": PATCH_LOSS,
+    "sinkhorn 1 1 float32": SINKHORN,  # M, K
+    "sinkhorn 5 4099 bfloat16": SINKHORN,
     "center 1 1 1 float32": CENTER,  # T, B, K
     "center 3 65 17 bfloat16": CENTER,
     "attention 1 1 1 16 bfloat16": ATTENTION,  # images, tokens, heads, channels of a head

@@ -5,9 +5,20 @@ import torch
 from fake_device import run_launcher
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from fastdino_kernels import batch_center, center_ema_, center_update_, dino_loss_and_grad_, dino_loss_with_stats
+from fastdino_kernels import (
+    batch_center,
+    center_ema_,
+    center_update_,
+    dino_loss_and_grad_,
+    dino_loss_with_stats,
+    patch_loss,
+    patch_loss_and_grad_,
+    sinkhorn_center,
+)
 from fastdino_kernels.center import _batch_center, _center_ema_, _center_update_
 from fastdino_kernels.dino_loss import _dino_loss, _dino_loss_and_grad_, _dino_loss_backward
+from fastdino_kernels.patch_loss import _patch_loss, _patch_loss_and_grad_, _patch_loss_backward
+from fastdino_kernels.sinkhorn import _column_exps, _column_probs
 
 
 def test_the_fake_device_refuses_what_it_should(fakegpu):
@@ -37,6 +48,40 @@ def test_loss_backward_and_center_do_not_synchronise(fakegpu, dtype, on_device):
     center_ema_(center, batch_center(teacher), scalar(0.9))
     loss = dino_loss_and_grad_(student.detach(), teacher, center, scalar(0.1), scalar(0.04), scalar(1.0))
     assert loss.device.type == fakegpu.type
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["kernels", "reference"])
+def test_patch_loss_and_sinkhorn_do_not_synchronise(fakegpu, dtype, on_device):
+    def scalar(value: float) -> float | torch.Tensor:
+        return torch.full((), value, device=fakegpu) if on_device else value
+
+    student = torch.randn(6, 512, device=fakegpu, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(6, 512, device=fakegpu, dtype=dtype)
+    weights = torch.ones(6, device=fakegpu)
+    center = sinkhorn_center(teacher, scalar(0.04), weights=weights)
+    assert center.shape == (512,)
+    loss = patch_loss(student, teacher, center, weights, scalar(0.1), scalar(0.04))
+    (loss * scalar(1024.0)).backward()
+    assert student.grad.shape == student.shape
+    owned = student.detach()
+    patch_loss_and_grad_(owned, teacher, center, weights, scalar(0.1), scalar(0.04), scalar(1.0))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "K-strided"])
+def test_launchers_of_patches_do_not_synchronise(fakegpu, layout):
+    def logits() -> torch.Tensor:
+        x = torch.randn(6, 512, device=fakegpu)
+        return x if layout == "contiguous" else x.t().contiguous().t()
+
+    student, teacher = logits(), logits()
+    center, weights, one = (torch.ones(shape, device=fakegpu) for shape in ((512,), (6,), ()))
+    inputs = student, teacher, center, weights, one, one
+    _, norm = run_launcher(_patch_loss, *inputs)
+    assert run_launcher(_patch_loss_backward, one, *inputs, norm).shape == student.shape
+    run_launcher(_patch_loss_and_grad_, student.contiguous(), *inputs[1:], one)
+    assert run_launcher(_column_exps, teacher, weights, one).shape == (2, 512)
+    assert run_launcher(_column_probs, teacher, center, weights, one).shape == (512,)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "image-major", "K-strided"])

@@ -23,6 +23,24 @@ def check_loss(scope: dict[str, Any]) -> None:
     torch.testing.assert_close(scope["owned"], leaf.grad)
 
 
+def check_patch_loss(scope: dict[str, Any]) -> None:
+    leaf = scope["student"].detach().requires_grad_()
+    expected = reference.patch_loss(leaf, scope["teacher"], scope["center"], scope["weights"], 0.1, 0.07)
+    expected.backward()
+    torch.testing.assert_close(scope["loss"], expected)
+    torch.testing.assert_close(scope["student"].grad, leaf.grad)
+    torch.testing.assert_close(scope["owned"], leaf.grad)
+    assert scope["weights"].sum() == 0.5  # half of the crops are masked
+
+
+def check_sinkhorn(scope: dict[str, Any]) -> None:
+    """Rows sum to 1, and prototypes share the batch more evenly than without."""
+    plain = (scope["teacher"] / 0.07).softmax(-1)
+    torch.testing.assert_close(scope["targets"].sum(-1), torch.ones(2, 4))
+    assert scope["targets"].mean((0, 1)).std() < plain.mean((0, 1)).std()
+    assert scope["loss"].isfinite()
+
+
 def check_center(scope: dict[str, Any]) -> None:
     """Zeros, moved twice by a tenth of the way."""
     torch.testing.assert_close(scope["center"], 0.19 * scope["teacher"].mean((0, 1)))
@@ -77,7 +95,9 @@ def check_loop(scope: dict[str, Any]) -> None:
 
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "The loss": check_loss,
+    "The loss of masked patches": check_patch_loss,
     "The center": check_center,
+    "Sinkhorn's center": check_sinkhorn,
     "The teacher": check_teacher,
     "The optimizer": check_optimizer,
     "The crops": check_crops,
