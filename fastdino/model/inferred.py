@@ -60,11 +60,11 @@ def vit_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _feed_forward(state: Mapping[str, Tensor], width: int) -> dict[str, Any]:
     """Kind, width and biases of the first block's MLP."""
-    # SwiGLU has two thirds of the width that the ratio says, w12 twice that.
-    for name, ffn, share in (("fc1", "mlp", 1.0), ("w12", "swiglufused", 4 / 3), ("w1", "swiglu", 2 / 3)):
+    # Of a SwiGLU a GELU MLP as large is half as wide again; w12 has two such layers.
+    for name, ffn, share in (("fc1", "mlp", 1.0), ("w12", "swiglufused", 0.75), ("w1", "swiglu", 1.5)):
         weight = state.get(f"blocks.0.mlp.{name}.weight")
         if weight is not None and weight.ndim == 2:
-            ratio = weight.shape[0] / (width * share)
+            ratio = (weight.shape[0] * share + 0.5) / width  # half a channel against rounding; the network cuts it off
             return {"ffn": ffn, "mlp_ratio": ratio, "ffn_bias": f"blocks.0.mlp.{name}.bias" in state}
     return {}
 
@@ -84,5 +84,5 @@ def convnext_stages(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
     """Blocks and channels of each stage of a ConvNeXt."""
     stages = sorted({int(found[1]) for name in state if (found := re.match(r"stages\.(\d+)\.", name))})
     depths = [len({name.split(".")[2] for name in state if name.startswith(f"stages.{stage}.")}) for stage in stages]
-    dims = [len(state.get(f"stages.{stage}.0.gamma", ())) for stage in stages]
-    return depths, dims
+    gammas = [state.get(f"stages.{stage}.0.gamma") for stage in stages]
+    return depths, [0 if gamma is None else gamma.numel() for gamma in gammas]

@@ -210,7 +210,10 @@ def convnext_of(checkpoint: Mapping[str, Any], path: str | Path, key: str) -> Co
     state = _backbone_state(checkpoint, path, key)
     if "downsample_layers.0.0.weight" not in state:
         return None
-    backbone = ConvNeXt(*convnext_stages(state))
+    depths, dims = convnext_stages(state)
+    if len(dims) != 4 or 0 in dims:
+        raise UserError(f"{path} is no ConvNeXt of four stages: found {len(dims)}, of {dims} channels")
+    backbone = ConvNeXt(depths, dims)
     if difference := first_difference(backbone.state_dict(), state):
         raise UserError(f"{path} is of another model: {difference}")
     backbone.load_state_dict(state)

@@ -71,6 +71,22 @@ def test_a_convnext_loads_and_gives_features(tmp_path):
     assert main(["knn", "--pretrained_weights", str(tmp_path / "weights.pth"), "--size", "32", "--nb_knn", "1"]) == 0
 
 
+def test_a_convnext_that_lacks_a_stage_is_refused(tmp_path):
+    state = ConvNeXt((1, 1, 1, 1), (8, 12, 16, 24)).state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith("stages.3")}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="no ConvNeXt of four stages: found 3"):
+        fastdino.load_backbone(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("ratio", [1.3, 2.71, 3.999])
+@pytest.mark.parametrize("ffn", ["mlp", "swiglufused", "swiglu", "swiglu64"])
+def test_the_width_of_mlps_is_told_by_the_weights(ffn, ratio, tmp_path):
+    vit = tiny("v3", ffn=ffn, mlp_ratio=ratio, rope=None)
+    torch.save(vit.state_dict(), tmp_path / "weights.pth")
+    state = fastdino.load_backbone(tmp_path / "weights.pth").state_dict()
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in vit.state_dict().items()}
+
+
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov3_convnext_tiny"])
 def test_training_says_that_it_does_not_know_the_recipe(name):
     with pytest.raises(ValueError, match="training knows DINO's recipe alone so far"):
