@@ -200,7 +200,10 @@ class Interpolation(NamedTuple):
     in_fp32: bool = False
 
 
-def _resize(positions: Tensor, rows: int, cols: int, how: Interpolation) -> Tensor:
+DINOS_INTERPOLATION = Interpolation()
+
+
+def _resize(positions: Tensor, rows: int, cols: int, how: Interpolation = DINOS_INTERPOLATION) -> Tensor:
     """(1, side * side, D) -> (1, rows * cols, D), bicubic."""
     side = math.isqrt(positions.shape[1])
     factors = ((rows + how.offset) / side, (cols + how.offset) / side)
@@ -314,7 +317,7 @@ class VisionTransformer(nn.Module):
         init_values: float | None = None,
         registers: int = 0,
         mask_token: bool = False,
-        interpolation: Interpolation = Interpolation(),  # noqa: B008, a tuple of numbers
+        interpolation: Interpolation = DINOS_INTERPOLATION,
         rope: Mapping[str, Any] | None = None,
         untie_cls_and_patch_norms: bool = False,
         untie_global_and_local_cls_norm: bool = False,
@@ -342,7 +345,7 @@ class VisionTransformer(nn.Module):
         self.num_prefix_tokens = 1 + registers
         added = (ffn != "mlp", mask_k_bias, init_values, registers, mask_token, rope is not None)
         untied = untie_cls_and_patch_norms or untie_global_and_local_cls_norm
-        self.is_dinos = proj_bias and ffn_bias and interpolation == Interpolation() and not (any(added) or untied)
+        self.is_dinos = proj_bias and ffn_bias and interpolation == DINOS_INTERPOLATION and not (any(added) or untied)
         # The originals' names: DINOv2's, and, where positions are rotary, DINOv3's.
         self._registers = None if not registers else "register_tokens" if rope is None else "storage_tokens"
         if self._registers:
