@@ -94,10 +94,11 @@ LAUNCH = {
     "dino_loss_join": Launch(block=1, num_warps=8),  # a program per image
     "dino_loss_mean": Launch(block=256, num_warps=4),
     "dino_loss_bwd": Launch(block=512, num_warps=1),  # predicted 98 / 99; 1024 with 2 warps too, but sm_100 spills
-    # Predicted, 2026-11-28, M 3771, bf16, % of a copy: forward 97 / 99, in place 85 / 96 where the L2 gives all rows a
-    # second time. Tried in place: 16 warps, so that the L2 holds them, 42 / 54, and 55 / 74 with loads three ahead;
-    # a row at a time 92 / 99, but 18 bytes a logit through the L2, the center's among them, instead of 14.
-    "patch_loss_fwd": Launch(block=1, num_warps=4),
+    # Predicted, 2026-11-28, M 3771, bf16, % of a copy on H200 / H100: forward 98 / 99; in place 90 / 99 if the L2 gave
+    # all rows a second time, which it does not at K 65536. Tried in place: 4 warps 84 / 97; 16 warps, so that the L2
+    # would hold them, 42 / 54, and 55 / 74 with loads three ahead; one row at a time 92 / 99, but with the center 18
+    # bytes a logit through the L2 instead of 14.
+    "patch_loss_fwd": Launch(block=1, num_warps=2),
     "patch_loss_sum": Launch(block=1024, num_warps=4),
     "patch_loss_bwd": Launch(block=512, num_warps=1),  # predicted 100 / 100
     # Predicted, 2026-11-28, M 3771, bf16, % of a copy on H200 / H100: 97 / 99, 97 / 99, 98 / 99. Tried: a column's top

@@ -13,7 +13,7 @@ Forward: a program takes two rows, which share the center, and walks over K in c
 until the end. In place it then walks back, from what the L2 still holds, and leaves the gradient. A second kernel adds
 up the rows. Memory, in words of M * K: in place 2 read, as many again where the L2 does not hold them, and 1 written;
 `patch_loss` and its backward pass 4 and 1. At 2 bytes a word 6 to 10 bytes a logit, where the original moves 46 to 72.
-The L2 holds them while the rows under way fit: on an H100 at K below 8192. Every sum has a fixed order.
+The L2 holds them while the rows under way fit: on an H100 up to K 2048. Every sum has a fixed order.
 Dtypes: logits in fp32, bf16 or fp16 give an fp32 loss, computed in fp32, and a gradient in the student's dtype; fp64
 stays fp64 (the reference's). A logit that is infinite or NaN makes the loss NaN. The kernels take logits above -1e36.
 """
