@@ -82,7 +82,7 @@ mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests) # no 
 part proof $((start + 2 * compile / 3 + 5)) python -m pytest -v -m gpu -k "$proof" "${proofs[@]}"
 measure main $((start + compile + choose + 17)) step -k "graph and vit_small and 2+8 and B64" # and its profile
 part tests 60 python -m pytest -v -m gpu -k "not $proof" --continue-on-collection-errors "${gpu_tests[@]}"
-measure ops $((start + 8 * 5 + 10)) ops -k "not (clip and compiled)" # 8 small functions to compile
+measure ops $((start + 8 * 5 + 10)) ops -k "not (clip and compiled or patch or sinkhorn)" # 8 small functions to compile
 measure attention $((start + choose + 15)) attention
 measure base $((start + compile + 8)) step -k "graph and vit_base and B64"
 measure batch $((start + compile + 8)) step -k "graph and vit_small and B256"
@@ -91,6 +91,7 @@ measure compiled $((start + 5 * compile / 2 + 20)) step -k "compiled and B64"
 measure careful $((start + 20)) step -k "careful and B64"
 measure jpeg $((start + compile / 2 + 30)) pipeline -k "training or kernels"
 measure features $((start + 20)) pipeline -k features
+measure patches $((start + 2 * 5 + 20)) ops -k "patch or sinkhorn" # of DINOv2's recipe
 part doctor 20 python -m fastdino.cli doctor
 measure tuned $((start + 6 * compile)) step -k tuned # a guess, too
 measure step $((8 * compile + 200)) step # other batches and crops, eager: as many as there is time for

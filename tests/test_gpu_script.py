@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["proof", "main", "tests", "ops", "attention", "base", "batch", "plain", "compiled", "careful", "jpeg"]
-ORDER += ["features", "doctor", "tuned", "step", "adamw", "report"]
+ORDER += ["features", "patches", "doctor", "tuned", "step", "adamw", "report"]
 
 PYTHON = """#!/bin/bash
 (IFS='|'; echo "$*" >> "$STUB/calls")
@@ -174,5 +174,9 @@ for file, words in {words!r}:
         [f"test_step[careful-{small}]", f"test_step[careful compiled-{small}]"],
         ["test_kernels[ours exact]", "test_kernels[ours fast]", f"test_training[ours graph-{small}]"],
         ["test_features[ours]", "test_features[plain]"],
+        [
+            *(f"test_patch_loss[{by}-B64 K65536]" for by in ("ours", "ours, in place", "plain", "compiled")),
+            *(f"test_sinkhorn_center[{by}-B64 K65536]" for by in ("ours", "plain", "compiled")),
+        ],
         [f"test_step[ours tuned-{small}]"],
     ], done.stdout + done.stderr
