@@ -16,8 +16,8 @@ from fastdino.errors import UserError, printable
 CODECS = {".mp4": "vp09", ".avi": "MJPG"}  # of those that OpenCV's wheels can write; browsers play VP9
 
 
-def frames(path: str | Path, say_bad: list[str] | None = None) -> Iterator[tuple[str, Image.Image]]:
-    """(name, RGB image) of each frame. say_bad: gets a line for each image of a folder that cannot be read.
+def frames(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple[str, Image.Image]]:
+    """(name, RGB image) of each frame. bad: gets a line for each image of a folder that cannot be read.
 
     Raises UserError where there is no film at `path`, or no frame in it.
     """
@@ -28,8 +28,8 @@ def frames(path: str | Path, say_bad: list[str] | None = None) -> Iterator[tuple
             try:
                 image = decode(read_file(file))
             except (BadImage, OSError) as error:
-                if say_bad is not None:
-                    say_bad.append(f"{printable(file)}: {error}")
+                if bad is not None:
+                    bad.append(f"{printable(file)}: {error}")
                 continue
             found = True
             yield file.stem, image
