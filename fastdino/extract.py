@@ -1,6 +1,5 @@
 """Features from images, in Python: `features` and `eval_transform`; and to a file, however many there are."""
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from fastdino.data.sources import ImageSource, open_source
 from fastdino.data.views import View
 from fastdino.errors import UserError, some_of
 from fastdino.eval import feature_files
-from fastdino.eval.features import BATCH, backbone_features, evaluating, stream
+from fastdino.eval.features import BATCH, backbone_features, checksum, evaluating, fingerprint, stream
 from fastdino.model import VisionTransformer
 from fastdino.train import distributed
 from fastdino.train.checkpoint import any_backbone_of, eval_size, load_checkpoint
@@ -159,8 +158,8 @@ def extract_to_file(
         example = torch.zeros(1, 3, view.size, view.size, device=parameter.device, dtype=parameter.dtype)
         shapes = {k: tuple(x.shape[1:]) for k, x in backbone_features(backbone, example, layers, tokens).items()}
     settings = {
-        "images": [len(source), _hash(source.name(i).encode() for i in range(len(source)))],
-        "weights": _hash(x.detach().cpu().contiguous().view(torch.uint8) for x in backbone.state_dict().values()),
+        "images": [len(source), checksum(source.name(i).encode() for i in range(len(source)))],
+        "weights": fingerprint(backbone),
         "view": [view.resize, view.size],
         "asked": [layers, list(tokens), normalize, str(parameter.dtype)],
     }
@@ -198,11 +197,3 @@ def extract_to_file(
 
     distributed.main_first(finish)
     return len(source) - len(bad), bad
-
-
-def _hash(parts: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else part.numpy())
-        digest.update(b"\0")
-    return digest.hexdigest()

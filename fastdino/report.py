@@ -27,7 +27,7 @@ from fastdino.errors import UserError, some_of
 from fastdino.eval import EVALUATIONS, TITLES
 from fastdino.eval.attention_maps import Looked, attention_figure, cls_attention
 from fastdino.eval.features import stream
-from fastdino.eval.knn import Features, knn_votes
+from fastdino.eval.knn import Features, knn_accuracy
 from fastdino.eval.pca import patch_colors, patch_tokens, pca_figure
 from fastdino.model import VisionTransformer
 from fastdino.train.checkpoint import any_backbone_of, load_checkpoint
@@ -224,7 +224,7 @@ class _LookedAt:
             return {}
         bank = Features(self.features, torch.from_numpy(self.source.labels[self.kept]))
         of = f"{len(self.kept):,} images, leave-one-out"
-        return {f"{k}-NN|{of}": knn_votes(bank, None, k)[0] for k in KS if k < len(self.kept)}
+        return {f"{k}-NN|{of}": knn_accuracy(bank, None, k) for k in KS if k < len(self.kept)}
 
 
 def _evaluations(

@@ -1,6 +1,8 @@
 """Features of images: against the network's own tokens, in every format, after a kill, and by two processes."""
 
 import csv
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -135,6 +137,16 @@ def test_a_run_that_was_ended_goes_on(weights, photos_with_two_broken, tmp_path)
         stops, n_seen = False, []
         assert write(weights, photos_with_two_broken, tmp_path / "b.npz", *small, "--size", 24) == 0
         assert sum(n_seen) == 30
+
+
+def test_a_disk_without_room_is_one_line_before_the_first_image(weights, photo_folder, tmp_path, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with mock.patch.object(os, "posix_fallocate", full):
+        assert write(weights, photo_folder, tmp_path / "a.npz") == 1
+    assert f"{tmp_path / 'a.npz.partial'} cannot be written: No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_processes_write_what_one_writes(weights, photos_with_two_broken, tmp_path):

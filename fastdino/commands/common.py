@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from fastdino.data.sources import ImageSource, open_source
 from fastdino.data.views import View
@@ -82,15 +81,17 @@ def add_result_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="add the result to this file, too: a JSON object, a line each")
 
 
-def open_backbone(args: argparse.Namespace, of_any_kind: bool = False) -> Opened:
+def open_backbone(args: argparse.Namespace, of_any_kind: bool = False, together: bool = False) -> Opened:
     """The backbone that the flags ask for, frozen, and the view. Raises UserError where they do not fit together.
 
-    of_any_kind: a network of timm's will do, too.
+    of_any_kind: a network of timm's will do, too. together: several processes share the work; else they are refused.
     """
     from fastdino.train.checkpoint import any_backbone_of, backbone_of, eval_size, load_checkpoint
-    from fastdino.train.distributed import start
+    from fastdino.train.distributed import launched, start
 
     check_positive(args, "batch_size_per_gpu")
+    if not together and (n_processes := launched().world_size) > 1:
+        raise UserError(f"one process does this, and {n_processes} were launched; several share `fastdino features`")
     if args.pretrained_weights is None:
         raise UserError("--pretrained_weights: a checkpoint is needed")
     checkpoint = load_checkpoint(args.pretrained_weights)
@@ -153,6 +154,11 @@ def labelled(source: ImageSource) -> ImageSource:
     return source
 
 
+def original_numbers(classes: Sequence[str]) -> NDArray[np.int64]:
+    """(classes,) the number of each class in the original's files: torchvision has 10 before 2."""
+    return np.argsort(np.argsort(np.array(classes)))
+
+
 @dataclass(frozen=True)
 class Part:
     """Images of a labelled source: those at `indices`."""
@@ -162,9 +168,9 @@ class Part:
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """(n,) of all images of the source, in the numbers of the original's files: torchvision has 10 before 2."""
+        """(n,) of all images of the source, as `original_numbers`."""
         assert self.source.labels is not None
-        return np.argsort(np.argsort(np.array(self.source.classes)))[self.source.labels]
+        return original_numbers(self.source.classes)[self.source.labels]
 
     def describe(self) -> str:
         """One phrase for the log."""
@@ -196,10 +202,11 @@ def some(names: Any) -> str:
 def loading(args: argparse.Namespace) -> dict[str, int]:
     """batch_size and num_workers for `eval.features.stream`."""
     from fastdino.data.loader import useful_workers
+    from fastdino.train.distributed import local_world_size
 
     if args.num_workers < 0:
         raise UserError(f"--num_workers: expected 0 or more, got {args.num_workers}")
-    workers = useful_workers(args.num_workers, 1)
+    workers = useful_workers(args.num_workers, local_world_size())
     return {"batch_size": args.batch_size_per_gpu, "num_workers": workers}
 
 
@@ -213,8 +220,3 @@ def tell(args: argparse.Namespace, numbers: Mapping[str, float], **context: Any)
             append(Path(args.json), line + "\n")
         except OSError as error:
             raise UserError(f"--json: {args.json}: {error.strerror or error}") from error
-
-
-def is_vit(backbone: nn.Module) -> bool:
-    """Whether it has layers and attention to look at."""
-    return hasattr(backbone, "get_last_selfattention")

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     check_output(output, args.tokens)
     source = load_digits()[0] if args.data_path is None else open_source(args.data_path)
-    opened = open_backbone(args, of_any_kind=True)
+    opened = open_backbone(args, of_any_kind=True, together=True)
     process = distributed.start(args.device, "env://")
     bar = _Bar(process.is_main)
     try:

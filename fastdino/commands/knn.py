@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fastdino import files
@@ -18,6 +17,7 @@ from fastdino.commands.common import (
     loading,
     open_backbone,
     open_labelled,
+    original_numbers,
     tell,
 )
 from fastdino.data.sources import ImageSource
@@ -61,11 +61,12 @@ def run(args: argparse.Namespace) -> int:
     for n in args.n_per_class or [0]:
         banks = [n_of_each_class(bank, n, seed) for seed in range(args.n_tries)] if n else [bank]
         for k in args.nb_knn:
-            top1, top5 = np.mean([knn_votes(few, queries, k, args.temperature) for few in banks], axis=0)
+            votes = [knn_votes(few, queries, k, args.temperature) for few in banks]
+            top1, top5 = (sum(percents) / len(banks) for percents in zip(*votes))
             of_each = f" of {n} images a class" if n else ""
-            print(f"{k}-NN classifier result{of_each}: Top1: {100 * top1}, Top5: {100 * top5}")
+            print(f"{k}-NN classifier result{of_each}: Top1: {top1}, Top5: {top5}")
             name = f"{n}_per_class_" if n else ""
-            numbers |= {f"{name}{k}nn_top1": float(top1), f"{name}{k}nn_top5": float(top5)}
+            numbers |= {f"{name}{k}nn_top1": top1 / 100, f"{name}{k}nn_top5": top5 / 100}
     tell(args, numbers, data=args.data_path or args.load_features or "digits", images=len((queries or bank).labels))
     return 0
 
@@ -90,8 +91,8 @@ def _extract(args: argparse.Namespace) -> tuple[Features, Features | None]:
 
 
 def _dump(folder: Path, bank: Features, queries: Features | None, classes: Sequence[str]) -> None:
-    """In the original's files, with its class numbers: it has 10 before 2."""
-    number = torch.from_numpy(np.argsort(np.argsort(np.array(classes))))
+    """In the original's files, with its class numbers."""
+    number = torch.from_numpy(original_numbers(classes))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for part, found in zip(PARTS, (bank, queries or bank)):

@@ -3,7 +3,6 @@
 import argparse
 import json
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +29,7 @@ from fastdino.commands.common import (
 )
 from fastdino.data.views import RandomView
 from fastdino.errors import TrainingError, UserError, reason, some_of
+from fastdino.eval.features import fingerprint
 from fastdino.eval.linear import (
     LEARNING_RATES,
     Heads,
@@ -47,7 +47,6 @@ from fastdino.eval.linear import (
 from fastdino.train.checkpoint import load_checkpoint
 from fastdino.train.config import boolean
 from fastdino.train.contents import first_difference, unwrapped
-from fastdino.train.distributed import launched
 from fastdino.train.finite import first_nonfinite
 from fastdino.train.folder import RunFolder
 from fastdino.train.interrupt import Stop
@@ -129,8 +128,6 @@ def _check(args: argparse.Namespace) -> None:
     check_positive(args, "n_last_blocks", "num_labels", "lr", "epochs", "val_freq")
     if not 0 <= args.seed < 2**31:
         raise UserError(f"--seed: expected 0 or more, and less than 2**31, got {args.seed}")
-    if launched().world_size > 1:
-        raise UserError(f"one process trains a linear classifier, and {launched().world_size} were launched")
     if args.linear_weights and not args.evaluate:
         raise UserError("--linear_weights: for --evaluate alone")
     if args.sweep:
@@ -215,12 +212,9 @@ class Probe:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What a checkpoint has to agree on, by the flag that says it."""
-        args, state = self.args, self.opened.backbone.state_dict()
-        crc = 0
-        for value in state.values():
-            crc = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc)
+        args = self.args
         return {
-            "pretrained_weights": f"weights with the checksum {crc:08x}",
+            "pretrained_weights": f"weights with the checksum {fingerprint(self.opened.backbone)}",
             "data_path": f"{len(self.part.indices)} images of the classes {some(self.part.source.classes)}",
             "n_last_blocks": args.n_last_blocks,
             "avgpool_patchtokens": args.avgpool_patchtokens,

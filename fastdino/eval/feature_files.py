@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from fastdino import files
 from fastdino.data.sources import ImageSource
-from fastdino.errors import UserError
+from fastdino.errors import TrainingError, UserError
 
 SYNC_EVERY = 10.0  # seconds of work that a kill may cost
 CHUNK_BYTES = 2**26  # of rows that are in memory at once while a file is written
@@ -40,17 +40,32 @@ class Rows:
         self._synced_at = time.monotonic()
 
     def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Make the files, or keep those of an earlier run with the same settings. By one process, before all others."""
+        """Make the files, or keep those of an earlier run with the same settings. By one process, before all others.
+
+        Raises TrainingError where the disk has no room for all rows: a map that found out later would end in SIGBUS.
+        """
         said = self.folder / "settings.json"
         if said.is_file() and json.loads(said.read_text()) == self.settings:
             return
         if self.folder.exists():
             shutil.rmtree(self.folder)
-        self.folder.mkdir()
-        for name, shape in shapes.items():
-            np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.float32, (self.n, *shape))
-        np.lib.format.open_memmap(self.folder / "done.npy", "w+", np.bool_, (self.n,))
-        said.write_text(json.dumps(self.settings))  # last: without it the folder is no start
+        try:
+            self.folder.mkdir()
+            for name, shape in shapes.items():
+                self._make(name, np.float32, (self.n, *shape))
+            self._make("done", np.bool_, (self.n,))
+            said.write_text(json.dumps(self.settings))  # last: without it the folder is no start
+        except OSError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise TrainingError(f"{self.folder} cannot be written: {error.strerror or error}") from error
+
+    def _make(self, name: str, dtype: Any, shape: tuple[int, ...]) -> None:
+        """An array file of zeros, all of it on the disk."""
+        path = self.folder / f"{name}.npy"
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # not on Windows, where a file has no holes
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
     def done(self) -> NDArray[np.bool_]:
         """(N,) which rows are written."""

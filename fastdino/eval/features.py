@@ -3,7 +3,8 @@
 Axes: B images, L layers (the last L blocks, each after the final norm), D channels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,3 +112,18 @@ def image_batches(
     with evaluating(backbone):
         for pixels, batch in views(source, indices, show, batch_size, num_workers, bad):
             yield batch, normalize(pixels.to(parameter.device), std).to(parameter.dtype)
+
+
+def checksum(parts: Iterable[Any]) -> str:
+    """Of some bytes or arrays, and of where each of them ends."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def fingerprint(backbone: nn.Module) -> str:
+    """The checksum of a network's weights: whether features that were made earlier are its own."""
+    values = backbone.state_dict().values()
+    return checksum(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for x in values)

@@ -71,7 +71,7 @@ def extract_features(
 def knn_votes(
     bank: Features, queries: Features | None = None, k: int = 20, temperature: float = 0.07
 ) -> tuple[float, float]:
-    """(top-1, top-5): shares of the queries whose class the k nearest bank images vote first, or among the first five.
+    """(top-1, top-5) in per cent: queries whose class the k nearest bank images vote first, or among the first five.
 
     A neighbour votes with the weight exp(cosine / temperature). Without queries: leave-one-out, every bank image asked
     of all the others. Fewer than k images vote where the bank has fewer. Raises ValueError where the bank is too small
@@ -94,13 +94,13 @@ def knn_votes(
         first = votes.topk(min(5, n_classes), dim=1).indices
         hits = first == asked.labels[start : start + QUERIES_AT_ONCE, None]
         correct += [int(hits[:, 0].sum()), int(hits.any(1).sum())]
-    top1, top5 = correct / len(asked.labels)
-    return float(top1), float(top5)
+    top1, top5 = (int(n) * 100 / len(asked.labels) for n in correct)  # in this order, as the original rounds
+    return top1, top5
 
 
 def knn_accuracy(bank: Features, queries: Features | None = None, k: int = 20, temperature: float = 0.07) -> float:
-    """The top-1 of `knn_votes`."""
-    return knn_votes(bank, queries, k, temperature)[0]
+    """The top-1 of `knn_votes`, in [0, 1]."""
+    return knn_votes(bank, queries, k, temperature)[0] / 100
 
 
 def n_of_each_class(bank: Features, n: int, seed: int) -> Features:

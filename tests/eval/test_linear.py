@@ -494,4 +494,4 @@ def test_several_processes_are_refused(weights, photos_and_val, tmp_path, capsys
     for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert linear(weights, photos_and_val, tmp_path / "out") == 2
-    assert "one process trains a linear classifier, and 2 were launched" in capsys.readouterr().err
+    assert "one process does this, and 2 were launched; several share `fastdino features`" in capsys.readouterr().err
