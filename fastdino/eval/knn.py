@@ -73,7 +73,7 @@ def knn_votes(
 ) -> tuple[float, float]:
     """(top-1, top-5) in per cent: queries whose class the k nearest bank images vote first, or among the first five.
 
-    A neighbour votes with the weight exp(cosine / temperature). Without queries: leave-one-out, every bank image asked
+    A neighbour votes with the weight exp(cosine / temperature); a class that nobody votes for is not found. Without queries: leave-one-out, every bank image asked
     of all the others. Fewer than k images vote where the bank has fewer. Raises ValueError where the bank is too small
     to vote.
     """
@@ -91,8 +91,8 @@ def knn_votes(
         nearest, index = similarity.topk(k, dim=1)
         votes = torch.zeros(len(similarity), n_classes, device=similarity.device)
         votes.scatter_add_(1, bank.labels[index], (nearest / temperature).exp())
-        first = votes.topk(min(5, n_classes), dim=1).indices
-        hits = first == asked.labels[start : start + QUERIES_AT_ONCE, None]
+        most, first = votes.topk(min(5, n_classes), dim=1)
+        hits = (first == asked.labels[start : start + QUERIES_AT_ONCE, None]) & (most > 0)
         correct += [int(hits[:, 0].sum()), int(hits.any(1).sum())]
     top1, top5 = (int(n) * 100 / len(asked.labels) for n in correct)  # in this order, as the original rounds
     return top1, top5
