@@ -73,9 +73,9 @@ def knn_votes(
 ) -> tuple[float, float]:
     """(top-1, top-5) in per cent: queries whose class the k nearest bank images vote first, or among the first five.
 
-    A neighbour votes with the weight exp(cosine / temperature); a class that nobody votes for is not found. Without queries: leave-one-out, every bank image asked
-    of all the others. Fewer than k images vote where the bank has fewer. Raises ValueError where the bank is too small
-    to vote.
+    A neighbour votes with the weight exp(cosine / temperature); a class that nobody votes for is not found. Without
+    queries: leave-one-out, every bank image asked of all the others. Fewer than k images vote where the bank has fewer.
+    Raises ValueError where the bank is too small to vote.
     """
     leave_one_out = queries is None
     asked = bank if queries is None else queries
