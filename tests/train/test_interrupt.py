@@ -1,4 +1,4 @@
-"""Signals to real processes: the first is answered at once, the second ends the process and leaves nothing half done."""
+"""Signals to real processes: the first is answered at once, the second ends the run and leaves nothing half done."""
 
 import signal
 import subprocess
