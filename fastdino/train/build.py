@@ -18,7 +18,7 @@ from fastdino.errors import UserError
 from fastdino.model import DINOHead, MultiCropWrapper
 from fastdino.model.archs import ARCHITECTURES, timm_backbone
 from fastdino.objectives import DINOLoss
-from fastdino.train import distributed
+from fastdino.train import distributed, preset
 from fastdino.train.checkpoint import save_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.distributed import Process
@@ -34,12 +34,16 @@ from fastdino.train.step import TrainStep
 
 @dataclass(frozen=True)
 class Own:
-    """What a caller in Python brings along instead of flags: see `fastdino.train`."""
+    """What a caller in Python brings along instead of flags: see `fastdino.train`.
+
+    source: the images to train on, where somebody has opened them already.
+    """
 
     dataset: Any = None
     val_dataset: Any = None
     backbone: nn.Module | None = None
     callbacks: Sequence[Sink] = ()
+    source: ImageSource | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,11 @@ class Parts:
         if not self.is_built_in:
             return type(self.backbone).__name__
         return f"{self.config.arch}/{self.config.patch_size}" if self.config.arch in ARCHITECTURES else self.config.arch
+
+    @property
+    def preset(self) -> dict[str, Any]:
+        """What --preset small gives for the images, by flag; nothing where the run has another."""
+        return preset.values(self.source, self.process.world_size) if self.config.preset == "small" else {}
 
     @property
     def niter(self) -> int:
@@ -122,7 +131,7 @@ class Parts:
 
 def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder, say: Callable[[str], object]) -> Parts:
     """All parts of a run, and `say` for what the step has to tell. Raises UserError where they cannot be had."""
-    source, held_out = open_sources(config, own.dataset, own.val_dataset)
+    source, held_out = open_sources(config, own.dataset, own.val_dataset, own.source)
     sampler = EpochSampler(len(source), config.batch_size_per_gpu, config.seed, process.rank, process.world_size)
     batch_size = config.batch_size_per_gpu * process.world_size
     if len(source) < batch_size:
@@ -161,17 +170,18 @@ def _own(val_dataset: Any) -> ImageSource | None:
 
 
 def open_sources(
-    config: TrainConfig, dataset: Any = None, val_dataset: Any = None
+    config: TrainConfig, dataset: Any = None, val_dataset: Any = None, opened: ImageSource | None = None
 ) -> tuple[ImageSource, ImageSource | None]:
     """(images to train on, held-out images or None): datasets of one's own, --data_path and --val_path, or the digits.
 
-    Raises UserError where there are none, or the two do not have the same classes.
+    opened: the former, where they are open already. Raises UserError where there are none, or the two do not have the
+    same classes.
     """
     if dataset is not None:
-        return dataset_source(dataset, "dataset"), _own(val_dataset)
+        return opened or dataset_source(dataset, "dataset"), _own(val_dataset)
     if config.data_path is None:
         return load_digits()
-    source = open_source(config.data_path)
+    source = opened or open_source(config.data_path)
     if config.val_path is None:
         return source, _own(val_dataset)
     held_out = open_source(config.val_path)

@@ -15,7 +15,7 @@ from fastdino.eval import EVALUATIONS
 from fastdino.model.archs import ARCHITECTURES, SYNONYMS, check_arch
 from fastdino.model.attention import BACKENDS
 from fastdino.model.mlp import WAYS
-from fastdino.train.recipes import AUGMENTATIONS, DIGITS
+from fastdino.train.recipes import AUGMENTATIONS, DIGITS, PRESETS
 
 
 def _optimizers() -> Sequence[str]:
@@ -46,6 +46,15 @@ def flag(
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run. Raises ValueError, naming flag, expected and got, for values that cannot work together."""
+
+    # Recipe
+    preset: str = flag(
+        "auto",
+        "Recipe",
+        "small: what learns from hundreds to ten thousands of images; none: main_dino's defaults; auto: small for so "
+        "few images where no flag of model, teacher, optimisation or crops is given. Flags win over it",
+        PRESETS,
+    )
 
     # Model
     arch: str = flag("vit_small", "Model", f"architecture: {', '.join(ARCHITECTURES)}; timm:NAME for one of timm's")
@@ -260,7 +269,7 @@ class TrainConfig:
 
         is_demo: whether it is the digits'; by default, where there is no data_path.
         What `augmentation` stands for replaces defaults, never a probability that was given.
-        The default warm-up shrinks with a run shorter than itself; one that was asked for does not.
+        The default warm-up is a tenth of the epochs in a run shorter than itself, and under the small preset.
         """
         preset = AUGMENTATIONS.get(given.get("augmentation", "dino"), {})
         is_demo = not given.get("data_path") if is_demo is None else is_demo
@@ -268,7 +277,8 @@ class TrainConfig:
         values["arch"] = SYNONYMS.get(values["arch"], values["arch"])  # as the original saves it
         epochs = values.get("epochs", cls.epochs)
         is_number = isinstance(epochs, int)  # else __post_init__ says so
-        if is_number and "warmup_epochs" not in given and values.get("warmup_epochs", cls.warmup_epochs) > epochs:
+        is_short = is_number and values.get("warmup_epochs", cls.warmup_epochs) > epochs
+        if is_number and "warmup_epochs" not in given and (is_short or values.get("preset") == "small"):
             values["warmup_epochs"] = epochs // 10
         return cls(**values)
 
@@ -352,14 +362,15 @@ def config_from_args(args: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_flags({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
-def command_line(config: TrainConfig, n_processes: int = 1) -> str:
-    """The command that starts this run again where it stopped."""
-    defaults = TrainConfig.from_flags({"data_path": config.data_path} if config.data_path else {})
+def command_line(config: TrainConfig, n_processes: int = 1, preset: Mapping[str, Any] = {}) -> str:
+    """The command that starts this run again where it stopped. preset: what --preset gives, and need not be said."""
+    defaults = TrainConfig.from_flags({"data_path": config.data_path, **preset} if config.data_path else {})
     resumed = replace(config, resume=True)
     words = ["fastdino", "train"] if n_processes == 1 else []
     words = words or ["torchrun", f"--nproc_per_node={n_processes}", "-m", "fastdino.train"]
+    always = {"data_path" if config.data_path else "arch", *({"preset"} & preset.keys())}
     for f in fields(config):
         value = getattr(resumed, f.name)
-        if value != getattr(defaults, f.name) or f.name == ("data_path" if config.data_path else "arch"):
+        if value != getattr(defaults, f.name) or f.name in always:
             words += [f"--{f.name}", *(_shown(value).split() if isinstance(value, tuple) else [_shown(value)])]
     return shlex.join(words)

@@ -19,7 +19,7 @@ ORIGINAL = """arch patch_size out_dim norm_last_layer momentum_teacher use_bn_in
 SUBMITIT = "ngpus nodes timeout partition use_volta32 comment"  # of its run_with_submitit.py
 WEIGHTS = "pretrained_weights checkpoint_key"  # of its evaluations
 # Flags that say what the images are, or which network they are for: not of somebody who plays with the digits.
-OF_OWN_IMAGES = "arch val_path dct_scale"
+OF_OWN_IMAGES = "preset arch val_path dct_scale"
 
 
 def _name(word: str) -> str:

@@ -24,6 +24,7 @@ from fastdino.train.meter import Meter
 from fastdino.train.result import TrainResult
 from fastdino.train.resume import arguments
 from fastdino.train.sinks import Curves, LogFile, Sinks, asked_loggers
+from fastdino.train.watch import Watch
 from fastdino.train.words import conclude, introduce, remark
 
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps between looks at the metrics: on a GPU, each look waits for it
@@ -79,6 +80,9 @@ class Run:
             sinks = self._open_sinks()
             try:
                 self._train_epochs(sinks)
+            except KeyboardInterrupt:  # by a second signal: no time for curves
+                self.console.close()
+                raise
             except BaseException:
                 with suppress(TrainingError):  # of a sink: what ended the run is what has to be said
                     sinks.close()
@@ -125,7 +129,8 @@ class Run:
             return Sinks([])
         curves = Curves(self.log, self.config.out_dim, self.folder)
         loggers = [logger(self.config, self.niter) for logger in self.loggers]
-        return Sinks([self.console, self.log, curves, *loggers, *self.callbacks])
+        watch = Watch(self.config, len(self.parts.source), self.log, self.console.say)
+        return Sinks([self.console, self.log, curves, watch, *loggers, *self.callbacks])
 
     def _open_folder(self) -> None:
         """Make it, and bring to its end the saving of an epoch that was cut short."""

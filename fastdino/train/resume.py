@@ -24,7 +24,7 @@ IMPOSSIBLE = {
     "arch", "patch_size", "out_dim", "norm_last_layer", "use_bn_in_head", "hidden_dim", "bottleneck_dim", "optimizer",
 }  # fmt: skip
 HARMLESS = {
-    "step", "compile", "attention", "mlp", "checkpointing", "num_workers", "eval", "knn_freq", "linear_freq",
+    "preset", "step", "compile", "attention", "mlp", "checkpointing", "num_workers", "eval", "knn_freq", "linear_freq",
     "knn_k", "knn_images", "val_path", "eval_resize", "attention_images", "output_dir", "tensorboard", "wandb",
     "mlflow", "saveckp_freq", "disk_wait", "resume", "device", "dist_url", "local_rank",
 }  # fmt: skip
