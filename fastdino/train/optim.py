@@ -55,6 +55,13 @@ def cancel_last_layer_gradients(model: nn.Module) -> None:
             param.grad = None
 
 
+def cancel_backbone_gradients(model: nn.Module) -> None:
+    """Drop the gradients of the backbone, so that the heads alone move."""
+    for name, param in model.named_parameters():
+        if name.startswith("backbone."):
+            param.grad = None
+
+
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (arXiv:1708.03888), as in the original: vectors neither decay nor adapt.
 
@@ -148,9 +155,15 @@ class FusedUpdate:
         )
         self.optimizer.momentum = row["momentum"]
         self._last_layer = [p for name, p in student.named_parameters() if "last_layer" in name and p.requires_grad]
+        self._is_backbone = None
+        if "backbone_frozen" in row:
+            backbone = {p for name, p in student.named_parameters() if name.startswith("backbone.")}
+            self._is_backbone = torch.tensor([x in backbone for x in self.optimizer.tensors]).to(row["lr"].device)
 
     def __call__(self, row: Row) -> Tensor:
         """One update; a graph reads the row again at each replay."""
+        if self._is_backbone is not None:  # all at once: it has a hundred parameters and more
+            torch.logical_and(self._is_backbone, row["backbone_frozen"] > 0, out=self.optimizer.frozen)
         self.optimizer.freeze_(self._last_layer, row["frozen"] > 0)
         self.optimizer.step()
         assert self.optimizer.grad_norms is not None
@@ -192,6 +205,8 @@ class HostUpdate:
         norms = clip_gradients(self.student, self.clip_grad) if self.clip_grad else gradient_norms(self.student)
         if now["frozen"]:
             cancel_last_layer_gradients(self.student)
+        if now.get("backbone_frozen"):
+            cancel_backbone_gradients(self.student)
         if self.scaler is None:
             self.optimizer.step()
         else:

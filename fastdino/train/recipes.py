@@ -1,5 +1,6 @@
 """Values of several flags that go together, by name."""
 
+from collections.abc import Mapping
 from typing import Any
 
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
@@ -36,3 +37,16 @@ DIGITS: dict[str, Any] = {
     "output_dir": "fastdino_digits",
     "resume": False,
 }
+
+OF_THE_WEIGHTS = "auto"  # --arch with --init: the architecture that the weights are of
+
+
+def from_weights(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run with `init` does otherwise than one from scratch. values: the flags that are known so far."""
+    epochs = values.get("epochs", 2)
+    return {
+        "arch": OF_THE_WEIGHTS,
+        "patch_size": 0,
+        "freeze_backbone_epochs": min(1, epochs - 1) if isinstance(epochs, int) else 1,
+        "freeze_last_layer": 0,
+    }

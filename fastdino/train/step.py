@@ -30,7 +30,8 @@ class TrainStep:
     """Forward, loss, backward, clip, optimizer, EMA and center, in the original's order.
 
     teacher: the student's frozen copy; both keep full precision. optimizer: a name of OPTIMIZERS. clip_grad: largest
-    norm of one tensor's gradient, 0 for none. freeze_last_layer: epochs without an update of the prototypes.
+    norm of one tensor's gradient, 0 for none. freeze_last_layer: epochs without an update of the prototypes;
+    freeze_backbone: of the backbone.
     amp_dtype: bf16 computes on copies of the weights (adamw) or under autocast (sgd, lars), fp16 under autocast with a
     GradScaler. mode: see `modes`. accumulate: parts that a batch is computed in, one update for all of them.
     attention_backend, mlp: of attention.BACKENDS and mlp.WAYS, or auto. effort: of modes.EFFORTS. say: hears fallbacks.
@@ -49,6 +50,7 @@ class TrainStep:
         niter_per_ep: int,
         clip_grad: float,
         freeze_last_layer: int,
+        freeze_backbone: int = 0,
         amp_dtype: torch.dtype | None = None,
         mode: str = "eager",
         accumulate: int = 1,
@@ -68,6 +70,8 @@ class TrainStep:
         self.run = Networks(student, teacher, amp_dtype, on_copies)
         epochs = np.arange(len(schedules.lr)) // niter_per_ep
         columns = {"frozen": epochs < freeze_last_layer, **schedules.columns(), **loss.columns(epochs)}
+        if freeze_backbone:
+            columns["backbone_frozen"] = epochs < freeze_backbone
         self.schedule = ScheduleTable(columns, self.device, full)
         self.update = make_update(optimizer, self.run, (student, teacher), self.schedule, clip_grad)
         # Gradients come to what is run; those of several parts are summed where the masters are.
