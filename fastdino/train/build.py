@@ -57,8 +57,8 @@ class Parts:
     loader: CropLoader
     folder: RunFolder
     resumed: Resumed
-    initial: Initial | None
-    """The weights that `init` names."""
+    start: Sequence[str]
+    """What there is to say of the weights it starts from; nothing without any."""
     is_built_in: bool
     """Whether the backbone is config.arch, and not one of the caller's own."""
 
@@ -162,7 +162,7 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
         sampler=sampler,
         step=step,
         loader=loader,
-        initial=initial,
+        start=initial.describe(config) if initial else (),
         is_built_in=own.backbone is None,
     )
 

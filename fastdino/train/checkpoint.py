@@ -42,6 +42,8 @@ SAFE_GLOBALS: list[Any] = [
     *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64)),
 ]
 
+WRAPPERS = ("model", "state_dict")  # what others call the weights that are all of their files
+
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of ours or of the original, on the CPU, read with PyTorch's safe loader.
@@ -269,7 +271,7 @@ def vit_arguments(
 
 def backbone_state(checkpoint: Mapping[str, Any], path: str | Path, key: str) -> dict[str, Tensor]:
     """The backbone's weights under their own names. Raises UserError where there are none, or one is not finite."""
-    state = checkpoint.get(key, checkpoint)
+    state = next((checkpoint[name] for name in (key, *WRAPPERS) if name in checkpoint), checkpoint)
     if not isinstance(state, Mapping):
         raise UserError(f"{path} has no weights under {key!r}, but {type(state).__name__}")
     state = unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})

@@ -366,12 +366,13 @@ def config_from_args(args: argparse.Namespace) -> TrainConfig:
 
 def command_line(config: TrainConfig, n_processes: int = 1) -> str:
     """The command that starts this run again where it stopped."""
-    defaults = TrainConfig.from_flags({"data_path": config.data_path} if config.data_path else {})
+    known = {name: value for name in ("data_path", "init") if (value := getattr(config, name))}
+    defaults = TrainConfig.from_flags(known)
     resumed = replace(config, resume=True)
     words = ["fastdino", "train"] if n_processes == 1 else []
     words = words or ["torchrun", f"--nproc_per_node={n_processes}", "-m", "fastdino.train"]
     for f in fields(config):
         value = getattr(resumed, f.name)
-        if value != getattr(defaults, f.name) or f.name == ("data_path" if config.data_path else "arch"):
+        if value != getattr(defaults, f.name) or f.name in known or (f.name == "arch" and not config.data_path):
             words += [f"--{f.name}", *(_shown(value).split() if isinstance(value, tuple) else [_shown(value)])]
     return shlex.join(words)

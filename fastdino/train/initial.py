@@ -19,12 +19,13 @@ from fastdino.errors import UserError
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import ARCHITECTURES, PUBLISHED, TIMM, timm_backbone
 from fastdino.model.inferred import name_of, nearest, without_chunks
+from fastdino.train import distributed
 from fastdino.train.checkpoint import backbone_state, load_checkpoint, vit_arguments
 from fastdino.train.config import TrainConfig
 from fastdino.train.contents import first_difference
 from fastdino.train.folder import RunFolder
 from fastdino.train.public import is_name, public_file, timm_pretrained
-from fastdino.train.recipes import OF_THE_WEIGHTS
+from fastdino.train.recipes import OF_THE_WEIGHTS, from_weights
 
 CLASSIFIER = re.compile(r"(head|fc|head\.fc|classifier)\.(weight|bias)")  # as timm's files have them
 
@@ -43,6 +44,28 @@ class Initial:
         network = self.make(drop_path_rate)
         network.load_state_dict(self.state)
         return network
+
+    def describe(self, config: TrainConfig) -> list[str]:
+        """Where a run begins, and which of its flags are others than from scratch."""
+        flags = [
+            f"--{name} {getattr(config, name):g}" for name in from_weights({}) if name not in ("arch", "patch_size")
+        ]
+        return [f"{config.init}; heads are fresh{self._positions(config)}", f"as from weights: {' '.join(flags)}"]
+
+    def _positions(self, config: TrainConfig) -> str:
+        """Where crops have other grids than the table of positions: that it is interpolated."""
+        if self.arch.startswith(TIMM) or "pos_embed" not in self.state:
+            return ""
+        side = _side(self.state)
+        crops = [config.global_crops_size] + [config.local_crops_size] * bool(config.local_crops_number)
+        grids = dict.fromkeys(size // self.patch_size for size in crops)
+        others = [f"{n} x {n}" for n in grids if n != side]
+        return f"; positions of {side} x {side} patches, interpolated to {' and '.join(others)}" if others else ""
+
+
+def _side(state: Mapping[str, Tensor]) -> int:
+    """Of the grid of positions, in patches."""
+    return math.isqrt(state["pos_embed"].shape[1] - 1)
 
 
 def start_from(config: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, Initial | None]:
@@ -75,7 +98,10 @@ def _initial(config: TrainConfig) -> Initial:
         if config.arch not in (init, OF_THE_WEIGHTS):
             raise UserError(f"--init: {init} is not of --arch {config.arch}")
         return _of_timm(config, timm_pretrained(init).state_dict(), init, init)
-    path = public_file(init) if is_name(init) else init
+    path: str | Path = init
+    if is_name(init):
+        distributed.main_first(partial(public_file, init))
+        path = public_file(init)
     try:
         return _of_checkpoint(config, load_checkpoint(path), path)
     except UserError as error:
@@ -96,7 +122,7 @@ def _of_checkpoint(config: TrainConfig, checkpoint: Mapping[str, Any], path: str
     if name := next((name for name in names if isinstance(name, str) and name.startswith(TIMM)), None):
         return _of_timm(config, state, name, path)
     if "downsample_layers.0.0.weight" in state:
-        raise UserError(f"{path} is a ConvNeXt of DINOv3's, which cannot be trained here, for it has no drop-path")
+        raise UserError(f"{path} is a ConvNeXt: those of DINOv3 give features here, and cannot be trained")
     state = {k: v for k, v in without_chunks(state).items() if not CLASSIFIER.fullmatch(k)}
     try:
         arguments = vit_arguments(state, args, path, "teacher")
@@ -125,7 +151,7 @@ def _check_flags(
     Positions may be of any grid: they are interpolated.
     """
     patch_size = config.patch_size or arguments["patch_size"]
-    side = math.isqrt(state["pos_embed"].shape[1] - 1) if "pos_embed" in state else 1
+    side = _side(state) if "pos_embed" in state else 1
     known = {**ARCHITECTURES, **PUBLISHED}.get(config.arch, partial(VisionTransformer, **arguments))
     with torch.device("meta"):
         expected = known(patch_size=patch_size, img_size=[patch_size * side]).state_dict()

@@ -155,10 +155,10 @@ class FusedUpdate:
         )
         self.optimizer.momentum = row["momentum"]
         self._last_layer = [p for name, p in student.named_parameters() if "last_layer" in name and p.requires_grad]
-        self._is_backbone = None
+        self._is_backbone: Tensor | None = None  # (len(tensors),) bool, made on the device
         if "backbone_frozen" in row:
-            backbone = {p for name, p in student.named_parameters() if name.startswith("backbone.")}
-            self._is_backbone = torch.tensor([x in backbone for x in self.optimizer.tensors]).to(row["lr"].device)
+            self.optimizer.freeze_(p for name, p in student.named_parameters() if name.startswith("backbone."))
+            self._is_backbone = self.optimizer.frozen.clone()
 
     def __call__(self, row: Row) -> Tensor:
         """One update; a graph reads the row again at each replay."""

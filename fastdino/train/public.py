@@ -21,7 +21,7 @@ URLS = {
     },
 }
 # Given out under addresses of one's own, to those who accept its licence.
-ON_REQUEST = [name for name in (*PUBLISHED, *CONVNEXTS) if name.startswith("dinov3")]
+ON_REQUEST = [name for name in PUBLISHED if name.startswith("dinov3")]
 
 
 def public_file(name: str) -> Path:
@@ -36,9 +36,12 @@ def public_file(name: str) -> Path:
             f"--init: {name} is given out on request alone (github.com/facebookresearch/dinov3): give its file, or put "
             f"it as {pattern} into {folder}"
         )
+    if name in CONVNEXTS:
+        raise UserError(f"--init: {name} is a ConvNeXt: those of DINOv3 give features here, and cannot be trained")
     if name not in URLS:
-        close = difflib.get_close_matches(name, [*URLS, *ON_REQUEST], 1) or ["dinov2_vits14"]
-        raise UserError(f"--init: no file, and no public weights, of the name {name!r}; did you mean {close[0]}?")
+        close = difflib.get_close_matches(name, [*URLS, *ON_REQUEST], 1)
+        others = f"did you mean {close[0]}?" if close else f"there are {', '.join([*URLS, *ON_REQUEST])}"
+        raise UserError(f"--init: no file, and no public weights, of the name {name!r}; {others}")
     path = folder / URLS[name].rpartition("/")[2]
     if not path.exists():
         try:

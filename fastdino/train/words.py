@@ -32,6 +32,8 @@ def introduce(parts: Parts, say: Say) -> None:
     if parts.held_out:
         say(f"        {parts.held_out.describe()}")
     say(f"model   {name}, {n_params:.1f} M parameters, {config.out_dim:,} prototypes")
+    for i, line in enumerate(parts.start):
+        say(f"{'        ' if i else 'start   '}{line}")
     say(
         f"crops   2 x {config.global_crops_size} px + {config.local_crops_number} x {config.local_crops_size} px, "
         f"{parts.batch_size} images a step"
