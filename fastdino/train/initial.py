@@ -154,7 +154,7 @@ def _check_flags(
     side = _side(state) if "pos_embed" in state else 1
     known = {**ARCHITECTURES, **PUBLISHED}.get(config.arch, partial(VisionTransformer, **arguments))
     with torch.device("meta"):
-        expected = known(patch_size=patch_size, img_size=[patch_size * side]).state_dict()
+        expected = known(patch_size=patch_size, img_size=[patch_size * side], in_chans=3).state_dict()
     if difference := first_difference(expected, state):
         arch = "" if config.arch == OF_THE_WEIGHTS else f"--arch {config.arch} "
         said = f"{path} is not of {arch}--patch_size {patch_size}: {difference}"

@@ -221,6 +221,11 @@ FILES = {
         "--patch_size 8",
         f"not of --patch_size 8: patch_embed.proj.weight is (96, 3, 6, 6), expected (96, 3, 8, 8){NEAR}",
     ),
+    "four channels": (
+        lambda: nano(in_chans=4),
+        "",
+        f"not of --patch_size 6: patch_embed.proj.weight is (96, 4, 6, 6), expected (96, 3, 6, 6){NEAR}",
+    ),
     "unknown arch": (nano, "--arch vit_smal", "--arch: expected one of vit_nano"),
     "a key too few": (
         lambda: without(nano().state_dict(), "blocks.1.norm2.bias"),
