@@ -8,6 +8,7 @@ features of all of them, and has `packing(shapes, batch)` and `num_heads` (see V
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,17 +174,20 @@ def check_arch(name: str) -> None:
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
 
 
-def timm_backbone(name: str, drop_path_rate: float) -> nn.Module:
-    """A model of timm's without its classifier, under timm's own parameter names, not pretrained.
+def timm_backbone(name: str, drop_path_rate: float, pretrained: bool = False) -> nn.Module:
+    """A model of timm's without its classifier, under timm's own parameter names.
 
     name: `timm:resnet50`. One that has another input size than the crops', and cannot change it, will say so.
     """
     import timm
 
-    options: dict[str, Any] = {"pretrained": False, "num_classes": 0, "drop_path_rate": drop_path_rate}
-    try:  # ViTs of timm take one size of images, unless they are told otherwise; others do not know the option
+    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0, "drop_path_rate": drop_path_rate}
+    backbone: Any = None
+    with suppress(
+        TypeError
+    ):  # its ViTs take one size of images, unless they are told otherwise; others do not know this
         backbone = timm.create_model(name.removeprefix(TIMM), dynamic_img_size=True, **options)
-    except TypeError:
+    if backbone is None:
         backbone = timm.create_model(name.removeprefix(TIMM), **options)
     assert isinstance(backbone, nn.Module)
     backbone.embed_dim = backbone.num_features

@@ -16,16 +16,18 @@ from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource, open_source
 from fastdino.errors import UserError
 from fastdino.model import DINOHead, MultiCropWrapper
-from fastdino.model.archs import ARCHITECTURES, timm_backbone
+from fastdino.model.archs import ARCHITECTURES, TIMM, timm_backbone
 from fastdino.objectives import DINOLoss
 from fastdino.train import distributed, preset
 from fastdino.train.checkpoint import save_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.distributed import Process
 from fastdino.train.folder import RunFolder
+from fastdino.train.initial import Initial, start_from
 from fastdino.train.modes import why_no_graph
 from fastdino.train.optim import is_fused
 from fastdino.train.precision import amp_dtype
+from fastdino.train.recipes import OF_THE_WEIGHTS
 from fastdino.train.resume import Resumed, in_words, resume
 from fastdino.train.schedules import Schedules
 from fastdino.train.sinks import Sink
@@ -59,6 +61,8 @@ class Parts:
     loader: CropLoader
     folder: RunFolder
     resumed: Resumed
+    start: Sequence[str]
+    """What there is to say of the weights it starts from; nothing without any."""
     is_built_in: bool
     """Whether the backbone is config.arch, and not one of the caller's own."""
 
@@ -67,7 +71,10 @@ class Parts:
         """The backbone's."""
         if not self.is_built_in:
             return type(self.backbone).__name__
-        return f"{self.config.arch}/{self.config.patch_size}" if self.config.arch in ARCHITECTURES else self.config.arch
+        arch, patch_size = self.config.arch, self.config.patch_size
+        if arch == OF_THE_WEIGHTS:
+            return f"a ViT/{patch_size}"
+        return f"{arch}/{patch_size}" if arch in ARCHITECTURES else arch
 
     @property
     def preset(self) -> dict[str, Any]:
@@ -131,6 +138,9 @@ class Parts:
 
 def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder, say: Callable[[str], object]) -> Parts:
     """All parts of a run, and `say` for what the step has to tell. Raises UserError where they cannot be had."""
+    if config.init and own.backbone is not None:
+        raise UserError("--init: expected no backbone of one's own beside it")
+    config, initial = start_from(config, folder)
     source, held_out = open_sources(config, own.dataset, own.val_dataset, own.source)
     sampler = EpochSampler(len(source), config.batch_size_per_gpu, config.seed, process.rank, process.world_size)
     batch_size = config.batch_size_per_gpu * process.world_size
@@ -139,7 +149,7 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
             f"{source.describe()}: fewer than the {batch_size} of one step; "
             f"lower --batch_size_per_gpu (now {config.batch_size_per_gpu}) or add images"
         )
-    step = build_step(config, process, len(sampler), build_networks(config, own.backbone), say)
+    step = build_step(config, process, len(sampler), build_networks(config, own.backbone, initial), say)
     loader = CropLoader(
         source,
         config.recipe(),
@@ -161,6 +171,7 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
         sampler=sampler,
         step=step,
         loader=loader,
+        start=initial.describe(config) if initial else (),
         is_built_in=own.backbone is None,
     )
 
@@ -193,11 +204,13 @@ def open_sources(
     return source, held_out
 
 
-def build_networks(config: TrainConfig, backbone: nn.Module | None = None) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+def build_networks(
+    config: TrainConfig, backbone: nn.Module | None = None, initial: Initial | None = None
+) -> tuple[MultiCropWrapper, MultiCropWrapper]:
     """(student, its frozen copy as teacher): only the student has drop-path and a say about the prototypes' lengths.
 
-    backbone: the student's, instead of config.arch; the teacher gets a copy. Raises UserError where it has no
-    embed_dim.
+    backbone: the student's, instead of config.arch; the teacher gets a copy. initial: weights to start from. Raises
+    UserError where the backbone has no embed_dim.
     """
     if backbone is not None and not isinstance(getattr(backbone, "embed_dim", None), int):
         raise UserError(
@@ -217,11 +230,13 @@ def build_networks(config: TrainConfig, backbone: nn.Module | None = None) -> tu
         return MultiCropWrapper(of, head)
 
     def built(drop_path_rate: float) -> nn.Module:
-        if config.arch not in ARCHITECTURES:
-            return timm_backbone(config.arch, drop_path_rate)
+        if config.arch.startswith(TIMM):
+            return initial.backbone(drop_path_rate) if initial else timm_backbone(config.arch, drop_path_rate)
         for name, size in (("global", config.global_crops_size), ("local", config.local_crops_size)):
             if config.patch_size > size and (name == "global" or config.local_crops_number):
                 raise UserError(f"--patch_size: expected at most --{name}_crops_size={size}, got {config.patch_size}")
+        if initial:
+            return initial.backbone(drop_path_rate)
         return ARCHITECTURES[config.arch](
             config.patch_size,
             img_size=[config.global_crops_size],
@@ -275,6 +290,7 @@ def build_step(
             niter_per_ep=niter_per_ep,
             clip_grad=config.clip_grad,
             freeze_last_layer=config.freeze_last_layer,
+            freeze_backbone=config.freeze_backbone_epochs,
             amp_dtype=precision,
             mode=mode,
             accumulate=config.accumulate,

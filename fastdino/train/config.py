@@ -12,10 +12,10 @@ from typing import Any
 
 from fastdino.data.params import MultiCropRecipe, ViewRecipe
 from fastdino.eval import EVALUATIONS
-from fastdino.model.archs import ARCHITECTURES, SYNONYMS, check_arch
+from fastdino.model.archs import ARCHITECTURES, PUBLISHED, SYNONYMS, check_arch
 from fastdino.model.attention import BACKENDS
 from fastdino.model.mlp import WAYS
-from fastdino.train.recipes import AUGMENTATIONS, DIGITS, PRESETS
+from fastdino.train.recipes import AUGMENTATIONS, DIGITS, OF_THE_WEIGHTS, PRESETS, from_weights
 
 
 def _optimizers() -> Sequence[str]:
@@ -66,6 +66,10 @@ class TrainConfig:
     hidden_dim: int = flag(2048, "Model", "width of the head's MLP")
     bottleneck_dim: int = flag(256, "Model", "width the head normalises and compares with the prototypes")
 
+    init: str | None = flag(
+        None, "Model", "weights to start from: a file, a public name such as dinov2_vits14, or timm:NAME; fresh heads"
+    )
+
     # Teacher
     momentum_teacher: float = flag(0.996, "Teacher", "EMA momentum at the start; a cosine takes it to 1")
     warmup_teacher_temp: float = flag(0.04, "Teacher", "teacher temperature at the start")
@@ -87,6 +91,7 @@ class TrainConfig:
         3.0, "Optimisation", "largest gradient norm of one parameter tensor; 0 switches clipping off"
     )
     freeze_last_layer: int = flag(1, "Optimisation", "epochs during which the prototypes stay fixed")
+    freeze_backbone_epochs: int = flag(0, "Optimisation", "epochs during which the heads alone train; 1 with --init")
     use_fp16: bool = flag(True, "Optimisation", "half precision on GPUs (on a CPU fp32, unless --amp_dtype bf16)")
     amp_dtype: str = flag(
         "auto", "Optimisation", "which half: bf16 where the GPU has it, else fp16", ("auto", "bf16", "fp16")
@@ -168,7 +173,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         try:
-            check_arch(self.arch)
+            if not self.init or self.arch not in (OF_THE_WEIGHTS, *PUBLISHED):
+                check_arch(self.arch)
         except ValueError as error:
             raise ValueError(f"--arch: {error}") from error
         for f in fields(self):
@@ -191,11 +197,11 @@ class TrainConfig:
                 raise ValueError(f"--{name}: expected at most --epochs={self.epochs}, got {getattr(self, name)}")
 
     def _check_ranges(self) -> None:
-        positive = """patch_size out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu accumulate knn_k
+        positive = """out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu accumulate knn_k
             warmup_teacher_temp teacher_temp global_crops_size local_crops_size"""
         not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
-            freeze_last_layer local_crops_number num_workers knn_freq linear_freq knn_images eval_resize
-            attention_images saveckp_freq disk_wait"""
+            freeze_last_layer freeze_backbone_epochs local_crops_number num_workers knn_freq linear_freq knn_images
+            eval_resize attention_images saveckp_freq disk_wait"""
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}: expected a value above 0, got {getattr(self, name)}")
@@ -205,6 +211,8 @@ class TrainConfig:
         for name in ("momentum_teacher", "flip_prob", "jitter_prob", "gray_prob", "solarize_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}: expected a value in [0, 1], got {getattr(self, name)}")
+        if self.patch_size < (0 if self.init else 1):
+            raise ValueError(f"--patch_size: expected a value above 0, got {self.patch_size}")
         if unknown := set(self._eval_names()) - set(EVALUATIONS):
             raise ValueError(f"--eval: expected some of {', '.join(EVALUATIONS)}, got {', '.join(sorted(unknown))}")
         if not 0 <= self.seed < 2**32:
@@ -267,6 +275,8 @@ class TrainConfig:
     def from_flags(cls, given: Mapping[str, Any], is_demo: bool | None = None) -> "TrainConfig":
         """A run from the flags somebody gave: the rest are the defaults, or the digits' recipe.
 
+        With `init`, what is better from weights than from scratch.
+
         is_demo: whether it is the digits'; by default, where there is no data_path.
         What `augmentation` stands for replaces defaults, never a probability that was given.
         The default warm-up is a tenth of the epochs in a run shorter than itself, and under the small preset.
@@ -274,6 +284,8 @@ class TrainConfig:
         preset = AUGMENTATIONS.get(given.get("augmentation", "dino"), {})
         is_demo = not given.get("data_path") if is_demo is None else is_demo
         values = {"arch": cls.arch, **(DIGITS if is_demo else {}), **preset, **given}
+        if given.get("init"):
+            values |= {**from_weights(values), **given}
         values["arch"] = SYNONYMS.get(values["arch"], values["arch"])  # as the original saves it
         epochs = values.get("epochs", cls.epochs)
         is_number = isinstance(epochs, int)  # else __post_init__ says so
@@ -364,11 +376,12 @@ def config_from_args(args: argparse.Namespace) -> TrainConfig:
 
 def command_line(config: TrainConfig, n_processes: int = 1, preset: Mapping[str, Any] = {}) -> str:
     """The command that starts this run again where it stopped. preset: what --preset gives, and need not be said."""
-    defaults = TrainConfig.from_flags({"data_path": config.data_path, **preset} if config.data_path else {})
+    known = {name: value for name in ("data_path", "init") if (value := getattr(config, name))}
+    defaults = TrainConfig.from_flags({**known, **(preset if config.data_path else {})})
     resumed = replace(config, resume=True)
     words = ["fastdino", "train"] if n_processes == 1 else []
     words = words or ["torchrun", f"--nproc_per_node={n_processes}", "-m", "fastdino.train"]
-    always = {"data_path" if config.data_path else "arch", *({"preset"} & preset.keys())}
+    always = {*known, *({"preset"} & preset.keys())} | ({"arch"} if not config.data_path else set())
     for f in fields(config):
         value = getattr(resumed, f.name)
         if value != getattr(defaults, f.name) or f.name in always:

@@ -68,6 +68,7 @@ class Run:
         except BaseException:
             self.folder.unlock()
             raise
+        self.config = self.parts.config  # with the architecture of --init's weights
         self.niter, self.resumed = self.parts.niter, self.parts.resumed
         self.epochs, self.iteration = self.resumed.epoch, self.resumed.iteration
         self.log = LogFile(self.folder)

@@ -142,6 +142,13 @@ def cancel_last_layer_gradients(model: nn.Module) -> None:
             param.grad = None
 
 
+def cancel_backbone_gradients(model: nn.Module) -> None:
+    """Drop the gradients of the backbone, so that the heads alone move."""
+    for name, param in model.named_parameters():
+        if name.startswith("backbone."):
+            param.grad = None
+
+
 class LARS(Optimizer):
     """Layer-wise adaptive rate scaling (arXiv:1708.03888), as in the original: vectors neither decay nor adapt.
 
@@ -238,12 +245,18 @@ class FusedUpdate:
         self.optimizer.momentum = row["momentum"]
         self._last_layer = [p for name, p in student.named_parameters() if "last_layer" in name and p.requires_grad]
         self.module_norms = torch.zeros(0)
+        self._is_backbone: Tensor | None = None  # (len(tensors),) bool, made on the device
+        if "backbone_frozen" in row:
+            self.optimizer.freeze_(p for name, p in student.named_parameters() if name.startswith("backbone."))
+            self._is_backbone = self.optimizer.frozen.clone()
 
     def __call__(self, row: Row) -> Tensor:
         """One update; a graph reads the row again at each replay."""
         if self._tuning.clips_modules:
             grads = gradients_by_module(self._student, self.optimizer.grad_of)
             self.module_norms = clip_modules(grads, self._clip_grad)
+        if self._is_backbone is not None:  # all at once: it has a hundred parameters and more
+            torch.logical_and(self._is_backbone, row["backbone_frozen"] > 0, out=self.optimizer.frozen)
         if "frozen" in row:
             self.optimizer.freeze_(self._last_layer, row["frozen"] > 0)
         self.optimizer.step()
@@ -287,6 +300,8 @@ class HostUpdate:
         norms = self._clip()
         if now.get("frozen"):
             cancel_last_layer_gradients(self.student)
+        if now.get("backbone_frozen"):
+            cancel_backbone_gradients(self.student)
         if self.scaler is None:
             self.optimizer.step()
         else:

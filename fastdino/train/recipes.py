@@ -1,5 +1,6 @@
 """Values of several flags that go together, by name."""
 
+from collections.abc import Mapping
 from typing import Any
 
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
@@ -9,6 +10,8 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 }
 
 PRESETS = ("auto", "small", "none")
+
+OF_THE_WEIGHTS = "auto"  # --arch with --init: the architecture that the weights are of
 
 # Without data: the handwritten digits that scikit-learn carries. Learned in minutes on two CPU cores.
 DIGITS: dict[str, Any] = {
@@ -73,4 +76,15 @@ def small(n_images: int, side: int, n_processes: int = 1) -> dict[str, Any]:
         "patch_size": size // 4,
         "global_crops_size": size,
         "local_crops_size": size // 2,
+    }
+
+
+def from_weights(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run with `init` does otherwise than one from scratch. values: the flags that are known so far."""
+    epochs = values.get("epochs", 2)
+    return {
+        "arch": OF_THE_WEIGHTS,
+        "patch_size": 0,
+        "freeze_backbone_epochs": min(1, epochs - 1) if isinstance(epochs, int) else 1,
+        "freeze_last_layer": 0,
     }

@@ -31,11 +31,11 @@ class TrainStep:
     """Forward, loss, backward, clip, optimizer, EMA and center, in the original's order.
 
     teacher: the student's frozen copy; both keep full precision. optimizer: of OPTIMIZERS. niter_per_ep: steps of an
-    epoch. clip_grad: largest norm of one tensor's gradient, 0 for none. freeze_last_layer: epochs in which the
-    prototypes have no gradient. tuning: of DINOv2's recipe. amp_dtype: bf16 computes on copies of the weights
-    (adamw) or under autocast (sgd, lars), fp16 under autocast with a GradScaler. mode: see `modes`. accumulate: parts
-    that a batch is computed in, one update for all of them. attention_backend, mlp: of attention.BACKENDS and mlp.WAYS,
-    or auto. effort: of modes.EFFORTS. say: hears fallbacks.
+    epoch. clip_grad: largest norm of one tensor's gradient, 0 for none. freeze_last_layer, freeze_backbone: epochs in
+    which the prototypes, or the backbone, have no gradient. tuning: of DINOv2's recipe. amp_dtype: bf16 computes on
+    copies of the weights (adamw) or under autocast (sgd, lars), fp16 under autocast with a GradScaler. mode: see
+    `modes`. accumulate: parts that a batch is computed in, one update for all of them. attention_backend, mlp: of
+    attention.BACKENDS and mlp.WAYS, or auto. effort: of modes.EFFORTS. say: hears fallbacks.
     With several processes gradients are averaged over them before the clip, also in a graph.
     Raises ValueError for a mode, a backend, an effort or a number of parts that cannot be.
     """
@@ -51,6 +51,7 @@ class TrainStep:
         niter_per_ep: int,
         clip_grad: float,
         freeze_last_layer: int = 0,
+        freeze_backbone: int = 0,
         tuning: Tuning = DINOS_TUNING,
         amp_dtype: torch.dtype | None = None,
         mode: str = "eager",
@@ -73,8 +74,9 @@ class TrainStep:
         epochs = np.arange(len(schedules.lr)) // niter_per_ep
         columns = {**schedules.columns(), **loss.columns(epochs)}
         columns |= tuning.columns(student, columns)
-        if freeze_last_layer:
-            columns["frozen"] = (epochs < freeze_last_layer).astype(np.float64)
+        for name, n_epochs in (("frozen", freeze_last_layer), ("backbone_frozen", freeze_backbone)):
+            if n_epochs:
+                columns[name] = (epochs < n_epochs).astype(np.float64)
         self.schedule = ScheduleTable(columns, self.device, full)
         self.update = make_update(optimizer, self.run, (student, teacher), self.schedule, clip_grad, tuning)
         # Gradients come to what is run; those of several parts are summed where the masters are.
