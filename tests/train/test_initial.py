@@ -18,12 +18,13 @@ from fastdino.model.archs import ARCHITECTURES, PUBLISHED
 from fastdino.model.convnext import ConvNeXt
 from fastdino.model.inferred import name_of, nearest
 from fastdino.train import public
-from fastdino.train.build import build_networks
-from fastdino.train.config import TrainConfig, command_line
+from fastdino.train.command_line import command_line
+from fastdino.train.config import TrainConfig
 from fastdino.train.folder import RunFolder
 from fastdino.train.initial import start_from
 from fastdino.train.interrupt import Stop
 from fastdino.train.loop import train
+from fastdino.train.networks import build_networks
 
 FLAGS = {"global_crops_size": 24, "local_crops_size": 12, "out_dim": 32, "hidden_dim": 16, "bottleneck_dim": 8}
 
