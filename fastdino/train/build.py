@@ -25,7 +25,8 @@ from fastdino.train.distributed import Process
 from fastdino.train.folder import RunFolder
 from fastdino.train.initial import Initial, start_from
 from fastdino.train.modes import why_no_graph
-from fastdino.train.optim import is_fused
+from fastdino.train.optim import DINOS_TUNING, Tuning, get_params_groups, is_fused
+from fastdino.train.param_multipliers import Multipliers, backbone_multipliers
 from fastdino.train.precision import amp_dtype
 from fastdino.train.recipes import OF_THE_WEIGHTS
 from fastdino.train.resume import Resumed, in_words, resume
@@ -252,6 +253,27 @@ def build_networks(
     return student, teacher.requires_grad_(False)
 
 
+def _tuning(config: TrainConfig, student: MultiCropWrapper) -> Tuning:
+    """DINO's; with --lr_decay the learning rate falls from block to block, towards the images.
+
+    Raises ValueError where there are no blocks.
+    """
+    if config.lr_decay == 1:
+        return DINOS_TUNING
+    depth = len(getattr(student.backbone, "blocks", ()))
+    if not depth:
+        raise ValueError(f"lr_decay: expected 1 for {type(student.backbone).__name__}, which has no blocks")
+    not_decayed = set(get_params_groups(student)[1]["params"])
+    weight_decay = {name: float(param not in not_decayed) for name, param in student.named_parameters()}
+
+    def multipliers(name: str) -> Multipliers:
+        module, _, rest = name.partition(".")
+        lr = backbone_multipliers(rest, depth, config.lr_decay).lr if module == "backbone" else 1.0
+        return Multipliers(lr, weight_decay[name], False)
+
+    return Tuning(multipliers=multipliers)
+
+
 def build_step(
     config: TrainConfig,
     process: Process,
@@ -289,6 +311,7 @@ def build_step(
             schedules=Schedules.of(config, niter_per_ep, process.world_size),
             niter_per_ep=niter_per_ep,
             clip_grad=config.clip_grad,
+            tuning=_tuning(config, networks[0]),
             freeze_last_layer=config.freeze_last_layer,
             freeze_backbone=config.freeze_backbone_epochs,
             amp_dtype=precision,

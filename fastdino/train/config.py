@@ -83,6 +83,7 @@ class TrainConfig:
     )
     optimizer: str = flag("adamw", "Optimisation", "adamw, sgd or lars", _optimizers)
     lr: float = flag(0.0005, "Optimisation", "peak learning rate for 256 images a step; scales with the batch")
+    lr_decay: float = flag(1.0, "Optimisation", "of the learning rate, a block nearer to the images; 1 for none")
     warmup_epochs: int = flag(10, "Optimisation", "epochs of linear learning-rate warm-up")
     min_lr: float = flag(1e-6, "Optimisation", "learning rate at the end of the cosine")
     weight_decay: float = flag(0.04, "Optimisation", "weight decay at the start")
@@ -211,6 +212,8 @@ class TrainConfig:
         for name in ("momentum_teacher", "flip_prob", "jitter_prob", "gray_prob", "solarize_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}: expected a value in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.lr_decay <= 1:
+            raise ValueError(f"--lr_decay: expected a value above 0 and at most 1, got {self.lr_decay}")
         if self.patch_size < (0 if self.init else 1):
             raise ValueError(f"--patch_size: expected a value above 0, got {self.patch_size}")
         if unknown := set(self._eval_names()) - set(EVALUATIONS):
