@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdino.objectives.base import Evaluated, Objective
@@ -82,7 +84,7 @@ class DINOv2Loss(Objective):
     (1, M) of the masked patches, see `data.masks.MaskedBatch`; and, with a Gram teacher of other crops, those two.
     ncrops: V. out_dim, patch_out_dim: K of CLS and of patches. centering: "center" keeps running means of the teacher's
     logits, buffers center (1, K) and patch_center (1, K') in fp32, as DINO; "sinkhorn" computes each batch's own, over
-    all processes. gram: the Gram teacher, None for none.
+    all processes. gram: the Gram teacher, None for none; gram_weight: per iteration.
     Raises ValueError for another centering, and where there is no local crop.
     """
 
@@ -98,6 +100,7 @@ class DINOv2Loss(Objective):
         centering: str = "sinkhorn",
         weights: DINOv2Weights = DINOV2_WEIGHTS,
         gram: GramTeacher | None = None,
+        gram_weight: NDArray[np.float64] | None = None,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
     ) -> None:
@@ -108,7 +111,7 @@ class DINOv2Loss(Objective):
             raise ValueError(f"ncrops: expected a local crop beside the two global ones, got {ncrops} crops")
         self.ncrops, self.centering, self.weights = ncrops, centering, weights
         self.student_temp, self.center_momentum = student_temp, center_momentum
-        self.gram_teacher = gram
+        self.gram_teacher, self._gram_weight = gram, gram_weight
         if centering == "center":
             self.register_buffer("center", torch.zeros(1, out_dim))
             self.register_buffer("patch_center", torch.zeros(1, patch_out_dim))
@@ -116,6 +119,10 @@ class DINOv2Loss(Objective):
         self.sees_whole_batch = centering == "sinkhorn" or weights.koleo > 0
         names = ("teacher_entropy", "kl", "ibot_loss", "koleo_loss")
         self.metric_names = (*names, "gram_loss") if gram else names
+
+    def columns(self, epochs: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        """What Gram anchoring counts, where there is a Gram teacher."""
+        return {} if self._gram_weight is None else {"gram_weight": self._gram_weight}
 
     def _masked(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Masks (2 * B, N), indices (M,) and weights (M,) of the masked patches."""

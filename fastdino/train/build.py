@@ -1,6 +1,5 @@
 """What a run is made of, from its arguments: images, networks, the step, the loader. Nothing here writes."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +14,21 @@ from fastdino.data.loader import CropLoader, EpochSampler, useful_workers
 from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource, open_source
 from fastdino.errors import UserError
-from fastdino.model import DINOHead, MultiCropWrapper
-from fastdino.model.archs import ARCHITECTURES, TIMM, timm_backbone
-from fastdino.objectives import DINOLoss
+from fastdino.model import MultiCrop
+from fastdino.model.archs import ARCHITECTURES
 from fastdino.train import distributed, preset
 from fastdino.train.checkpoint import save_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.distributed import Process
 from fastdino.train.folder import RunFolder
-from fastdino.train.initial import Initial, start_from
+from fastdino.train.initial import start_from
+from fastdino.train.learning import build_masks, build_objective, build_schedules, build_tuning
 from fastdino.train.modes import why_no_graph
-from fastdino.train.optim import DINOS_TUNING, Tuning, get_params_groups, is_fused
-from fastdino.train.param_multipliers import Multipliers, backbone_multipliers
+from fastdino.train.networks import build_networks
+from fastdino.train.optim import is_fused
 from fastdino.train.precision import amp_dtype
 from fastdino.train.recipes import OF_THE_WEIGHTS
 from fastdino.train.resume import Resumed, in_words, resume
-from fastdino.train.schedules import Schedules
 from fastdino.train.sinks import Sink
 from fastdino.train.step import TrainStep
 
@@ -153,7 +151,7 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
     step = build_step(config, process, len(sampler), build_networks(config, own.backbone, initial), say)
     loader = CropLoader(
         source,
-        config.recipe(),
+        config.crops(),
         sampler,
         num_workers=useful_workers(config.num_workers, distributed.local_world_size()),
         device=process.device,
@@ -161,6 +159,7 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
         dct_scale=config.dct_scale,
         # The kernels have no fp64.
         dtype=torch.float32 if step.run.crop_dtype == torch.float64 else step.run.crop_dtype,
+        masks=build_masks(config),
     )
     return Parts(
         config=config,
@@ -205,86 +204,18 @@ def open_sources(
     return source, held_out
 
 
-def build_networks(
-    config: TrainConfig, backbone: nn.Module | None = None, initial: Initial | None = None
-) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """(student, its frozen copy as teacher): only the student has drop-path and a say about the prototypes' lengths.
-
-    backbone: the student's, instead of config.arch; the teacher gets a copy. initial: weights to start from. Raises
-    UserError where the backbone has no embed_dim.
-    """
-    if backbone is not None and not isinstance(getattr(backbone, "embed_dim", None), int):
-        raise UserError(
-            f"backbone: expected a module with an integer embed_dim, the width of its features; "
-            f"got {type(backbone).__name__}"
-        )
-
-    def network(of: Any, norm_last_layer: bool) -> MultiCropWrapper:
-        head = DINOHead(
-            of.embed_dim,
-            config.out_dim,
-            use_bn=config.use_bn_in_head,
-            norm_last_layer=norm_last_layer,
-            hidden_dim=config.hidden_dim,
-            bottleneck_dim=config.bottleneck_dim,
-        )
-        return MultiCropWrapper(of, head)
-
-    def built(drop_path_rate: float) -> nn.Module:
-        if config.arch.startswith(TIMM):
-            return initial.backbone(drop_path_rate) if initial else timm_backbone(config.arch, drop_path_rate)
-        for name, size in (("global", config.global_crops_size), ("local", config.local_crops_size)):
-            if config.patch_size > size and (name == "global" or config.local_crops_number):
-                raise UserError(f"--patch_size: expected at most --{name}_crops_size={size}, got {config.patch_size}")
-        if initial:
-            return initial.backbone(drop_path_rate)
-        return ARCHITECTURES[config.arch](
-            config.patch_size,
-            img_size=[config.global_crops_size],
-            drop_path_rate=drop_path_rate,
-            drop_path_mode=config.drop_path_mode,
-            checkpointing=config.checkpointing,
-        )
-
-    torch.manual_seed(config.seed)
-    student = network(backbone or built(config.drop_path_rate), config.norm_last_layer)
-    teacher = network(copy.deepcopy(backbone) if backbone else built(0.0), True)
-    teacher.load_state_dict(student.state_dict())
-    return student, teacher.requires_grad_(False)
-
-
-def _tuning(config: TrainConfig, student: MultiCropWrapper) -> Tuning:
-    """DINO's; with --lr_decay the learning rate falls from block to block, towards the images.
-
-    Raises ValueError where there are no blocks.
-    """
-    if config.lr_decay == 1:
-        return DINOS_TUNING
-    depth = len(getattr(student.backbone, "blocks", ()))
-    if not depth:
-        raise ValueError(f"lr_decay: expected 1 for {type(student.backbone).__name__}, which has no blocks")
-    not_decayed = set(get_params_groups(student)[1]["params"])
-    weight_decay = {name: float(param not in not_decayed) for name, param in student.named_parameters()}
-
-    def multipliers(name: str) -> Multipliers:
-        module, _, rest = name.partition(".")
-        lr = backbone_multipliers(rest, depth, config.lr_decay).lr if module == "backbone" else 1.0
-        return Multipliers(lr, weight_decay[name], False)
-
-    return Tuning(multipliers=multipliers)
-
-
 def build_step(
     config: TrainConfig,
     process: Process,
     niter_per_ep: int,
-    networks: tuple[MultiCropWrapper, MultiCropWrapper],
+    networks: tuple[MultiCrop, MultiCrop],
     say: Callable[[str], object],
 ) -> TrainStep:
     """The step on the process's device. Raises UserError for a mode, precision or backend that cannot be there."""
     device = process.device
     precision = amp_dtype(config, device)
-    no_graph = why_no_graph(device, is_fused(config.optimizer, precision))
+    replays = config.accumulate > 1 and config.recipe != "dino"
+    no_graph = why_no_graph(device, is_fused(config.optimizer, precision), replays)
     if config.step == "graph" and no_graph:
         raise UserError(f"--step: graph needs {no_graph}; use auto, compiled or eager")
     automatic = "eager" if device.type != "cuda" else "compiled" if no_graph else "graph"
@@ -294,26 +225,18 @@ def build_step(
     for network in networks:
         distributed.synchronize_batchnorm(network, process)
         network.to(device)
-    loss = DINOLoss(
-        config.out_dim,
-        config.ncrops,
-        config.warmup_teacher_temp,
-        config.teacher_temp,
-        config.warmup_teacher_temp_epochs,
-        config.epochs,
-    ).to(device)
     try:
         step = TrainStep(
             student=networks[0],
             teacher=networks[1],
-            loss=loss,
+            loss=build_objective(config, networks[1], niter_per_ep, precision).to(device),
             optimizer=config.optimizer,
-            schedules=Schedules.of(config, niter_per_ep, process.world_size),
+            schedules=build_schedules(config, niter_per_ep, process.world_size),
             niter_per_ep=niter_per_ep,
             clip_grad=config.clip_grad,
-            tuning=_tuning(config, networks[0]),
-            freeze_last_layer=config.freeze_last_layer,
+            freeze_last_layer=config.freeze_last_layer if config.recipe == "dino" else 0,
             freeze_backbone=config.freeze_backbone_epochs,
+            tuning=build_tuning(config, networks[0]),
             amp_dtype=precision,
             mode=mode,
             accumulate=config.accumulate,

@@ -172,7 +172,7 @@ class Run:
             if batch := self._next(batches, meter):
                 # Drop-path depends on the iteration alone, so that a resumed run draws what it would have drawn.
                 torch.manual_seed(_mix(self.config.seed, self.iteration, self.process.rank))
-                pending.append(parts.step(batch.crops(device), self.iteration))
+                pending.append(parts.step(batch.views(device), self.iteration))
                 self.iteration += 1
                 meter.n_images += parts.batch_size
             if not batch or len(pending) == READ_EVERY[device.type] or i == self.niter - 1:

@@ -22,7 +22,8 @@ from fastdino.train.step import TrainStep
 # What a flag may do when a run goes on with another value. All others change what is learned: allowed, and said.
 IMPOSSIBLE = {
     "arch", "patch_size", "init", "out_dim", "norm_last_layer", "use_bn_in_head", "hidden_dim", "bottleneck_dim",
-    "optimizer",
+    "optimizer", "recipe", "registers", "layerscale", "ffn", "centering", "ibot_out_dim", "ibot_bottleneck_dim",
+    "lr_decay", "patch_embed_lr", "gram_start", "gram_teacher",
 }  # fmt: skip
 HARMLESS = {
     "preset", "step", "compile", "attention", "mlp", "checkpointing", "num_workers", "eval", "knn_freq", "linear_freq",

@@ -11,7 +11,7 @@ from fastdino.errors import some_of
 from fastdino.eval import TITLES
 from fastdino.eval.attention_maps import draw_samples
 from fastdino.train.build import Parts
-from fastdino.train.config import command_line
+from fastdino.train.command_line import command_line
 from fastdino.train.preset import is_small
 from fastdino.train.result import TrainResult
 from fastdino.train.resume import HARMLESS, in_words, shown

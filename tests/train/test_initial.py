@@ -18,13 +18,15 @@ from fastdino.model.archs import ARCHITECTURES, PUBLISHED
 from fastdino.model.convnext import ConvNeXt
 from fastdino.model.inferred import name_of, nearest
 from fastdino.train import public
-from fastdino.train.build import build_networks, build_step
-from fastdino.train.config import TrainConfig, command_line
+from fastdino.train.build import build_step
+from fastdino.train.command_line import command_line
+from fastdino.train.config import TrainConfig
 from fastdino.train.distributed import Process
 from fastdino.train.folder import RunFolder
 from fastdino.train.initial import start_from
 from fastdino.train.interrupt import Stop
 from fastdino.train.loop import train
+from fastdino.train.networks import build_networks
 from fastdino.train.preset import with_preset
 
 FLAGS = {"global_crops_size": 24, "local_crops_size": 12, "out_dim": 32, "hidden_dim": 16, "bottleneck_dim": 8}
@@ -381,7 +383,7 @@ def test_layerwise_decay_needs_layers_and_a_sensible_number():
     flags = {**FLAGS, "epochs": 1, "lr_decay": 0.9}
     with pytest.raises(UserError, match="--lr_decay: expected 1 for Sequential, which has no blocks"):
         fastdino.train(backbone=network, dataset=[torch.rand(3, 24, 24)] * 64, output_dir="nowhere", **flags)
-    with pytest.raises(ValueError, match=r"--lr_decay: expected a value above 0 and at most 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"--lr_decay: expected a value in \[0, 1\], got 1\.5"):
         TrainConfig.from_flags({"lr_decay": 1.5})
 
 

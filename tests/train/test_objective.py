@@ -3,7 +3,7 @@
 import torch
 
 from fastdino.objectives import Objective
-from fastdino.train import build, loop
+from fastdino.train import build, learning, loop
 
 
 class Distance(Objective):
@@ -29,7 +29,7 @@ class Distance(Objective):
 
 
 def test_an_objective_brings_its_schedules_metrics_and_state(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(build, "DINOLoss", Distance)
+    monkeypatch.setattr(learning, "DINOLoss", Distance)
     entries = []
 
     class Watching(build.Sink):
