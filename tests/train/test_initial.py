@@ -387,6 +387,20 @@ def test_layerwise_decay_needs_layers_and_a_sensible_number():
         TrainConfig.from_flags({"lr_decay": 1.5})
 
 
+def test_a_recipe_that_masks_gives_weights_a_mask_token_and_goes_on(tiny, tmp_path, pretrained):
+    init = tmp_path / "weights.pth"
+    shutil.copy(pretrained / "backbone.pth", init)
+    flags = {"init": str(init), "recipe": "dinov2", "patch_size": 12, "global_crops_size": 48, "local_crops_size": 24}
+    flags |= {"batch_size_per_gpu": 512, "warmup_teacher_temp_epochs": 0, "drop_path_rate": 0.0}
+    train(tiny("run", epochs=1, **flags))
+    init.unlink()
+    train(tiny("run", epochs=2, **flags))
+    trained = load_backbone(tmp_path / "run" / "checkpoint.pth").state_dict()
+    assert trained.keys() == load_backbone(pretrained / "backbone.pth").state_dict().keys() | {"mask_token"}
+    assert trained["mask_token"].any()
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["arch"] == "vit_nano"
+
+
 def test_a_backbone_of_ones_own_beside_it_is_refused(tmp_path):
     backbone = VisionTransformer([24], 6, embed_dim=96, depth=1, num_heads=3)
     with pytest.raises(UserError, match="--init: expected no backbone of one's own beside it"):
