@@ -37,8 +37,8 @@ def draw_curves(entries: Sequence[Mapping[str, Any]], out_dim: int) -> Figure:
     if accuracy.lines:
         accuracy.set(title="accuracy of the teacher", ylim=(0, 1.02))
     else:
-        pairs = [(entry["epoch"] + 1, entry.get("train_loss"), entry.get("train_teacher_entropy")) for entry in entries]
-        kl = [(epoch, loss - entropy) for epoch, loss, entropy in pairs if None not in (loss, entropy)]
+        entropies = dict(points("train_teacher_entropy"))
+        kl = [(epoch, loss - entropies[epoch]) for epoch, loss in points("train_loss") if epoch in entropies]
         _curve(accuracy, kl, "{:.3f}", GREEN)
         accuracy.set(title="KL of teacher and student (nats); nothing is evaluated", ylim=(0, None))
     _curve(rate, points("train_lr"), "{:.3g}", BLUE)
