@@ -8,7 +8,7 @@ from fastdino.errors import UserError
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One for each field of TrainConfig."""
-    from fastdino.train.config import add_flags
+    from fastdino.train.command_line import add_flags
 
     parser.usage = "fastdino train [--data_path FOLDER] [flags]"
     parser.description = """\
@@ -27,7 +27,7 @@ Several GPUs: torchrun --nproc_per_node=8 -m fastdino.train ..."""
 def run(args: argparse.Namespace) -> int:
     """Train; 128 + the signal where one ended the run."""
     from fastdino.train.build import Own
-    from fastdino.train.config import config_from_args
+    from fastdino.train.command_line import config_from_args
     from fastdino.train.distributed import launched
     from fastdino.train.flags import check_images, read_config
     from fastdino.train.loop import train

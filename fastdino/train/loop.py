@@ -68,6 +68,7 @@ class Run:
         except BaseException:
             self.folder.unlock()
             raise
+        self.config = self.parts.config  # with the architecture of --init's weights
         self.niter, self.resumed = self.parts.niter, self.parts.resumed
         self.epochs, self.iteration = self.resumed.epoch, self.resumed.iteration
         self.log = LogFile(self.folder)
@@ -171,7 +172,7 @@ class Run:
             if batch := self._next(batches, meter):
                 # Drop-path depends on the iteration alone, so that a resumed run draws what it would have drawn.
                 torch.manual_seed(_mix(self.config.seed, self.iteration, self.process.rank))
-                pending.append(parts.step(batch.crops(device), self.iteration))
+                pending.append(parts.step(batch.views(device), self.iteration))
                 self.iteration += 1
                 meter.n_images += parts.batch_size
             if not batch or len(pending) == READ_EVERY[device.type] or i == self.niter - 1:

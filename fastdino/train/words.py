@@ -11,7 +11,7 @@ from fastdino.errors import some_of
 from fastdino.eval import TITLES
 from fastdino.eval.attention_maps import draw_samples
 from fastdino.train.build import Parts
-from fastdino.train.config import command_line
+from fastdino.train.command_line import command_line
 from fastdino.train.preset import is_small
 from fastdino.train.result import TrainResult
 from fastdino.train.resume import HARMLESS, in_words, shown
@@ -28,12 +28,14 @@ def introduce(parts: Parts, say: Say) -> None:
     config, process, step = parts.config, parts.process, parts.step
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[step.run.amp_dtype]
     name = parts.model_name
-    sizes = [sum(p.numel() for p in of.parameters()) / 1e6 for of in (parts.backbone, parts.step.student.head)]
+    whole, backbone = (sum(p.numel() for p in of.parameters()) / 1e6 for of in (parts.step.student, parts.backbone))
     say(f"data    {parts.source.describe()}")
     if parts.held_out:
         say(f"        {parts.held_out.describe()}")
     _tell_of_preset(parts, say)
-    say(f"model   {name}, {sizes[0]:.1f} M backbone + {sizes[1]:.1f} M head, {config.out_dim:,} prototypes")
+    say(f"model   {name}, {backbone:.1f} M backbone + {whole - backbone:.1f} M head, {config.out_dim:,} prototypes")
+    for i, line in enumerate(parts.start):
+        say(f"{'        ' if i else 'start   '}{line}")
     say(
         f"crops   2 x {config.global_crops_size} px + {config.local_crops_number} x {config.local_crops_size} px, "
         f"{parts.batch_size} images a step"

@@ -12,7 +12,8 @@ from fastdino.cli import main
 from fastdino.data.sequences import SequenceSource
 from fastdino.train import preset, recipes
 from fastdino.train.build import Own
-from fastdino.train.config import TrainConfig, command_line
+from fastdino.train.command_line import command_line
+from fastdino.train.config import TrainConfig
 from fastdino.train.loop import train
 from fastdino.train.preset import with_preset
 
