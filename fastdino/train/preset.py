@@ -11,12 +11,12 @@ from fastdino.data.decode import BadImage, open_image
 from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource, open_source
 from fastdino.train.config import TrainConfig
-from fastdino.train.recipes import SMALL_FOLDER, small
+from fastdino.train.recipes import SMALL_FOLDER, from_weights, small
 
 MEASURED = 33  # images whose size is looked up, spread over all of them
 # A flag of these says what is to be learned and how: whoever gives one has a recipe of his own.
-GROUPS = ("Model", "Teacher", "Optimisation", "Crops")
-RECIPE_FLAGS = {f.name for f in fields(TrainConfig) if f.metadata["group"] in GROUPS}
+GROUPS = ("Recipe", "Model", "Teacher", "Optimisation", "Crops")
+RECIPE_FLAGS = {f.name for f in fields(TrainConfig) if f.metadata["group"] in GROUPS} - {"preset"}
 
 
 def is_small(source: ImageSource) -> bool:
@@ -55,4 +55,7 @@ def with_preset(
     source = open_source(given["data_path"]) if dataset is None else dataset_source(dataset, "dataset")
     if asked == "auto" and not is_small(source):
         return dict(given), source
-    return {**values(source, n_processes), **given, "preset": "small"}, source
+    few = values(source, n_processes)
+    if given.get("init"):  # whose architecture it is then
+        few = {name: value for name, value in few.items() if name not in from_weights({})}
+    return {**few, **given, "preset": "small"}, source

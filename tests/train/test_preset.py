@@ -124,3 +124,11 @@ def test_the_command_names_what_differs_from_the_preset(photo_folder):
     config = TrainConfig.from_flags(flags)
     values = preset.values(SequenceSource([np.zeros((8, 8, 3), np.uint8)] * 9))
     assert command_line(config, preset=values) == "fastdino train --preset small --out_dim 64 --data_path x"
+
+
+@pytest.mark.parametrize("given", [{"init": "weights.pth"}, {"recipe": "dinov2"}], ids=str)
+def test_weights_and_newer_recipes_are_recipes_of_ones_own(given, photo_folder):
+    flags, _ = with_preset({"data_path": str(photo_folder), **given}, 1)
+    assert "preset" not in flags
+    flags, _ = with_preset({"data_path": str(photo_folder), "preset": "small", **given}, 1)
+    assert ("arch" in flags) == ("init" not in given)  # the weights have theirs
