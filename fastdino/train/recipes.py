@@ -73,10 +73,10 @@ DIGITS: dict[str, Any] = {
     "resume": False,
 }
 
-# --preset small: folders of hundreds to ten thousands of images. main_dino's defaults are for a million, and for as many
-# steps. In the few hundred or thousand that such a folder is worth, an average of 0.996 hardly moves; on pictures of a
-# few pixels, crops of a twentieth, solarized ones and a wide bottleneck drive the teacher to ln K. Numbers are k-NN on
-# held-out images, one seed, November 2026.
+# --preset small: folders of hundreds to ten thousands of images. main_dino's defaults are for a million, and for as
+# many steps. In the few hundred or thousand that such a folder is worth, an average of 0.996 hardly moves; on pictures
+# of a few pixels, crops of a twentieth, solarized ones and a wide bottleneck drive the teacher to ln K. Numbers are
+# k-NN on held-out images, one seed, November 2026.
 SMALL_FOLDER = 10_000  # images: up to so many, a folder is small
 SMALL: dict[str, Any] = {
     "preset": "small",
