@@ -92,6 +92,7 @@ SMALL: dict[str, Any] = {
     "local_crops_number": 2,
     "local_crops_scale": (0.4, 0.9),
     "solarize_prob": 0.0,
+    "flip_prob": 0.0,  # what is written has a side; photographs lose little by it
     "saveckp_freq": 0,  # checkpoint.pth alone: hundreds of epochs would leave tens of copies
 }
 SMALL_BATCH, SMALL_STEPS = 32, 1500
