@@ -139,7 +139,11 @@ def recipe_for(given: Mapping[str, Any], is_demo: bool) -> dict[str, Any]:
     values = dict(RECIPES.get(recipe, {}))
     arch = PUBLISHED.get(given.get("arch", ""))
     if arch is not None and recipe in RECIPES:
-        values |= {"patch_size": arch.patch_size, "registers": arch.options["registers"], "ffn": arch.options["ffn"]}
+        values |= {
+            "patch_size": arch.patch_size,
+            "registers": arch.options["registers"],
+            "ffn": arch.options.get("ffn", "mlp"),
+        }
         values |= {"local_crops_size": 7 * arch.patch_size}
     if is_demo:
         values |= DIGITS | (DIGITS_OF_NEWER if recipe != "dino" else {})
