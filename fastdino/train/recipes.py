@@ -76,7 +76,8 @@ DIGITS: dict[str, Any] = {
 # --preset small: folders of hundreds to ten thousands of images. main_dino's defaults are for a million, and for as
 # many steps. In the few hundred or thousand that such a folder is worth, an average of 0.996 hardly moves; on pictures
 # of a few pixels, crops of a twentieth, solarized ones and a wide bottleneck drive the teacher to ln K. Numbers are
-# k-NN on held-out images, one seed, November 2026.
+# k-NN on held-out images, one seed, November 2026; 1,137 digits of 8 x 8 pixels go from 0.67 to 0.96 in the 1,505 steps
+# that the preset takes (233 seconds of a CPU core).
 SMALL_FOLDER = 10_000  # images: up to so many, a folder is small
 SMALL: dict[str, Any] = {
     "preset": "small",
