@@ -1,8 +1,10 @@
 """--preset small: what takes the place of main_dino's defaults where there are few images, found in the images."""
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,15 +41,27 @@ def values(source: ImageSource, n_processes: int = 1) -> dict[str, Any]:
     return small(len(source), short_side(source), n_processes)
 
 
+def _goes_on(given: Mapping[str, Any]) -> bool:
+    """Whether the output folder holds a run with the preset, which trains on with more epochs, say."""
+    folder = Path(given.get("output_dir", TrainConfig.output_dir))
+    if not given.get("resume", True) or not (folder / "checkpoint.pth").exists():
+        return False
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((folder / "args.json").read_text()).get("preset") == "small")
+    return False
+
+
 def with_preset(
     given: Mapping[str, Any], n_processes: int, dataset: Any = None, backbone: Any = None
 ) -> tuple[dict[str, Any], ImageSource | None]:
     """The flags somebody gave above those of the preset; the images, where they had to be opened for that.
 
-    `auto` is small for a small folder (or dataset) where nothing of RECIPE_FLAGS, and no backbone, is given.
-    Raises UserError where the images are not there.
+    `auto` is small for a small folder (or dataset) where nothing of RECIPE_FLAGS, and no backbone, is given; and where
+    it was in the run that is gone on with. Raises UserError where the images are not there.
     """
     asked = given.get("preset", "auto")
+    if asked == "auto" and _goes_on(given):
+        asked = "small"
     has_recipe = backbone is not None or bool(RECIPE_FLAGS & given.keys())
     has_images = dataset is not None or bool(given.get("data_path"))
     if not has_images or asked not in ("auto", "small") or (asked == "auto" and has_recipe):

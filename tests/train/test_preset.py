@@ -82,6 +82,8 @@ def test_a_run_says_why_and_how_to_have_the_others(photo_folder, short, tmp_path
     assert saved["arch"] == recipes.SMALL["arch"]
     assert main(["train", "--config", str(tmp_path / "run/args.json"), "--data_path", str(photo_folder)]) == 0
     assert "nothing is left to train" in capsys.readouterr().out
+    assert main(["train", "--data_path", str(photo_folder), *short, "--epochs", "3"]) == 0  # which is no recipe then
+    assert "flags that were given win over it: --epochs\n" in capsys.readouterr().out
 
 
 def test_flags_win_over_the_preset_and_are_named(photo_folder, short, capsys):
