@@ -5,9 +5,9 @@ does the same with PyTorch's antialiased resize and OpenCV's colours, several ti
 within 2 levels, the blur within 3, whole crops within 1.5 levels on average. On a GPU `fastdino_kernels.augment` makes
 Pillow's pixels.
 
-Images of other than 3 channels get what can be done to each channel alone, with the same parameters: crop, resize, flip,
-brightness, contrast (about the channel's own mean), blur, solarize. Saturation, hue and gray need colors, and are left
-out. So crops of a gray image are those of its RGB twin.
+Images of other than 3 channels get what can be done to each channel alone, with the same parameters: crop, resize,
+flip, brightness, contrast (about the channel's own mean), blur, solarize. Saturation, hue and gray need colors, and are
+left out. So crops of a gray image are a channel of those of its RGB twin.
 """
 
 import math

@@ -8,6 +8,7 @@ left out that is not asked for. No other channel is made up or dropped.
 """
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 from torch import nn
 
-from fastdino.data.decode import bits_of, loaded, pillow_image
+from fastdino.data.decode import bits_of, decode_array, loaded, open_image, pillow_image
 from fastdino.data.levels import NPY, BadImage, read_npy, to_levels, with_channels
 from fastdino.data.sources import ARRAYS, EXTENSIONS, MAX_BYTES, ImageSource, open_source
 from fastdino.errors import UserError
@@ -46,10 +47,10 @@ class ImageFormat:
     @classmethod
     def of(cls, backbone: nn.Module, args: Any = None) -> "ImageFormat":
         """What a backbone takes, as its first weights tell. args: of its checkpoint, which tell the range."""
-        first = next((p for p in backbone.parameters() if p.ndim == 4), None)  # the patches' convolution
-        value_range = getattr(args, "value_range", ())
-        is_range = isinstance(value_range, tuple) and len(value_range) == 2 and all(type(x) is float for x in value_range)
-        return cls(3 if first is None else first.shape[1], value_range if is_range else ())
+        first: Any = next((p for p in backbone.parameters() if p.ndim == 4), None)  # the patches' convolution
+        told = getattr(args, "value_range", ())  # anything may stand there
+        is_range = isinstance(told, tuple) and len(told) == 2 and all(type(x) in (int, float) for x in told)
+        return cls(3 if first is None else first.shape[1], told if is_range and told[0] < told[1] else ())
 
 
 RGB = ImageFormat()
@@ -67,15 +68,24 @@ class Converted:
         return len(self.source)
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        item = self.source[index]
-        values, bits = read_values(item, self.channels) if isinstance(item, bytes) else (item, 0)
-        return fitted(to_levels(with_channels(values), self.wanted.value_range, bits), self.channels)
+        return as_wanted(self.source[index], self.wanted)
 
     def name(self, index: int) -> str:
         return self.source.name(index)
 
     def describe(self) -> str:
         return self.source.describe()
+
+
+def as_wanted(item: bytes | Image.Image | NDArray[Any], wanted: ImageFormat) -> NDArray[np.uint8]:
+    """An encoded image, an image or an array -> (H, W, C) uint8. Raises BadImage, with the reason."""
+    if isinstance(item, bytes):
+        values, bits = read_values(item, wanted.channels)
+    elif isinstance(item, Image.Image):
+        values, bits = values_of(item, wanted.channels), bits_of(item)
+    else:
+        values, bits = item, 0
+    return fitted(to_levels(with_channels(values), wanted.value_range, bits), wanted.channels)
 
 
 def converted(source: ImageSource, wanted: ImageFormat) -> ImageSource:
@@ -102,6 +112,16 @@ def channels_of(source: ImageSource) -> int:
     return int(getattr(source, "channels", 3))
 
 
+def read_pixels(source: ImageSource, index: int) -> NDArray[np.uint8]:
+    """(H, W, C) of an image of a source. Raises BadImage, OSError."""
+    return decode_array(open_image(source[index], channels=channels_of(source)))
+
+
+def in_colors(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, C) -> (H, W, 3), to be looked at: the first three channels; of fewer the first, gray."""
+    return pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, 2)
+
+
 def spread(source: ImageSource) -> list[int]:
     """Which images are looked at."""
     return np.linspace(0, len(source) - 1, min(N_LOOKED_AT, len(source))).astype(int).tolist()
@@ -118,7 +138,7 @@ def fitted(levels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
         return np.asarray(Image.fromarray(np.ascontiguousarray(levels)).convert("L"))[..., None]
     come_first = levels.shape[0] == channels
     hint = "; they have to come last: numpy.moveaxis(array, 0, -1)" if come_first else f" (--channels {found} reads it)"
-    raise BadImage(f"has {found} channels, expected {channels}{hint}")
+    raise BadImage(f"has {found} channel{'s' if found > 1 else ''}, expected {channels}{hint}")
 
 
 def read_values(data: bytes, channels: int) -> tuple[NDArray[Any], int]:
@@ -134,7 +154,7 @@ def read_values(data: bytes, channels: int) -> tuple[NDArray[Any], int]:
     image = loaded(pillow_image(data))
     values = values_of(image, channels)
     if image.format == "PNG" and data[24:26] in PNG_OF_16_BITS:  # which Pillow cuts to 8
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        pixels = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
         return pixels[..., [2, 1, 0, 3][: values.shape[2]]], 0
     return values, bits_of(image)
 
@@ -166,6 +186,7 @@ def _read_tiff(data: bytes) -> tuple[NDArray[Any], int]:
         import tifffile
     except ImportError as error:
         raise UserError("TIFF stacks and TIFFs of many channels need tifffile: pip install 'fastdino[tiff]'") from error
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file, we say
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             series, page = file.series[0], file.pages.first

@@ -115,7 +115,7 @@ class _Item:
     index: int
     n_bad: int = 0
     bad: list[str] = field(default_factory=list)
-    opened: Opened = open_image(BLACK)
+    opened: Opened = field(default_factory=lambda: open_image(BLACK))
 
 
 class CropLoader:

@@ -18,7 +18,7 @@ from fastdino.data.channels import (
     spread,
 )
 from fastdino.data.decode import bits_of, loaded, pillow_image
-from fastdino.data.levels import NPY, BadImage, white_of
+from fastdino.data.levels import NPY, BadImage, to_levels, white_of, with_channels
 from fastdino.data.sources import ImageSource
 
 BYTES = np.dtype(np.uint8)
@@ -89,11 +89,10 @@ class _Found(NamedTuple):
 
 
 def _found(item: bytes | NDArray[Any], wanted: ImageFormat) -> _Found:
-    is_encoded = isinstance(item, bytes) and not item.startswith(NPY)
-    if not is_encoded or (wanted.converts and item.startswith(TIFF) and not is_read_by_pillow(item)):
-        values, bits = read_values(item, wanted.channels) if isinstance(item, bytes) else (item, 0)
-        is_gray = values.ndim == 2 or values.shape[2] == 1
-        return _Found("array", values.dtype, bits, _largest(values), is_gray)
+    if not isinstance(item, bytes):
+        return _of_array(item, 0, wanted)
+    if item.startswith(NPY) or (wanted.converts and item.startswith(TIFF) and not is_read_by_pillow(item)):
+        return _of_array(*read_values(item, wanted.channels), wanted)
     image = pillow_image(item)
     found = _Found(
         kind=image.mode,
@@ -103,11 +102,13 @@ def _found(item: bytes | NDArray[Any], wanted: ImageFormat) -> _Found:
         pages=getattr(image, "n_frames", 1),
     )
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(loaded(image))
-        return found._replace(dtype=values.dtype, bits=bits_of(image), largest=_largest(values))
+        held = _of_array(np.asarray(loaded(image)), bits_of(image), wanted)
+        return found._replace(dtype=held.dtype, bits=held.bits, largest=held.largest)
     is_wide = image.format == "PNG" and item[24:26] in PNG_OF_16_BITS
     return found._replace(dtype=np.dtype(np.uint16), largest=np.inf) if is_wide else found
 
 
-def _largest(values: NDArray[Any]) -> float:
-    return 0.0 if values.dtype == BYTES else float(values.max())
+def _of_array(values: NDArray[Any], bits: int, wanted: ImageFormat) -> _Found:
+    to_levels(with_channels(values), wanted.value_range, bits)  # raises BadImage for what is not read
+    largest = 0.0 if values.dtype == BYTES else float(values.max())
+    return _Found("array", values.dtype, bits, largest, values.ndim == 2 or values.shape[2] == 1)

@@ -63,7 +63,9 @@ class SequenceSource:
             if item.is_floating_point() and not self.wanted.value_range:
                 item = (item * 255).round().clamp(0, 255).byte()
             return np.asarray(item)
-        return values_of(item, self.wanted.channels) if isinstance(item, Image.Image) else np.asarray(item)
+        pixels = values_of(item, self.wanted.channels) if isinstance(item, Image.Image) else np.asarray(item)
+        is_gray = pixels.ndim == 2 and not self.wanted.converts
+        return np.repeat(pixels[..., None], 3, -1) if is_gray else pixels
 
     def name(self, index: int) -> str:
         item = self.images[index] if isinstance(self.images, (list, tuple)) else None

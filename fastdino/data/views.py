@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastdino.data.augment import apply_crop, center_view
-from fastdino.data.channels import channels_of
-from fastdino.data.decode import BadImage, decode_array, open_image
+from fastdino.data.channels import read_pixels
+from fastdino.data.decode import BadImage
 from fastdino.data.params import TRIES, CropParams, draw_boxes, uniforms
 from fastdino.data.sources import ImageSource
 
@@ -81,11 +81,9 @@ def views(
     num_workers: threads, 0 for the caller's. bad: is told index and reason of each image that cannot be read.
     """
 
-    channels = channels_of(source)
-
     def view(index: int) -> Tensor | str:
         try:
-            pixels = show(decode_array(open_image(source[index], channels=channels)), index)
+            pixels = show(read_pixels(source, index), index)
         except (BadImage, OSError) as error:
             return f"{source.name(index)}: {error}"
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

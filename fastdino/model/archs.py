@@ -173,14 +173,19 @@ def check_arch(name: str) -> None:
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
 
 
-def timm_backbone(name: str, drop_path_rate: float) -> nn.Module:
+def timm_backbone(name: str, drop_path_rate: float, channels: int = 3) -> nn.Module:
     """A model of timm's without its classifier, under timm's own parameter names, not pretrained.
 
     name: `timm:resnet50`. One that has another input size than the crops', and cannot change it, will say so.
     """
     import timm
 
-    options: dict[str, Any] = {"pretrained": False, "num_classes": 0, "drop_path_rate": drop_path_rate}
+    options: dict[str, Any] = {
+        "pretrained": False,
+        "num_classes": 0,
+        "drop_path_rate": drop_path_rate,
+        "in_chans": channels,
+    }
     try:  # ViTs of timm take one size of images, unless they are told otherwise; others do not know the option
         backbone = timm.create_model(name.removeprefix(TIMM), dynamic_img_size=True, **options)
     except TypeError:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
+from fastdino.data.channels import MAX_CHANNELS, ImageFormat
 from fastdino.data.params import MultiCropRecipe, ViewRecipe
 from fastdino.eval import EVALUATIONS
 from fastdino.model.archs import ARCHITECTURES, SYNONYMS, check_arch
@@ -121,6 +122,12 @@ class TrainConfig:
         "folder of images, of any depth; .tar or .parquet files, a folder of them or a pattern like "
         "'train-{000..146}.tar'; without it: scikit-learn's digits",
     )
+    channels: int = flag(
+        3, "Data", "of the images, 1 to 16: gray (1), RGB (3), or what .npy arrays (H, W, C) and TIFF stacks hold"
+    )
+    value_range: tuple[float, ...] = flag(
+        (), "Data", "numbers in the files that are black and white; without it the type's, 0 to 65535 or 0 to 1"
+    )
     num_workers: int = flag(10, "Data", "loading threads per GPU, at most one per core; 0 loads between the steps")
     augment: str = flag(
         "auto",
@@ -198,6 +205,10 @@ class TrainConfig:
                 raise ValueError(f"--{name}: expected a value in [0, 1], got {getattr(self, name)}")
         if unknown := set(self._eval_names()) - set(EVALUATIONS):
             raise ValueError(f"--eval: expected some of {', '.join(EVALUATIONS)}, got {', '.join(sorted(unknown))}")
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise ValueError(f"--channels: expected 1 to {MAX_CHANNELS}, got {self.channels}")
+        if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
+            raise ValueError(f"--value_range: expected two rising numbers, got {_words(self.value_range)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed: expected 0 to {2**32 - 1}, as NumPy takes them, got {self.seed}")
         if not 0 <= self.drop_path_rate < 1:
@@ -227,6 +238,11 @@ class TrainConfig:
     def eval_size(self) -> tuple[int, int]:
         """Short side an image is resized to, and the side of the center crop, when features are extracted."""
         return self.eval_resize or round(self.global_crops_size * 8 / 7), self.global_crops_size
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """How images are read."""
+        return ImageFormat(self.channels, tuple(float(x) for x in self.value_range))
 
     def recipe(self) -> MultiCropRecipe:
         """The crops, as `fastdino.data` wants them."""
@@ -332,7 +348,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         title = f.metadata["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
-        default = "" if f.default is None else f" [{_shown(f.default)}]"
+        default = "" if f.default in (None, ()) else f" [{_shown(f.default)}]"
         text, choices = f.metadata["help"], _choices(f)
         text += "" if all(name in text for name in choices) else f" ({', '.join(choices)})"
         names = [f"--{f.name}"] + (["--local-rank"] if f.name == "local_rank" else [])

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fastdino import files
+from fastdino.data.remarks import remarks
 from fastdino.errors import some_of
 from fastdino.eval import TITLES
 from fastdino.eval.attention_maps import draw_samples
@@ -29,6 +30,8 @@ def introduce(parts: Parts, say: Say) -> None:
     name = parts.model_name
     n_params = sum(p.numel() for p in parts.backbone.parameters()) / 1e6
     say(f"data    {parts.source.describe()}")
+    for line in remarks(parts.source):
+        say(f"        {line}")
     if parts.held_out:
         say(f"        {parts.held_out.describe()}")
     say(f"model   {name}, {n_params:.1f} M parameters, {config.out_dim:,} prototypes")
