@@ -19,7 +19,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
@@ -28,6 +27,10 @@ from fastdino.data.params import CropParams, ViewRecipe, crop_params, draw_crops
 from fastdino_kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 
 LEVELS = np.arange(256)
+TRUNCATE = -0.499  # added before OpenCV rounds: blends of Pillow's truncate, whole numbers stay
+# (3, 4) from r, g, b, 1 to colors as they are, and to their luma.
+COLORFUL, COLORLESS = np.eye(3, 4), np.array([[0.299, 0.587, 0.114, 0]] * 3)
+COLORFUL[:, 3] = COLORLESS[:, 3] = TRUNCATE
 COLORS = ("saturation", "hue")  # steps that look at three channels
 NEUTRAL_MEAN, NEUTRAL_STD = 0.5, 0.25  # of each channel, for other images than ImageNet's
 
@@ -90,26 +93,29 @@ def apply_crop(
     return by_pillow(pixels[y : y + h, x : x + w], alter)
 
 
-def _levels(values: NDArray[Any]) -> Pixels:
-    """A table of 256 levels, truncated as Pillow's blends are."""
-    return values.clip(0, 255).astype(np.uint8)
-
-
 def _gray(pixels: Pixels) -> Pixels:
     return cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
+def _scaled(pixels: Pixels, factor: float, offset: float = 0.0) -> Pixels:
+    """factor * pixels + offset, truncated. In half the time of a table of levels."""
+    return cv2.addWeighted(pixels, factor, pixels, 0, offset + TRUNCATE)
+
+
 def _jitter_fast(pixels: Pixels, step: str, factor: float) -> Pixels:
     if step == "brightness":
-        return cv2.LUT(pixels, _levels(factor * LEVELS))
+        return _scaled(pixels, factor)
     if step == "contrast":
         gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY) if pixels.ndim == 3 else pixels
         mean = int(cv2.mean(gray)[0] + 0.5)
-        return cv2.LUT(pixels, _levels(mean + factor * (LEVELS - mean)))
+        return _scaled(pixels, factor, (1 - factor) * mean)
     if step == "saturation":
-        return cv2.addWeighted(pixels, factor, _gray(pixels), 1 - factor, -0.5)  # truncates, as a blend of Pillow's
+        return cv2.transform(pixels, factor * COLORFUL + (1 - factor) * COLORLESS)
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(factor)
+    rows = hsv.reshape(len(hsv), -1)
+    shift = np.zeros(rows.shape[1], np.uint8)
+    shift[::3] = factor
+    np.add(rows, shift, out=rows)  # of whole rows: `hsv[..., 0] += factor` takes three times as long
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
@@ -129,7 +135,8 @@ def apply_crop_fast(pixels: Pixels, params: CropParams, size: int) -> Pixels:
     params = _for_channels(params, pixels.shape[2])
     x, y, w, h = params.box
     box = torch.from_numpy(pixels[y : y + h, x : x + w]).permute(2, 0, 1)[None]
-    planes = F.interpolate(box, (size, size), mode="bicubic", antialias=True)[0].numpy()
+    # F.interpolate(mode="bicubic", antialias=True), whose checks take as long as a small crop's colors.
+    planes = torch.ops.aten._upsample_bicubic2d_aa(box, [size, size], False)[0].numpy()
     if len(planes) == 3:
         return _altered(cv2.merge(list(planes)), params)
     return np.stack([_altered(plane, params) for plane in planes], -1)

@@ -47,8 +47,8 @@ class ImageFormat:
     @classmethod
     def of(cls, backbone: nn.Module, args: Any = None) -> "ImageFormat":
         """What a backbone takes, as its first weights tell. args: of its checkpoint, which tell the range."""
-        first: Any = next((p for p in backbone.parameters() if p.ndim == 4), None)  # the patches' convolution
-        told = getattr(args, "value_range", ())  # anything may stand there
+        first = next((p for p in backbone.parameters() if p.ndim == 4), None)  # the patches' convolution
+        told: Any = getattr(args, "value_range", ())  # anything may stand there
         is_range = isinstance(told, tuple) and len(told) == 2 and all(type(x) in (int, float) for x in told)
         return cls(3 if first is None else first.shape[1], told if is_range and told[0] < told[1] else ())
 

@@ -279,14 +279,15 @@ class CropLoader:
     def _on_cpu(self, buffer: PackedBuffer, tables: list[CropTable | None], bad: list[str]) -> Batch:
         n_images = len(buffer.sizes)
         groups = [torch.empty(n, n_images, self.channels, size, size, dtype=torch.uint8) for n, size in self._groups()]
+        places = [group.numpy() for group in groups]
         rows = [crop_params(table) if table else [] for table in tables]
         apply = apply_crop if self.exact else apply_crop_fast
 
         def augment(b: int) -> None:
             pixels = buffer.view(b)
-            for group, params in zip(groups, rows):
-                for v in range(len(group)):
-                    planes = group[v, b].numpy()
+            for place, params in zip(places, rows):
+                for v in range(len(place)):
+                    planes = place[v, b]
                     crop = apply(pixels, params[v * n_images + b], planes.shape[-1])
                     cv2.split(crop, list(planes))
 
