@@ -8,15 +8,14 @@ from typing import Any
 import torch
 
 from fastdino import VisionTransformer, vit_base, vit_small
+from fastdino.train.public import URLS
 
 dependencies = ["torch", "numpy", "PIL", "simplejpeg", "cv2"]
-
-WEIGHTS = "https://dl.fbaipublicfiles.com/dino/dino_{0}_pretrain/dino_{0}_pretrain.pth"  # its authors'
 
 
 def _with_weights(model: VisionTransformer, pretrained: bool, name: str) -> VisionTransformer:
     if pretrained:
-        url = WEIGHTS.format(name)
+        url = URLS[name]
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         except OSError as error:
@@ -29,19 +28,19 @@ def _with_weights(model: VisionTransformer, pretrained: bool, name: str) -> Visi
 
 def dino_vits16(pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
     """ViT-S/16, trained with DINO on ImageNet. kwargs: of VisionTransformer."""
-    return _with_weights(vit_small(16, **kwargs), pretrained, "deitsmall16")
+    return _with_weights(vit_small(16, **kwargs), pretrained, "dino_vits16")
 
 
 def dino_vits8(pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
     """ViT-S/8, trained with DINO on ImageNet. kwargs: of VisionTransformer."""
-    return _with_weights(vit_small(8, **kwargs), pretrained, "deitsmall8")
+    return _with_weights(vit_small(8, **kwargs), pretrained, "dino_vits8")
 
 
 def dino_vitb16(pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
     """ViT-B/16, trained with DINO on ImageNet. kwargs: of VisionTransformer."""
-    return _with_weights(vit_base(16, **kwargs), pretrained, "vitbase16")
+    return _with_weights(vit_base(16, **kwargs), pretrained, "dino_vitb16")
 
 
 def dino_vitb8(pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
     """ViT-B/8, trained with DINO on ImageNet. kwargs: of VisionTransformer."""
-    return _with_weights(vit_base(8, **kwargs), pretrained, "vitbase8")
+    return _with_weights(vit_base(8, **kwargs), pretrained, "dino_vitb8")

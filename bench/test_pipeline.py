@@ -34,7 +34,7 @@ from fastdino_kernels import CropTable, PackedImages, multi_crop_augment
 N_IMAGES, BATCH = (96, 32) if ON_GPU else (24, 8)
 BUDGET_MS = 500 if QUICK else 3000
 WIDTH, HEIGHT = 500, 375
-RECIPE = TrainConfig().recipe()
+RECIPE = TrainConfig().crops()
 GROUPS = ((RECIPE.globals, 0), (RECIPE.locals, len(RECIPE.globals)))  # views, and the number of the first
 
 

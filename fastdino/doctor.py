@@ -2,6 +2,7 @@
 
 import importlib.util
 import platform
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import torch
 
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.loader import useful_workers
-from fastdino.data.sources import open_source
+from fastdino.data.sources import ImageSource, open_source
 from fastdino.model.attention import BACKENDS
 from fastdino.model.attention_choice import why_not
+from fastdino.train import preset
 
 PACKAGES = ("fastdino", "torch", "triton", "xformers", "numpy", "pillow", "simplejpeg")
 READ_SECONDS = 3.0
@@ -64,9 +66,8 @@ def _graphs() -> str:
     return "yes" if float(x[0]) == 1 else "no: the replay did not write"
 
 
-def _loading(folder: str) -> str:
-    """Images decoded per second by one core, over at most READ_SECONDS. Raises UserError as open_source does."""
-    source = open_source(folder)
+def _loading(source: ImageSource) -> str:
+    """Images decoded per second by one core, over at most READ_SECONDS."""
     n_read, n_bad, start = 0, 0, time.perf_counter()
     for i in range(len(source)):
         try:
@@ -132,20 +133,24 @@ def advice_for_gpu(free_bytes: float) -> str:
     return f"{flags}  (computed, not measured: at least {least:.1f} of {gib:.1f} GiB free)"
 
 
-def advice_for_cpu(cores: int) -> str:
-    """Flags for images of one's own without a GPU: small crops, few prototypes."""
-    flags = "--arch vit_nano --patch_size 8 --global_crops_size 64 --local_crops_size 32 --local_crops_number 4"
-    return f"{flags} --out_dim 4096 --batch_size_per_gpu 32 --num_workers {max(1, cores - 1)}"
+def advice_for_few(folder: str, source: ImageSource) -> list[tuple[str, str]]:
+    """A command for a small folder, and what `train` takes there by itself."""
+    few = preset.values(source)
+    crops = "2 x {global_crops_size} px + {local_crops_number} x {local_crops_size} px".format(**few)
+    recipe = f"{few['arch']}/{few['patch_size']}, {crops}, {few['epochs']} epochs"
+    return [
+        ("your images", f"fastdino train --data_path {shlex.quote(folder)}"),
+        ("recipe", f"--preset small, chosen for {len(source):,} images: {recipe}; main_dino's: --preset none"),
+    ]
 
 
 def _device() -> tuple[str, list[tuple[str, str]]]:
     """The device in words, and what to try on it."""
     cores = useful_workers(sys.maxsize, 1)
     if not torch.cuda.is_available():
-        own = f"fastdino train --data_path FOLDER {advice_for_cpu(cores)}"
         return f"none; {cores} CPU cores", [
             ("try", "fastdino train  (the digits, made for a CPU)"),
-            ("your images", own),
+            ("your images", "fastdino train --data_path FOLDER --preset small"),
         ]
     properties = torch.cuda.get_device_properties(0)
     half = "bf16" if torch.cuda.is_bf16_supported() else "fp16 only"
@@ -170,5 +175,8 @@ def examine(folder: str | None) -> list[tuple[str, str]]:
     lines = [*environment(), *((f"attention {name}", _attention(name)) for name in BACKENDS)]
     lines += [("Triton compiles", _triton()), ("CUDA graphs", _graphs())]
     if folder is not None:
-        lines.append(("loading", _loading(folder)))
+        source = open_source(folder)
+        lines.append(("loading", _loading(source)))
+        if preset.is_small(source):
+            advice = advice_for_few(folder, source)
     return [*lines, *advice]

@@ -14,11 +14,13 @@ from typing import BinaryIO
 from fastdino.errors import chain
 
 TEMPORARY = ".partial"
+_unfinished: set[Path] = set()  # what this process is writing
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file anew: `write` fills a temporary one of this process beside it, which then takes its place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    _unfinished.add(temporary)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -28,9 +30,11 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        # torch.save reports a full disk as an error of its own writer.
-        cause = next((e for e in chain(error) if isinstance(e, OSError)), error)
+        # torch.save reports a full disk, and Ctrl-C, as an error of its own writer.
+        cause = next((e for e in chain(error) if isinstance(e, (OSError, KeyboardInterrupt))), error)
         raise cause from None
+    finally:
+        _unfinished.discard(temporary)
     sync_folder(path.parent)
 
 
@@ -69,6 +73,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def abandon() -> None:
+    """Delete what this process is still writing, for a process that ends at once."""
+    for path in tuple(_unfinished):
+        with suppress(OSError):
+            path.unlink()
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What check_v2.py asks of an implementation of the DINOv2 and DINOv3 recipes, by fastdino's own functions."""
 
+import numpy as np
 import torch
 
 from fastdino import DINOHead, VisionTransformer, load_backbone, objectives
@@ -11,10 +12,14 @@ from fastdino.model.convnext import ConvNeXt
 from fastdino.model.drop_path import Path as DropPath
 from fastdino.model.drop_path import of_images
 from fastdino.model.layers import NORMS, layer_norm
+from fastdino.model.masked import MaskedMultiCrop
 from fastdino.model.rope import Draw, RopeEmbed
 from fastdino.model.vit import Block, Interpolation
+from fastdino.objectives import DINOv2Loss, DINOv2Weights, GramTeacher
 from fastdino.train.iteration_schedules import LR_SCALES, IterationSchedules, warmup_cosine_constant
+from fastdino.train.optim import dinov2_tuning
 from fastdino.train.param_multipliers import backbone_multipliers, head_multipliers
+from fastdino.train.step import TrainStep
 from fastdino_kernels import center_update_, patch_loss, sinkhorn_center
 from fastdino_kernels import dino_loss as dino_loss_of_pairs
 
@@ -108,7 +113,7 @@ def schedules(case):
         lr = optim.pop("lr") * scale * (4 if case["optim"]["scaling_rule"] == "sqrt_wrt_1024" else 1)
     extra = optim.pop("schedule_trunc_extra", 0.0)
     settings = {"epoch_length": case["epoch_length"], "n": case["n"], "trunc_extra": extra, "lr": lr}
-    got = IterationSchedules.of(**optim, **teacher, **settings)
+    got = IterationSchedules.from_settings(**optim, **teacher, **settings)
     names = {"wd": "weight_decay", "momentum": "momentum_teacher"}
     return {k: getattr(got, names.get(k, k)) for k in ("lr", "wd", "momentum", "teacher_temp", "last_layer_lr")}
 
@@ -220,3 +225,174 @@ def architecture(name):
 
 def load_teacher(path, version, cfg, img_size):
     return load_backbone(path, num_heads=2 if version == 2 else None).double()
+
+
+# Training.
+def _heads(cfg, version, name):
+    given = cfg[name]
+    return DINOHead(
+        cfg["embed_dim"],
+        given["head_n_prototypes"],
+        norm_last_layer=False,
+        nlayers=given["head_nlayers"],
+        hidden_dim=given["head_hidden_dim"],
+        bottleneck_dim=given["head_bottleneck_dim"],
+        weight_norm=version == 2,
+    )
+
+
+def _network(cfg):
+    version, given = cfg["version"], cfg["student"]
+    kw = {name: cfg[name] for name in ("version", "embed_dim", "depth", "num_heads")}
+    kw |= {"patch_size": given["patch_size"], "ffn_layer": given.get("ffn_layer", "mlp")}
+    kw |= {"img_size": cfg["crops"]["global_crops_size"]}
+    if version == 2:
+        kw |= {"init_values": 1e-5, "num_register_tokens": given.get("num_register_tokens", 0)}
+        kw |= {"interpolate_offset": given.get("interpolate_offset", 0.1)}
+        kw |= {"interpolate_antialias": given.get("interpolate_antialias", False)}
+    else:
+        names = ("n_storage_tokens", "mask_k_bias", "norm_layer", "untie_global_and_local_cls_norm")
+        kw |= {"layerscale_init": 1e-5, **{name: given[name] for name in names}}
+    shared = version == 2 and not cfg["ibot"]["separate_head"]
+    ibot_head = None if shared else _heads(cfg, version, "ibot")
+    return MaskedMultiCrop(backbone(kw), _heads(cfg, version, "dino"), ibot_head)
+
+
+def _curve(case, length, epochs):
+    """One of DINOv3's explicit schedules."""
+    warmup, cosine = case["warmup_epochs"] * length, case.get("cosine_epochs")
+    return warmup_cosine_constant(
+        case["start"], case["peak"], case["end"], warmup, epochs * length, None if cosine is None else cosine * length
+    )
+
+
+def _schedules(cfg, epochs, length):
+    if cfg["version"] == 3:
+        given = {name: dict(case) for name, case in cfg["schedules"].items()}
+        # DINOv3 scales the rate with the batch, the square root's from a batch of 64.
+        scale = LR_SCALES["sqrt_wrt_1024"](cfg["batch"]) * 4
+        given["lr"] |= {name: given["lr"][name] * scale for name in ("peak", "end")}
+        curves = {name: _curve(case, length, epochs) for name, case in given.items()}
+        thawed = np.arange(epochs * length) >= given["lr"]["freeze_last_layer_epochs"] * length
+        return IterationSchedules(
+            lr=curves["lr"],
+            last_layer_lr=curves["lr"] * thawed,
+            weight_decay=curves["weight_decay"],
+            momentum_teacher=curves["momentum"],
+            teacher_temp=curves["teacher_temp"],
+        )
+    optim, teacher = cfg["optim"], cfg["teacher"]
+    return IterationSchedules.from_settings(
+        epochs=epochs,
+        epoch_length=length,
+        lr=optim["base_lr"] * LR_SCALES["sqrt_wrt_1024"](cfg["batch"]),
+        min_lr=1e-6,
+        warmup_epochs=optim["warmup_epochs"],
+        weight_decay=0.04,
+        weight_decay_end=0.4,
+        momentum_teacher=teacher.get("momentum_teacher", 0.992),
+        final_momentum_teacher=1.0,
+        warmup_teacher_temp=0.04,
+        teacher_temp=0.07,
+        warmup_teacher_temp_epochs=teacher["warmup_teacher_temp_epochs"],
+        freeze_last_layer_epochs=optim["freeze_last_layer_epochs"],
+    )
+
+
+class _WithLocalAndGramWeights(DINOv2Loss):
+    """Weights that follow DINOv3's schedules."""
+
+    def __init__(self, curves, **options):
+        super().__init__(**options)
+        self.curves = curves
+
+    def columns(self, epochs):
+        return self.curves
+
+
+def _objective(cfg, gram_teacher, epochs, length):
+    curves = {}
+    if cfg["version"] == 3:
+        curves["local_weight"] = _curve(cfg["dino"]["local_loss_weight_schedule"], length, epochs)
+        curves["gram_weight"] = _curve(cfg["gram"]["loss_weight_schedule"], length, epochs)
+    return _WithLocalAndGramWeights(
+        curves,
+        ncrops=2 + cfg["crops"]["local_crops_number"],
+        out_dim=cfg["dino"]["head_n_prototypes"],
+        patch_out_dim=cfg["ibot"]["head_n_prototypes"],
+        centering="center" if cfg["train"].get("centering") == "centering" else "sinkhorn",
+        weights=DINOv2Weights(reweights_local=cfg["version"] == 3),
+        gram=gram_teacher,
+    )
+
+
+def _gram_teacher(cfg, tensors, dtype):
+    if "gram" not in cfg:
+        return None
+    backbone = _network(cfg).backbone
+    backbone.load_state_dict(_state(tensors, "gram_init", "backbone."))
+    given = cfg["gram"]
+    return GramTeacher(
+        backbone.to(dtype),
+        first_update=given["it_first_update"],
+        update_every=given["update_frequency"],
+        max_updates=given["max_updates"],
+        img_level=given["img_level"],
+    )
+
+
+def _state(tensors, key, prefix=""):
+    start = f"{key}.{prefix}"
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+
+
+def _views(tensors, i, dtype):
+    crops = [x.to(dtype) / 16 for kind in ("global", "local") for x in tensors[f"{kind}{i}"]]
+    masks, weights = tensors[f"masks{i}"], tensors[f"weights{i}"]
+    extra = [*masks.chunk(2), masks.flatten().nonzero().flatten()[None], weights[None]]
+    return [*crops, *extra, *(x.to(dtype) / 16 for x in tensors.get(f"gram{i}", ()))]
+
+
+def train(cfg, tensors, dtype):
+    torch.manual_seed(0)
+    epochs, length = cfg["optim"]["epochs"], cfg["train"]["OFFICIAL_EPOCH_LENGTH"]
+    networks = [_network(cfg), _network(cfg)]
+    for network in networks:
+        network.load_state_dict(_state(tensors, "init"))
+        network.to(dtype).train(network is networks[0])
+    networks[1].requires_grad_(False)
+    optim = cfg["optim"]
+    step = TrainStep(
+        student=networks[0],
+        teacher=networks[1],
+        loss=_objective(cfg, _gram_teacher(cfg, tensors, dtype), epochs, length).to(dtype),
+        optimizer="adamw",
+        schedules=_schedules(cfg, epochs, length),
+        niter_per_ep=length,
+        clip_grad=optim["clip_grad"],
+        tuning=dinov2_tuning(
+            cfg["depth"],
+            lr_decay=optim.get("layerwise_decay", 0.9),
+            patch_embed_lr=0.2,
+            betas=(0.9, optim.get("adamw_beta2", 0.999)),
+        ),
+    )
+    step.schedule.seek(0)
+    step.schedule.advance()
+    step.compute(step.forward, _views(tensors, 0, dtype))
+    out = {"grad0": {name: p.grad.clone() for name, p in step.student.named_parameters()}}
+    out |= {"total_loss": [], "grad_norm": []}
+    for i in range(epochs * length):
+        if cfg["version"] == 2 and hasattr(step.loss, "center"):  # the originals' files lack the last step's update
+            out |= {"center_cls": step.loss.center.clone(), "center_patch": step.loss.patch_center.clone()}
+        step.schedule.seek(i)
+        metrics = step(_views(tensors, i, dtype), i)
+        out["total_loss"].append(float(metrics.loss))
+        out["grad_norm"].append(step.update.module_norms)
+    out["total_loss"] = torch.tensor(out["total_loss"], dtype=torch.float64)
+    out["grad_norm"] = torch.stack(out["grad_norm"])
+    for name, module in (("student", step.student), ("teacher", step.teacher)):
+        out[name] = module.state_dict()
+    if step.loss.gram_teacher is not None:
+        out["gram_teacher"] = {f"backbone.{k}": v for k, v in step.loss.gram_teacher.backbone.state_dict().items()}
+    return out

@@ -17,7 +17,8 @@ import torch
 import fastdino
 from fastdino.cli import main
 from fastdino.cli import parse as parse_words
-from fastdino.train.config import TrainConfig, command_line, config_from_args
+from fastdino.train.command_line import command_line, config_from_args
+from fastdino.train.config import TrainConfig
 from fastdino.train.flags import ORIGINAL as ORIGINAL_NAMES
 
 ORIGINAL = {  # main_dino.py's flags and defaults; data_path has none here: without it, the digits
@@ -93,7 +94,7 @@ def test_a_preset_sets_probabilities_that_nobody_gave():
     assert probabilities("--augmentation", "none") == [0.5, 0.0, 0.0, (0.0, 0.0, 0.0), 0.0]
     assert probabilities("--augmentation", "none", "--gray_prob", "0.3") == [0.5, 0.0, 0.3, (0.0, 0.0, 0.0), 0.0]
     assert probabilities("--blur_prob", "1", "1", "1", "--augmentation", "dinov2")[3] == (1.0, 1.0, 1.0)
-    recipe = parse("--data_path", "p", "--augmentation", "dinov2").recipe()
+    recipe = parse("--data_path", "p", "--augmentation", "dinov2").crops()
     assert [view.blur for view in recipe.views] == [0.0, 0.9, *[0.5] * 8]
     with pytest.raises(ValueError, match="--augmentation: expected one of dino, dinov2, none, got 'dinov3'"):
         parse("--augmentation", "dinov3")

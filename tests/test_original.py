@@ -27,11 +27,12 @@ import fastdino
 from fastdino import VisionTransformer, load_backbone, load_checkpoint
 from fastdino.export.formats import FORMATS
 from fastdino.model import ARCHITECTURES
-from fastdino.train.build import build_networks, build_step
+from fastdino.train.build import build_step
 from fastdino.train.checkpoint import restore, save_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.distributed import start
 from fastdino.train.flags import ORIGINAL
+from fastdino.train.networks import build_networks
 
 ROOT = Path(fastdino.__file__).parent.parent
 PEER = Path(os.environ.get("FASTDINO_PEERS", "nowhere")) / "dino"

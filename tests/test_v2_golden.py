@@ -34,7 +34,20 @@ MODELS = [
     *(f"names_{name}" for name in (*PUBLISHED, *CONVNEXTS)),
     *(f"teacher_checkpoint_{name}" for name in TEACHERS),
 ]
+NETWORKS = ("loss", "grad_norm", "student", "teacher")
+TRAIN = [
+    *(
+        f"train_{run}.{part}.{dtype}"
+        for run in ("v2_sinkhorn", "v3_gram")
+        for part in NETWORKS
+        for dtype in ("fp64", "fp32")
+    ),
+    *(f"train_v3_gram.gram_teacher.{dtype}" for dtype in ("fp64", "fp32")),
+    *(f"train_v2_center.{part}.fp64" for part in (*NETWORKS, "center")),
+    *(f"train_{run}.grad0.fp64" for run in ("v2_center", "v2_sinkhorn", "v3_gram")),
+]
 CHECKS = [*(f"{name}.{dtype}" for name in (*LOSSES, *KOLEO) for dtype in ("fp64", "fp32")), *MASKS, *RUN, *MODELS]
+CHECKS += TRAIN
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +58,10 @@ def held() -> dict[str, bool]:
     report = subprocess.run(command, env=env, capture_output=True, text=True).stdout
     lines = re.findall(r"^(\S+) +\S+ \(bar .*?\)(.*)$", report, re.M)
     return {name: "FALLS SHORT" not in rest for name, rest in lines}
+
+
+def test_every_check_is_named_here(held: dict[str, bool]) -> None:
+    assert sorted(held) == sorted(CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -17,7 +17,7 @@ from fastdino.eval.feature_files import FORMATS, check_output
 from fastdino.eval.features import TOKENS
 from fastdino.extract import extract_to_file
 from fastdino.train import distributed
-from fastdino.train.config import boolean
+from fastdino.train.command_line import boolean
 
 PLAIN_EVERY = 10.0  # seconds between lines of progress where standard error is no terminal
 

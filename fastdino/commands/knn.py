@@ -23,7 +23,7 @@ from fastdino.commands.common import (
 from fastdino.data.sources import ImageSource
 from fastdino.errors import UserError, some_of
 from fastdino.eval.knn import Features, extract_features, knn_votes, n_of_each_class
-from fastdino.train.config import boolean
+from fastdino.train.command_line import boolean
 
 PARTS = ("train", "test")  # of files that the original writes: trainfeat.pth, trainlabels.pth ...
 

@@ -45,7 +45,7 @@ from fastdino.eval.linear import (
     train,
 )
 from fastdino.train.checkpoint import load_checkpoint
-from fastdino.train.config import boolean
+from fastdino.train.command_line import boolean
 from fastdino.train.contents import first_difference, unwrapped
 from fastdino.train.finite import first_nonfinite
 from fastdino.train.folder import RunFolder

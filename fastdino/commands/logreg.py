@@ -18,7 +18,7 @@ from fastdino.commands.common import (
 from fastdino.errors import UserError, some_of
 from fastdino.eval.linear import Input, Labelled, Tokens
 from fastdino.eval.logreg import C_VALUES, MAX_ITERATIONS, log_regression
-from fastdino.train.config import boolean
+from fastdino.train.command_line import boolean
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from fastdino.commands.pictures import PICTURES, check_picture, check_size, make
 from fastdino.errors import UserError
 from fastdino.eval.pca import patch_colors, patch_tokens, pca_figure
 from fastdino.eval.pictures import enlarged, save_figure, save_png
-from fastdino.train.config import boolean
+from fastdino.train.command_line import boolean
 
 LARGER = 2  # than images were in training: more patches, a finer picture
 

@@ -18,7 +18,7 @@ from fastdino.commands.common import (
 from fastdino.data.sequences import SequenceSource
 from fastdino.errors import UserError, printable, some_of
 from fastdino.eval.retrieval import KS, mean_precision, ranking, read_truth, retrieval_features
-from fastdino.train.config import boolean
+from fastdino.train.command_line import boolean
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from fastdino.errors import UserError
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One for each field of TrainConfig."""
-    from fastdino.train.config import add_flags
+    from fastdino.train.command_line import add_flags
 
     parser.usage = "fastdino train [--data_path FOLDER] [flags]"
     parser.description = """\
@@ -26,17 +26,22 @@ Several GPUs: torchrun --nproc_per_node=8 -m fastdino.train ..."""
 
 def run(args: argparse.Namespace) -> int:
     """Train; 128 + the signal where one ended the run."""
-    from fastdino.train.config import config_from_args
+    from fastdino.train.build import Own
+    from fastdino.train.command_line import config_from_args
     from fastdino.train.distributed import launched
     from fastdino.train.flags import check_images, read_config
     from fastdino.train.loop import train
+    from fastdino.train.preset import with_preset
 
     if path := vars(args).pop("config", None):
         args = argparse.Namespace(**{**read_config(path), **vars(args)})
+    n_processes = launched().world_size
     try:
-        config = config_from_args(args)
+        config_from_args(args)  # what is wrong with the flags is said before the images are looked for
+        check_images(vars(args), n_processes)
+        given, source = with_preset(vars(args), n_processes)
+        config = config_from_args(argparse.Namespace(**given))
     except ValueError as error:
         raise UserError(str(error)) from error
-    check_images(vars(args), launched().world_size)
-    result = train(config)
+    result = train(config, Own(source=source))
     return 128 + (result.signal or signal.SIGINT) if result.interrupted else 0

@@ -34,10 +34,19 @@ PNG_OF_16_BITS = (b"\x10\x02", b"\x10\x06")  # RGB and RGBA, at byte 24
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How images are read. channels: C, 1 to 16. value_range: numbers that are black and white; () for `levels`'s."""
+    """How images are read. channels: C, 1 to 16. value_range: numbers that are black and white; () for `levels`'s.
+
+    Raises ValueError for others.
+    """
 
     channels: int = 3
     value_range: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise ValueError(f"channels: expected 1 to {MAX_CHANNELS}, got {self.channels}")
+        if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
+            raise ValueError(f"value_range: expected two rising numbers, got {' '.join(map(str, self.value_range))}")
 
     @property
     def converts(self) -> bool:
@@ -46,11 +55,13 @@ class ImageFormat:
 
     @classmethod
     def of(cls, backbone: nn.Module, args: Any = None) -> "ImageFormat":
-        """What a backbone takes, as its first weights tell. args: of its checkpoint, which tell the range."""
-        first = next((p for p in backbone.parameters() if p.ndim == 4), None)  # the patches' convolution
+        """What a backbone takes, as its first convolution tells. args: of its checkpoint, which tell the range."""
+        first = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
         told: Any = getattr(args, "value_range", ())  # anything may stand there
         is_range = isinstance(told, tuple) and len(told) == 2 and all(type(x) in (int, float) for x in told)
-        return cls(3 if first is None else first.shape[1], told if is_range and told[0] < told[1] else ())
+        return cls(
+            3 if first is None else min(first.shape[1], MAX_CHANNELS), told if is_range and told[0] < told[1] else ()
+        )
 
 
 RGB = ImageFormat()

@@ -27,6 +27,7 @@ from torch.utils.data import Sampler
 from fastdino.data.augment import apply_crop, apply_crop_fast, normalize
 from fastdino.data.channels import channels_of
 from fastdino.data.decode import BadImage, Opened, decode_array, open_image
+from fastdino.data.masks import BatchMasks
 from fastdino.data.params import MultiCropRecipe, crop_params, draw_crops
 from fastdino.data.ring import N_BUFFERS, PackedBuffer
 from fastdino.data.sources import ImageSource
@@ -41,15 +42,20 @@ cv2.setNumThreads(0)  # the threads are ours; OpenCV's own would fight them for 
 
 @dataclass
 class Batch:
-    """Crops of one step, on the host in uint8, or on the GPU and normalised once `ready` has passed.
+    """Crops of one step: on the host in uint8, or on the GPU and normalised once `ready` has passed.
 
-    global_crops: (2, B, C, S, S). local_crops: (L, B, C, s, s). bad: a line per image left out.
+    global_crops: (2, B, C, S, S). local_crops: (L, B, C, s, s). bad: a line per image left out. masks: of `BatchMasks`.
     """
 
     global_crops: Tensor
     local_crops: Tensor
     bad: list[str]
     ready: torch.cuda.Event | None = None
+    masks: list[Tensor] = field(default_factory=list)
+
+    def views(self, device: torch.device) -> list[Tensor]:
+        """The crops, and what masks them, on `device`."""
+        return [*self.crops(device), *(x.to(device, non_blocking=True) for x in self.masks)]
 
     def crops(self, device: torch.device) -> list[Tensor]:
         """V normalised crops (B, C, H, W) on `device`, globals first, for the current stream to use."""
@@ -124,7 +130,7 @@ class CropLoader:
     num_workers: threads; 0 does everything in the caller's. augment: exact (Pillow's pixels), fast (close to them), or
     auto: exact where the kernels make the crops, on a GPU, and fast elsewhere. dct_scale: decode JPEGs that are far
     larger than the crops need at a fraction of their size. dtype: of crops made on a GPU, fp32, bf16 or fp16; in the
-    step's own they are written and read with half the bytes, and not cast.
+    step's own they are written and read with half the bytes, and not cast. masks: of the global crops, drawn with them.
     """
 
     def __init__(
@@ -138,7 +144,9 @@ class CropLoader:
         augment: str = "auto",
         dct_scale: bool = False,
         dtype: torch.dtype = torch.float32,
+        masks: BatchMasks | None = None,
     ) -> None:
+        self.masks = masks
         self.source, self.recipe, self.sampler, self.num_workers = source, recipe, sampler, num_workers
         self.device = device or torch.device("cpu")
         self.channels = channels_of(source)
@@ -216,6 +224,13 @@ class CropLoader:
         return list((self._images.map if self._images else map)(function, *arguments))
 
     def _make(self, keys: list[tuple[int, int]]) -> Batch:
+        batch = self._cropped(keys)
+        if self.masks is not None:  # an epoch has each image once: its first one names a batch
+            drawn = self.masks.draw(len(keys), self.sampler.seed, *keys[0], self.sampler.rank)
+            batch.masks = [x.pin_memory() for x in drawn] if self.on_gpu else drawn
+        return batch
+
+    def _cropped(self, keys: list[tuple[int, int]]) -> Batch:
         buffer = self._free.get()
         try:
             items = [_Item(index) for _, index in keys]

@@ -113,3 +113,43 @@ def mask_batch(
     stacked = torch.from_numpy(np.stack(masks)).flatten(1)
     weights = (1 / stacked.sum(-1).clamp(min=1)).repeat_interleave(stacked.sum(-1))
     return MaskedBatch(stacked, stacked.flatten().nonzero().flatten(), weights, sum(most))
+
+
+@dataclass(frozen=True)
+class BatchMasks:
+    """Draws the masks of every batch of a run.
+
+    n_parts: that a batch is computed in (--accumulate), each with masks as of a batch of its own, and so with as many
+    masked patches in every step.
+    """
+
+    generator: BlockMasks
+    probability: float
+    ratio: tuple[float, float]
+    n_parts: int = 1
+
+    def draw(self, n_images: int, *seed: int) -> list[Tensor]:
+        """Masks of a batch, as a function of the numbers of `seed` alone.
+
+        Returns the masks of the first global crops and of the second ones, (B, N) bool; indices, (parts, M) int64 of
+        the masked patches among those of the part's global crops, crop-major; weights, (parts, M) fp32. Where not
+        every batch has as many, M is the most, and what is missing is the last index again, with weight 0.
+        """
+        sequence = np.random.SeedSequence(seed)
+        state = sequence.generate_state(2)
+        py, nprng = random.Random(int(state[0])), np.random.RandomState(state[1])
+        n_crops = 2 * n_images // self.n_parts
+        parts = [
+            mask_batch(self.generator, n_crops, self.probability, self.ratio, py, nprng) for _ in range(self.n_parts)
+        ]
+        views = [torch.cat(halves) for halves in zip(*(part.masks.chunk(2) for part in parts))]
+        indices = torch.stack([_filled(part.indices, part.upper_bound) for part in parts])
+        missing = [part.upper_bound - len(part.weights) for part in parts]
+        weights = [torch.nn.functional.pad(part.weights, (0, n)) for part, n in zip(parts, missing)]
+        return [*views, indices, torch.stack(weights)]
+
+
+def _filled(indices: Tensor, length: int) -> Tensor:
+    """Indices of so many patches, with the last of them again at the end; 0 where there is none."""
+    last = indices[-1:] if len(indices) else indices.new_zeros(1)
+    return torch.cat((indices, last.expand(length - len(indices))))

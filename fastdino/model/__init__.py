@@ -2,13 +2,16 @@
 
 from fastdino.model.archs import ARCHITECTURES, PUBLISHED, vit_base, vit_large, vit_nano, vit_small, vit_tiny
 from fastdino.model.head import DINOHead
-from fastdino.model.multicrop import MultiCropWrapper
+from fastdino.model.masked import MaskedMultiCrop
+from fastdino.model.multicrop import MultiCrop, MultiCropWrapper
 from fastdino.model.vit import VisionTransformer
 
 __all__ = [
     "ARCHITECTURES",
     "PUBLISHED",
     "DINOHead",
+    "MaskedMultiCrop",
+    "MultiCrop",
     "MultiCropWrapper",
     "VisionTransformer",
     "vit_base",

@@ -8,6 +8,7 @@ features of all of them, and has `packing(shapes, batch)` and `num_heads` (see V
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +110,17 @@ CONVNEXTS = {
     "dinov3_convnext_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
 }
 
+
+def recipe_options(recipe: str, registers: int, layerscale: float, ffn: str) -> dict[str, Any]:
+    """What a recipe, dino, dinov2 or dinov3, adds to a Vision Transformer of any shape: arguments of it."""
+    if recipe == "dino":
+        return {}
+    options = {"registers": registers, "init_values": layerscale or None, "ffn": ffn, "drop_path_uniform": True}
+    if recipe == "dinov2":
+        return {**(DINOV2_REGISTERS if registers else DINOV2), **options}
+    return {**DINOV3, "mask_k_bias": True, "rope": {"rescale": 2.0}, **options}
+
+
 TIMM = "timm:"  # what a name of a model of timm's begins with
 
 
@@ -150,14 +162,14 @@ def _in_timm(name: str) -> str | None:
     return f"{TIMM}{name}_224" if re.fullmatch(r"xcit_[a-z]+_\d+_p\d+", name) else None
 
 
-def check_arch(name: str) -> None:
-    """Raises ValueError unless there is an architecture of that name to be trained, here or in timm."""
-    if name in ARCHITECTURES:
+def check_arch(name: str, recipe: str = "dino") -> None:
+    """Raises ValueError unless there is an architecture of that name that a recipe trains, here or in timm."""
+    if name in ARCHITECTURES or (name in PUBLISHED and name.startswith(f"{recipe}_")):
         return
-    if name in PUBLISHED or name in CONVNEXTS:
-        raise ValueError(
-            f"{name} is of DINOv2 or DINOv3; its files load, but training knows DINO's recipe alone so far"
-        )
+    if name in CONVNEXTS:
+        raise ValueError(f"{name}: the ConvNeXts of DINOv3 were distilled; their files load, nothing trains them")
+    if name in PUBLISHED:
+        raise ValueError(f"{name} is trained by --recipe {name.partition('_')[0]}, got {recipe}")
     if not name.startswith(TIMM):
         there = _in_timm(name)
         raise ValueError(
@@ -173,22 +185,25 @@ def check_arch(name: str) -> None:
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
 
 
-def timm_backbone(name: str, drop_path_rate: float, channels: int = 3) -> nn.Module:
-    """A model of timm's without its classifier, under timm's own parameter names, not pretrained.
+def timm_backbone(name: str, drop_path_rate: float, pretrained: bool = False, channels: int = 3) -> nn.Module:
+    """A model of timm's without its classifier, under timm's own parameter names.
 
     name: `timm:resnet50`. One that has another input size than the crops', and cannot change it, will say so.
     """
     import timm
 
     options: dict[str, Any] = {
-        "pretrained": False,
+        "pretrained": pretrained,
         "num_classes": 0,
         "drop_path_rate": drop_path_rate,
         "in_chans": channels,
     }
-    try:  # ViTs of timm take one size of images, unless they are told otherwise; others do not know the option
+    backbone: Any = None
+    with suppress(
+        TypeError
+    ):  # its ViTs take one size of images, unless they are told otherwise; others don't know this
         backbone = timm.create_model(name.removeprefix(TIMM), dynamic_img_size=True, **options)
-    except TypeError:
+    if backbone is None:
         backbone = timm.create_model(name.removeprefix(TIMM), **options)
     assert isinstance(backbone, nn.Module)
     backbone.embed_dim = backbone.num_features

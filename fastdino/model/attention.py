@@ -53,6 +53,12 @@ class Packing(NamedTuple):
         """(M, ...) -> (images, ...): the first token of every image."""
         return torch.cat([group[:, 0] for group in self.split(tokens)])
 
+    def cls_rows(self, like: Tensor) -> Tensor:
+        """(images,) where the first token of every image is, on the device of `like`."""
+        starts = [0, *accumulate(self.sizes)]
+        rows = [start + n * torch.arange(count, device=like.device) for start, (count, n) in zip(starts, self.groups)]
+        return torch.cat(rows)
+
     def per_token(self, values: Tensor) -> Tensor:
         """(images,) -> (M, 1): each image's value, for every token of it."""
         parts = values.split([n for n, _ in self.groups])

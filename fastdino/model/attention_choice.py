@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 
 from fastdino.errors import reason
 from fastdino.model.attention import BACKENDS, AttentionOp, Backend, Packing, use_backend
-from fastdino.model.multicrop import MultiCropWrapper
+from fastdino.model.multicrop import MultiCrop
 from fastdino.model.timing import Choice, agreed, outcome, said
 
 PROBE = Packing(((2, 197), (4, 37)))  # more than 128 tokens, and fewer: libraries have other kernels for them
@@ -155,7 +155,7 @@ def choose(
 
 
 def choose_for(
-    student: MultiCropWrapper,
+    student: MultiCrop,
     crops: Sequence[Tensor],
     n_teacher_views: int,
     dtype: torch.dtype,

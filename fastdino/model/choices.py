@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fastdino.model import attention_choice, mlp
-from fastdino.model.multicrop import MultiCropWrapper
+from fastdino.model.multicrop import MultiCrop
 from fastdino.model.timing import Choice
 
 CHOICES = {"attention": attention_choice.choose_for, "MLP": mlp.choose_for}
 
 
 def choose_kernels(
-    student: MultiCropWrapper,
+    student: MultiCrop,
     crops: Sequence[Tensor],
     n_teacher_views: int,
     dtype: torch.dtype,

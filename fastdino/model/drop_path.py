@@ -76,6 +76,22 @@ def of_images(images: list[Tensor], takes: Packing, adds: Packing, like: Tensor)
     return Path(packing, _rows(takes, images), _rows(adds, images), torch.cat(scale))
 
 
+def of_rows(mode: str, drop_prob: float, packing: Packing, images: Tensor, like: Tensor) -> Path:
+    """The path of single tokens, (m,) each of one of `images`, all of which are computed: those of an image that is
+    left out are added with a factor of 0. With "batch" the same number of images of each group as in its own form.
+    """
+    if not drop_prob:
+        return Path(packing)
+    if mode == "sample":
+        factors = like.new_empty(packing.n_images).bernoulli_(1 - drop_prob) / (1 - drop_prob)
+        return Path(packing, scale=factors[images][:, None])
+    parts = []
+    for n, _ in packing.groups:
+        kept = _kept(drop_prob, n, like)
+        parts.append(like.new_zeros(n).index_fill(0, kept, n / len(kept)))
+    return Path(packing, scale=torch.cat(parts)[images][:, None])
+
+
 MODES = {"sample": _by_sample, "batch": _by_batch}
 
 

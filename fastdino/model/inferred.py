@@ -5,9 +5,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastdino.model.archs import DINOV2, DINOV2_REGISTERS, DINOV3
+from fastdino.model.archs import ARCHITECTURES, DINOV2, DINOV2_REGISTERS, DINOV3, PUBLISHED, Arch
 from fastdino.model.layers import NORMS
 
 
@@ -86,3 +87,47 @@ def convnext_stages(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
     depths = [len({name.split(".")[2] for name in state if name.startswith(f"stages.{stage}.")}) for stage in stages]
     gammas = [state.get(f"stages.{stage}.0.gamma") for stage in stages]
     return depths, [0 if gamma is None else gamma.numel() for gamma in gammas]
+
+
+def _shapes(state: Mapping[str, Tensor]) -> set[tuple[str, torch.Size]]:
+    """Names and shapes, but for the grid of positions, which may be of any size."""
+    return {(name, value.shape[2:] if name == "pos_embed" else value.shape) for name, value in state.items()}
+
+
+def _patch_size(state: Mapping[str, Tensor]) -> int | None:
+    weight = state.get("patch_embed.proj.weight")
+    return weight.shape[-1] if weight is not None and weight.ndim == 4 else None
+
+
+def _shapes_of(arch: Arch, patch_size: int | None) -> set[tuple[str, torch.Size]]:
+    with torch.device("meta"):
+        return _shapes(arch(patch_size, img_size=[patch_size or arch.patch_size]).state_dict())
+
+
+def name_of(state: Mapping[str, Tensor]) -> str | None:
+    """The architecture whose names and shapes a backbone's weights have; None where it is none of these here.
+
+    DINO's are of any patch size, those of DINOv2 and DINOv3 of their own.
+    """
+    patch_size, found = _patch_size(state), _shapes(state)
+    for name, arch in {**ARCHITECTURES, **PUBLISHED}.items():
+        is_near = (
+            "norm.weight",
+            torch.Size([arch.width]),
+        ) in found and f"blocks.{arch.depth - 1}.norm1.weight" in state
+        has_its_patches = name in ARCHITECTURES or patch_size == arch.patch_size
+        if is_near and has_its_patches and _shapes_of(arch, patch_size) == found:
+            return name
+    return None
+
+
+def nearest(state: Mapping[str, Tensor]) -> str | None:
+    """The architecture, and its patch size, that shares most names and shapes with these weights; None with none."""
+    found, patch_size = _shapes(state), _patch_size(state)
+    shared: dict[str, float] = {}
+    for name, arch in {**ARCHITECTURES, **PUBLISHED}.items():
+        patches = patch_size if name in ARCHITECTURES else arch.patch_size
+        shapes = _shapes_of(arch, patches)
+        if shapes & found:
+            shared[f"{name}/{patches}"] = len(shapes & found) / len(shapes | found)
+    return max(shared, key=lambda name: shared[name]) if shared else None

@@ -77,4 +77,4 @@ class QkvWithoutKeyBias(nn.Linear):
     @property
     def masked_bias(self) -> Tensor:
         """(3 * D,)."""
-        return self.bias * self.bias_mask
+        return self.bias * self.bias_mask.to(self.bias.dtype)  # of a low-precision copy, too

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.model.attention import HALF
-from fastdino.model.multicrop import MultiCropWrapper
+from fastdino.model.multicrop import MultiCrop
 from fastdino.model.recompute import recomputed
 from fastdino.model.timing import Choice, agreed, outcome, said
 from fastdino_kernels import mlp, reference
@@ -165,7 +165,7 @@ def choose(layers: Mlp, n_tokens: Sequence[int], dtype: torch.dtype, asked: str,
 
 
 def choose_for(
-    student: MultiCropWrapper,
+    student: MultiCrop,
     crops: Sequence[Tensor],
     n_teacher_views: int,
     dtype: torch.dtype,

@@ -16,7 +16,37 @@ def _features(output: Any) -> Tensor:
     return features
 
 
-class MultiCropWrapper(nn.Module):
+class MultiCrop(nn.Module):
+    """A backbone with what follows it, over all crops of a step. packed: whether they go through in one pass."""
+
+    backbone: Any
+    packed: bool
+
+    @property
+    def output_dim(self) -> int:
+        """K, the number of prototypes."""
+        raise NotImplementedError
+
+    def packing(self, crops: Sequence[Tensor], batch_size: int) -> Packing | None:
+        """How the tokens of such crops, of batch_size images each, follow one another; None where none are packed."""
+        if not self.packed:
+            return None
+        runs = [(size, len(list(run))) for size, run in groupby(crops, key=lambda x: x.shape[-2:])]
+        packing: Packing = self.backbone.packing([(n * batch_size, height, width) for (height, width), n in runs])
+        return packing
+
+
+def runs_of(crops: Sequence[Tensor]) -> list[Tensor]:
+    """Crops (B, 3, H, W) that follow one another and are equally large, as one tensor (n * B, 3, H, W)."""
+    return [torch.cat(list(run)) for _, run in groupby(crops, key=lambda x: x.shape[-2:])]
+
+
+def for_heads(features: Tensor) -> Tensor:
+    """In full precision under autocast, as in the original; autocast then decides per op."""
+    return features.float() if torch.is_autocast_enabled(features.device.type) else features
+
+
+class MultiCropWrapper(MultiCrop):
     """Backbone and head over all crops at once.
 
     backbone: (n, 3, H, W) -> (n, D), see `archs`. head: (n, D) -> (n, K). packed: a backbone that packs takes crops of
@@ -42,19 +72,8 @@ class MultiCropWrapper(nn.Module):
         assert isinstance(out_dim, int)
         return out_dim
 
-    def packing(self, crops: Sequence[Tensor], batch_size: int) -> Packing | None:
-        """How the tokens of such crops, of batch_size images each, follow one another; None where none are packed."""
-        if not self.packed:
-            return None
-        runs = [(size, len(list(run))) for size, run in groupby(crops, key=lambda x: x.shape[-2:])]
-        packing: Packing = self.backbone.packing([(n * batch_size, height, width) for (height, width), n in runs])
-        return packing
-
     def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """V crops (B, 3, H, W), or one tensor of them -> (V * B, K), crop-major."""
-        views = [crops] if isinstance(crops, Tensor) else crops
-        runs = [torch.cat(list(run)) for _, run in groupby(views, key=lambda x: x.shape[-2:])]
+        runs = runs_of([crops] if isinstance(crops, Tensor) else crops)
         features = self.backbone(runs) if self.packed else torch.cat([_features(self.backbone(run)) for run in runs])
-        if torch.is_autocast_enabled(features.device.type):  # as in the original; autocast then decides per op
-            features = features.float()
-        return self.head(features)
+        return self.head(for_heads(features))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.attention import Packing, attention, attention_of_cls
-from fastdino.model.drop_path import MODES, Path, draw
+from fastdino.model.drop_path import MODES, Path, draw, of_rows
 from fastdino.model.layers import QkvWithoutKeyBias, layer_norm, layer_scale
 from fastdino.model.mlp import feed_forward
 from fastdino.model.recompute import keep_recipes
@@ -62,11 +62,13 @@ class Attention(nn.Module):
         cls_only: bool = False,
         with_map: bool = True,
         rotations: Sequence[Rotation] | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, N, D) -> (B, N, D), and the probabilities (B, H, N, N).
 
         with_map=False: None in their place, because the fused kernels never write them down; x may be packed, (M, D).
         cls_only: what CLS attends to, (B, 1, D) or (images, D). rotations: of queries and keys, for each group.
+        rows: of packed tokens, (m,) those whose result is wanted, (m, D).
         """
         # not somebody's own in its place
         if cls_only and not with_map and type(self.qkv) in (nn.Linear, QkvWithoutKeyBias):
@@ -82,6 +84,8 @@ class Attention(nn.Module):
             attended = torch.einsum("bhqk,bkhd->bqhd", probs, v).flatten(-2)
         else:
             attended = attention(qkv, self.scale, packing)
+        if rows is not None:
+            return self.proj(attended.index_select(0, rows)), probs
         return self.proj(_cls(attended, packing) if cls_only else attended), probs
 
     def _attended_by_cls(
@@ -146,17 +150,20 @@ class Block(nn.Module):
         paths: tuple[Path, Path] | None = None,
         cls_only: bool = False,
         rotations: Sequence[Rotation] | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D), or with a packing (M, D) -> (M, D).
 
         return_attention: the probabilities (B, H, N, N) alone. paths: None draws them. cls_only: CLS alone, (B, 1, D)
-        or (images, D), so that projection and MLP skip the patches. rotations: of each group of the packing.
+        or (images, D), so that projection and MLP skip the patches. rotations: of each group of the packing. rows: (m,)
+        of packed tokens, the only ones that are wanted, (m, D); paths are then those of `drop_path.of_rows`.
         """
         if return_attention:
             return cast(Tensor, self.attn(self.norm1(x), rotations=rotations)[1])
         to_attn, to_mlp = paths or self.paths(x, packing, "sample", cls_only)
-        attended, _ = self.attn(self.norm1(to_attn.take(x)), to_attn.packing, cls_only, False, rotations)
-        x = to_attn.add(_cls(x, packing) if cls_only else x, self.ls1(attended))
+        attended, _ = self.attn(self.norm1(to_attn.take(x)), to_attn.packing, cls_only, False, rotations, rows)
+        x = _cls(x, packing) if cls_only else x if rows is None else x.index_select(0, rows)
+        x = to_attn.add(x, self.ls1(attended))
         return to_mlp.add(x, self.ls2(self.mlp(self.norm2(to_mlp.take(x)))))
 
 
@@ -474,9 +481,12 @@ class VisionTransformer(nn.Module):
         call = partial(block, packing=packing, paths=paths, cls_only=cls_only)
         if rotations is not None:  # a block of somebody's own need not know them
             call = partial(call, rotations=rotations)
+        return self._called(call, x)
+
+    def _called(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return call(x)
-        return checkpoint(call, x, use_reentrant=False, preserve_rng_state=False)
+        return cast(Tensor, checkpoint(call, x, use_reentrant=False, preserve_rng_state=False))
 
     def _last_is_watched(self) -> bool:
         """Whether somebody hooks what the last block does with the patches, whom forward itself does not need."""
@@ -520,6 +530,43 @@ class VisionTransformer(nn.Module):
         n = self.num_prefix_tokens
         normed = [self._normed(group, is_local=i > 0) for i, group in enumerate(packing.split(tokens))]
         return [{"cls": x[:, 0], "reg": x[:, 1:n], "patch": x[:, n:]} for x in normed]
+
+    def forward_masked(
+        self, images: Sequence[Tensor], indices: Tensor, masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What DINOv2's losses look at: (CLS of all images (images, D), M patches of the first group (M, D)), normed.
+
+        images, masks: as of `forward_features`, masks of the first group alone. indices: (M,) among its B * N patches.
+        The last block's projection and MLP skip the patches that are not asked for.
+        """
+        tokens, packing = _packed([self.prepare_tokens(x, masks if i == 0 else None) for i, x in enumerate(images)])
+        n_tokens = packing.groups[0][1]
+        n_patches = n_tokens - self.num_prefix_tokens
+        image = indices // n_patches
+        rows = torch.cat((packing.cls_rows(tokens), indices + (image + 1) * self.num_prefix_tokens))
+        image_of_row = torch.cat((torch.arange(packing.n_images, device=tokens.device), image))
+        rotations = self._rotations([x.shape[-2:] for x in images])
+        *others, last = self.blocks
+        with keep_recipes():
+            for block, turned in zip(others, rotations):
+                tokens = self._run(block, tokens, packing, rotations=turned)
+            tokens = self._run_last(cast(Block, last), tokens, packing, rows, image_of_row, rotations[-1])
+        cls, patches = tokens.split([packing.n_images, len(indices)])
+        return self._normed_cls(cls, packing), self.norm(patches)
+
+    def _run_last(
+        self,
+        block: Block,
+        x: Tensor,
+        packing: Packing,
+        rows: Tensor,
+        image_of_row: Tensor,
+        rotations: Sequence[Rotation] | None,
+    ) -> Tensor:
+        """(M, D) -> (m, D), the block for these rows alone."""
+        drop_prob = block.drop_path if self.training else 0.0
+        paths = [of_rows(self.drop_path_mode, drop_prob, packing, image_of_row, x) for _ in range(2)]
+        return self._called(partial(block, packing=packing, paths=paths, rotations=rotations, rows=rows), x)
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, heads, N, N) attention probabilities of the last block."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdino.objectives.base import Objective
+from fastdino.objectives.base import Evaluated, Objective
 from fastdino_kernels import DINOLossStats, batch_center, center_ema_, dino_loss_with_stats
 
 
@@ -25,6 +25,7 @@ class DINOLoss(Objective):
 
     center: Tensor
     n_teacher_views = 2  # the global crops
+    ncrops: int
     metric_names = ("teacher_entropy", "kl")
 
     def __init__(
@@ -83,12 +84,10 @@ class DINOLoss(Objective):
         """The teacher's temperature, by whole epochs."""
         return {"teacher_temp": self.teacher_temp_schedule[epochs]}
 
-    def evaluate(
-        self, student: Tensor, teacher: Tensor, row: Mapping[str, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    def evaluate(self, learned: Tensor, taught: Tensor, row: Mapping[str, Tensor], shared: None = None) -> Evaluated:
         """Loss; teacher entropy and KL in nats; mean teacher logits (K,)."""
-        stats = self.at_temperature(student, teacher, row["teacher_temp"])
-        return stats.loss, (stats.teacher_entropy, stats.kl), self.batch_center(teacher)
+        stats = self.at_temperature(learned, taught, row["teacher_temp"])
+        return stats.loss, (stats.teacher_entropy, stats.kl), self.batch_center(taught)
 
     def after_step(self, mean: Tensor) -> None:
         """The center moves."""

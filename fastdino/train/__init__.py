@@ -37,6 +37,7 @@ def train(
     from fastdino.train.distributed import launched
     from fastdino.train.flags import check_images, config_from_flags, read_config
     from fastdino.train.loop import train as run
+    from fastdino.train.preset import with_preset
     from fastdino.train.sinks import Sink
 
     for callback in callbacks:
@@ -46,13 +47,12 @@ def train(
             )
     if config is not None:
         flags = {**read_config(config), **flags}
-    asked = config_from_flags(flags, is_demo=dataset is None and not flags.get("data_path"))
+    is_demo, n_processes = dataset is None and not flags.get("data_path"), launched().world_size
+    config_from_flags(flags, is_demo)  # what is wrong with the flags is said before the images are looked for
     if dataset is None:
-        check_images(flags, launched().world_size)
-    return run(
-        asked,
-        Own(dataset, val_dataset, backbone, tuple(callbacks)),
-    )
+        check_images(flags, n_processes)
+    given, source = with_preset(flags, n_processes, dataset, backbone)
+    return run(config_from_flags(given, is_demo), Own(dataset, val_dataset, backbone, tuple(callbacks), source))
 
 
 class _Callable(ModuleType):

@@ -1,6 +1,5 @@
 """What a run is made of, from its arguments: images, networks, the step, the loader. Nothing here writes."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,31 +15,37 @@ from fastdino.data.loader import CropLoader, EpochSampler, useful_workers
 from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource
 from fastdino.errors import UserError
-from fastdino.model import DINOHead, MultiCropWrapper
-from fastdino.model.archs import ARCHITECTURES, timm_backbone
-from fastdino.objectives import DINOLoss
-from fastdino.train import distributed
+from fastdino.model import MultiCrop
+from fastdino.model.archs import ARCHITECTURES
+from fastdino.train import distributed, preset
 from fastdino.train.checkpoint import save_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.distributed import Process
 from fastdino.train.folder import RunFolder
+from fastdino.train.initial import start_from
+from fastdino.train.learning import build_masks, build_objective, build_schedules, build_tuning
 from fastdino.train.modes import why_no_graph
+from fastdino.train.networks import build_networks
 from fastdino.train.optim import is_fused
 from fastdino.train.precision import amp_dtype
+from fastdino.train.recipes import OF_THE_WEIGHTS
 from fastdino.train.resume import Resumed, in_words, resume
-from fastdino.train.schedules import Schedules
 from fastdino.train.sinks import Sink
 from fastdino.train.step import TrainStep
 
 
 @dataclass(frozen=True)
 class Own:
-    """What a caller in Python brings along instead of flags: see `fastdino.train`."""
+    """What a caller in Python brings along instead of flags: see `fastdino.train`.
+
+    source: the images to train on, where somebody has opened them already.
+    """
 
     dataset: Any = None
     val_dataset: Any = None
     backbone: nn.Module | None = None
     callbacks: Sequence[Sink] = ()
+    source: ImageSource | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,8 @@ class Parts:
     loader: CropLoader
     folder: RunFolder
     resumed: Resumed
+    start: Sequence[str]
+    """What there is to say of the weights it starts from; nothing without any."""
     is_built_in: bool
     """Whether the backbone is config.arch, and not one of the caller's own."""
 
@@ -64,7 +71,15 @@ class Parts:
         """The backbone's."""
         if not self.is_built_in:
             return type(self.backbone).__name__
-        return f"{self.config.arch}/{self.config.patch_size}" if self.config.arch in ARCHITECTURES else self.config.arch
+        arch, patch_size = self.config.arch, self.config.patch_size
+        if arch == OF_THE_WEIGHTS:
+            return f"a ViT/{patch_size}"
+        return f"{arch}/{patch_size}" if arch in ARCHITECTURES else arch
+
+    @property
+    def preset(self) -> dict[str, Any]:
+        """What --preset small gives for the images, by flag; nothing where the run has another."""
+        return preset.values(self.source, self.process.world_size) if self.config.preset == "small" else {}
 
     @property
     def niter(self) -> int:
@@ -123,7 +138,10 @@ class Parts:
 
 def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder, say: Callable[[str], object]) -> Parts:
     """All parts of a run, and `say` for what the step has to tell. Raises UserError where they cannot be had."""
-    source, held_out = open_sources(config, own.dataset, own.val_dataset)
+    if config.init and own.backbone is not None:
+        raise UserError("--init: expected no backbone of one's own beside it")
+    config, initial = start_from(config, folder)
+    source, held_out = open_sources(config, own.dataset, own.val_dataset, own.source)
     sampler = EpochSampler(len(source), config.batch_size_per_gpu, config.seed, process.rank, process.world_size)
     batch_size = config.batch_size_per_gpu * process.world_size
     if len(source) < batch_size:
@@ -131,10 +149,10 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
             f"{source.describe()}: fewer than the {batch_size} of one step; "
             f"lower --batch_size_per_gpu (now {config.batch_size_per_gpu}) or add images"
         )
-    step = build_step(config, process, len(sampler), build_networks(config, own.backbone), say)
+    step = build_step(config, process, len(sampler), build_networks(config, own.backbone, initial), say)
     loader = CropLoader(
         source,
-        config.recipe(),
+        config.crops(),
         sampler,
         num_workers=useful_workers(config.num_workers, distributed.local_world_size()),
         device=process.device,
@@ -142,6 +160,7 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
         dct_scale=config.dct_scale,
         # The kernels have no fp64.
         dtype=torch.float32 if step.run.crop_dtype == torch.float64 else step.run.crop_dtype,
+        masks=build_masks(config),
     )
     return Parts(
         config=config,
@@ -153,6 +172,7 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
         sampler=sampler,
         step=step,
         loader=loader,
+        start=initial.describe(config) if initial else (),
         is_built_in=own.backbone is None,
     )
 
@@ -162,19 +182,20 @@ def _own(val_dataset: Any, wanted: ImageFormat) -> ImageSource | None:
 
 
 def open_sources(
-    config: TrainConfig, dataset: Any = None, val_dataset: Any = None
+    config: TrainConfig, dataset: Any = None, val_dataset: Any = None, opened: ImageSource | None = None
 ) -> tuple[ImageSource, ImageSource | None]:
     """(images to train on, held-out images or None): datasets of one's own, --data_path and --val_path, or the digits.
 
-    Raises UserError where there are none, or the two do not have the same classes.
+    opened: the former, where they are open already. Raises UserError where there are none, or the two do not have the
+    same classes.
     """
     wanted = config.image_format
     if dataset is not None:
-        return dataset_source(dataset, "dataset", wanted), _own(val_dataset, wanted)
+        return opened or dataset_source(dataset, "dataset", wanted), _own(val_dataset, wanted)
     if config.data_path is None:
         train, test = load_digits()
         return converted(train, wanted), converted(test, wanted)
-    source = open_images(config.data_path, wanted)
+    source = opened or open_images(config.data_path, wanted)
     if config.val_path is None:
         return source, _own(val_dataset, wanted)
     held_out = open_images(config.val_path, wanted)
@@ -186,62 +207,18 @@ def open_sources(
     return source, held_out
 
 
-def build_networks(config: TrainConfig, backbone: nn.Module | None = None) -> tuple[MultiCropWrapper, MultiCropWrapper]:
-    """(student, its frozen copy as teacher): only the student has drop-path and a say about the prototypes' lengths.
-
-    backbone: the student's, instead of config.arch; the teacher gets a copy. Raises UserError where it has no
-    embed_dim.
-    """
-    if backbone is not None and not isinstance(getattr(backbone, "embed_dim", None), int):
-        raise UserError(
-            f"backbone: expected a module with an integer embed_dim, the width of its features; "
-            f"got {type(backbone).__name__}"
-        )
-
-    def network(of: Any, norm_last_layer: bool) -> MultiCropWrapper:
-        head = DINOHead(
-            of.embed_dim,
-            config.out_dim,
-            use_bn=config.use_bn_in_head,
-            norm_last_layer=norm_last_layer,
-            hidden_dim=config.hidden_dim,
-            bottleneck_dim=config.bottleneck_dim,
-        )
-        return MultiCropWrapper(of, head)
-
-    def built(drop_path_rate: float) -> nn.Module:
-        if config.arch not in ARCHITECTURES:
-            return timm_backbone(config.arch, drop_path_rate, config.channels)
-        for name, size in (("global", config.global_crops_size), ("local", config.local_crops_size)):
-            if config.patch_size > size and (name == "global" or config.local_crops_number):
-                raise UserError(f"--patch_size: expected at most --{name}_crops_size={size}, got {config.patch_size}")
-        return ARCHITECTURES[config.arch](
-            config.patch_size,
-            img_size=[config.global_crops_size],
-            in_chans=config.channels,
-            drop_path_rate=drop_path_rate,
-            drop_path_mode=config.drop_path_mode,
-            checkpointing=config.checkpointing,
-        )
-
-    torch.manual_seed(config.seed)
-    student = network(backbone or built(config.drop_path_rate), config.norm_last_layer)
-    teacher = network(copy.deepcopy(backbone) if backbone else built(0.0), True)
-    teacher.load_state_dict(student.state_dict())
-    return student, teacher.requires_grad_(False)
-
-
 def build_step(
     config: TrainConfig,
     process: Process,
     niter_per_ep: int,
-    networks: tuple[MultiCropWrapper, MultiCropWrapper],
+    networks: tuple[MultiCrop, MultiCrop],
     say: Callable[[str], object],
 ) -> TrainStep:
     """The step on the process's device. Raises UserError for a mode, precision or backend that cannot be there."""
     device = process.device
     precision = amp_dtype(config, device)
-    no_graph = why_no_graph(device, is_fused(config.optimizer, precision))
+    replays = config.accumulate > 1 and config.recipe != "dino"
+    no_graph = why_no_graph(device, is_fused(config.optimizer, precision), replays)
     if config.step == "graph" and no_graph:
         raise UserError(f"--step: graph needs {no_graph}; use auto, compiled or eager")
     automatic = "eager" if device.type != "cuda" else "compiled" if no_graph else "graph"
@@ -251,24 +228,18 @@ def build_step(
     for network in networks:
         distributed.synchronize_batchnorm(network, process)
         network.to(device)
-    loss = DINOLoss(
-        config.out_dim,
-        config.ncrops,
-        config.warmup_teacher_temp,
-        config.teacher_temp,
-        config.warmup_teacher_temp_epochs,
-        config.epochs,
-    ).to(device)
     try:
         step = TrainStep(
             student=networks[0],
             teacher=networks[1],
-            loss=loss,
+            loss=build_objective(config, networks[1], niter_per_ep, precision).to(device),
             optimizer=config.optimizer,
-            schedules=Schedules.of(config, niter_per_ep, process.world_size),
+            schedules=build_schedules(config, niter_per_ep, process.world_size),
             niter_per_ep=niter_per_ep,
             clip_grad=config.clip_grad,
-            freeze_last_layer=config.freeze_last_layer,
+            freeze_last_layer=config.freeze_last_layer if config.recipe == "dino" else 0,
+            freeze_backbone=config.freeze_backbone_epochs,
+            tuning=build_tuning(config, networks[0]),
             amp_dtype=precision,
             mode=mode,
             accumulate=config.accumulate,

@@ -43,6 +43,8 @@ SAFE_GLOBALS: list[Any] = [
     *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64)),
 ]
 
+WRAPPERS = ("model", "state_dict")  # what others call the weights that are all of their files
+
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of ours or of the original, on the CPU, read with PyTorch's safe loader.
@@ -208,7 +210,7 @@ def load_backbone(path: str | Path, key: str = "teacher", num_heads: int | None 
 
 def convnext_of(checkpoint: Mapping[str, Any], path: str | Path, key: str) -> ConvNeXt | None:
     """The ConvNeXt of a file, frozen; None where there is none. Raises UserError where weights of it are missing."""
-    state = _backbone_state(checkpoint, path, key)
+    state = backbone_state(checkpoint, path, key)
     if "downsample_layers.0.0.weight" not in state:
         return None
     depths, dims = convnext_stages(state)
@@ -225,14 +227,31 @@ def backbone_of(
     checkpoint: Mapping[str, Any], path: str | Path, key: str, num_heads: int | None = None
 ) -> VisionTransformer:
     """`load_backbone` of a file that has been read already; path: what to call it."""
-    state = without_chunks(_backbone_state(checkpoint, path, key))
+    state = without_chunks(backbone_state(checkpoint, path, key))
+    arguments = vit_arguments(state, checkpoint.get("args"), path, key, num_heads)
+    # DINOv3's largest has 7e9 weights: drawn first, and copied over, they would take minutes and twice the memory.
+    is_drawn = "mask_token" not in state
+    with torch.device("cpu" if is_drawn else "meta"):
+        backbone = VisionTransformer(**arguments)
+    full = {name: value.to(torch.get_default_dtype()) for name, value in state.items()}
+    backbone.load_state_dict(state if is_drawn else full, assign=not is_drawn)
+    return backbone.eval().requires_grad_(False)
+
+
+def vit_arguments(
+    state: Mapping[str, Tensor], args: Any, path: str | Path, key: str, num_heads: int | None = None
+) -> dict[str, Any]:
+    """What VisionTransformer is to be called with, so that it fits a backbone's weights.
+
+    args: the checkpoint's. path, key: what to call them. Raises UserError where no Vision Transformer has such weights.
+    """
     positions = "rope_embed.periods" if "rope_embed.periods" in state else "pos_embed"
     if missing := [name for name in (positions, "patch_embed.proj.weight") if name not in state]:
         raise UserError(f"{path} has no Vision Transformer under {key!r}: {missing[0]} is missing")
     for name, rank in ((positions, 3 if positions == "pos_embed" else 1), ("patch_embed.proj.weight", 4)):
         if state[name].ndim != rank or not state[name].numel():
             raise UserError(f"{path} is no Vision Transformer: {name} is {tuple(state[name].shape)}")
-    options, args = vit_options(state), checkpoint.get("args")
+    options = vit_options(state)
     embed_dim, told = options["embed_dim"], getattr(args, "num_heads", None)
     heads = num_heads or (told if type(told) is int else None) or heads_by_rope(state) or heads_of(embed_dim)
     if heads is None:
@@ -240,23 +259,20 @@ def backbone_of(
     if heads < 1 or embed_dim % heads:
         raise UserError(f"{path}: num_heads: expected a divisor of the width {embed_dim}, got {heads}")
     img_size = img_size_of(state, getattr(args, "global_crops_size", None))
-    # DINOv3's largest has 7e9 weights: drawn first, and copied over, they would take minutes and twice the memory.
-    is_drawn = "mask_token" not in state
+    arguments = {"img_size": [img_size], "num_heads": heads, **options}
     try:
-        with torch.device("cpu" if is_drawn else "meta"):
-            backbone = VisionTransformer(img_size=[img_size], num_heads=heads, **options)
+        with torch.device("meta"):
+            expected = VisionTransformer(**arguments).state_dict()
     except ValueError as error:
         raise UserError(f"{path} is of another model: {error}") from error
-    if difference := first_difference(backbone.state_dict(), state):
+    if difference := first_difference(expected, state):
         raise UserError(f"{path} is of another model: {difference}")
-    full = {name: value.to(torch.get_default_dtype()) for name, value in state.items()}
-    backbone.load_state_dict(state if is_drawn else full, assign=not is_drawn)
-    return backbone.eval().requires_grad_(False)
+    return arguments
 
 
-def _backbone_state(checkpoint: Mapping[str, Any], path: str | Path, key: str) -> dict[str, Tensor]:
+def backbone_state(checkpoint: Mapping[str, Any], path: str | Path, key: str) -> dict[str, Tensor]:
     """The backbone's weights under their own names. Raises UserError where there are none, or one is not finite."""
-    state = checkpoint.get(key, checkpoint)
+    state = next((checkpoint[name] for name in (key, *WRAPPERS) if name in checkpoint), checkpoint)
     if not isinstance(state, Mapping):
         raise UserError(f"{path} has no weights under {key!r}, but {type(state).__name__}")
     state = unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
@@ -277,13 +293,15 @@ def any_backbone_of(
     name = getattr(checkpoint.get("args"), "arch", None)
     if not (isinstance(name, str) and name.startswith(TIMM)):
         return convnext_of(checkpoint, path, key) or backbone_of(checkpoint, path, key, num_heads)
-    state = _backbone_state(checkpoint, path, key)
+    state = backbone_state(checkpoint, path, key)
     try:
         check_arch(name)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     channels = getattr(checkpoint.get("args"), "channels", 3)
-    backbone = timm_backbone(name, 0.0, channels if type(channels) is int and 0 < channels <= MAX_CHANNELS else 3)
+    backbone = timm_backbone(
+        name, 0.0, channels=channels if type(channels) is int and 0 < channels <= MAX_CHANNELS else 3
+    )
     if difference := first_difference(backbone.state_dict(), state):
         raise UserError(f"{path} does not fit {name} of this timm: {difference}")
     backbone.load_state_dict(state)

@@ -5,18 +5,26 @@ The original's names and defaults (main_dino.py) come first in each group; what 
 
 import argparse
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
-from fastdino.data.channels import MAX_CHANNELS, ImageFormat
+from fastdino.data.channels import ImageFormat
 from fastdino.data.params import MultiCropRecipe, ViewRecipe
 from fastdino.eval import EVALUATIONS
-from fastdino.model.archs import ARCHITECTURES, SYNONYMS, check_arch
+from fastdino.model.archs import ARCHITECTURES, PUBLISHED, SYNONYMS, check_arch
 from fastdino.model.attention import BACKENDS
-from fastdino.model.mlp import WAYS
-from fastdino.train.recipes import AUGMENTATIONS, DIGITS
+from fastdino.model.mlp import FEED_FORWARDS, WAYS
+from fastdino.objectives.dinov2 import CENTERINGS
+from fastdino.train.recipes import (
+    AUGMENTATIONS,
+    OF_THE_WEIGHTS,
+    PRESETS,
+    RECIPES,
+    check_recipe,
+    from_weights,
+    recipe_for,
+)
 
 
 def _optimizers() -> Sequence[str]:
@@ -48,6 +56,51 @@ def flag(
 class TrainConfig:
     """A training run. Raises ValueError, naming flag, expected and got, for values that cannot work together."""
 
+    # Recipe
+    preset: str = flag(
+        "auto",
+        "Recipe",
+        "small: what learns from hundreds to ten thousands of images; none: main_dino's defaults; auto: small for so "
+        "few images where no flag of model, teacher, optimisation or crops is given. Flags win over it",
+        PRESETS,
+    )
+    recipe: str = flag(
+        "dino",
+        "Recipe",
+        "dino; dinov2 and dinov3 learn from masked patches, too, and have other defaults for many flags; those given "
+        "win. All flags of this group below are theirs",
+        tuple(RECIPES),
+    )
+    registers: int = flag(0, "Recipe", "register tokens of the backbone; 4 with dinov3")
+    layerscale: float = flag(1e-5, "Recipe", "where the blocks' LayerScale starts; 0 for none")
+    ffn: str = flag("mlp", "Recipe", "MLP of the blocks", tuple(FEED_FORWARDS))
+    centering: str = flag(
+        "center", "Recipe", "center: a running mean of the teacher's logits; sinkhorn: the batch's own", CENTERINGS
+    )
+    ibot_weight: float = flag(1.0, "Recipe", "what the masked patches count")
+    koleo_weight: float = flag(0.1, "Recipe", "what KoLeo counts, which spreads the features of a batch")
+    ibot_out_dim: int = flag(0, "Recipe", "prototypes of a head for patches; 0: CLS and patches share one head")
+    ibot_bottleneck_dim: int = flag(256, "Recipe", "bottleneck_dim of the head for patches")
+    mask_probability: float = flag(0.5, "Recipe", "share of the global crops that are masked")
+    mask_ratio: tuple[float, ...] = flag((0.1, 0.5), "Recipe", "least and largest share of their patches")
+    mask_count: str = flag(
+        "exact", "Recipe", "exact: as many patches in every step (DINOv3); atmost: blocks may not reach it (DINOv2)",
+        ("exact", "atmost"),
+    )  # fmt: skip
+    lr_scaling: str = flag(
+        "linear", "Recipe", "how lr follows the images of a step: linear from 256, sqrt from 1024", ("linear", "sqrt")
+    )
+    lr_decay: float = flag(1.0, "Recipe", "learning rate of a block as a part of the next one's")
+    patch_embed_lr: float = flag(1.0, "Recipe", "learning rate of the patches' projection, as a part of its own")
+    adamw_beta2: float = flag(0.999, "Recipe", "decay of AdamW's second moments")
+    final_momentum_teacher: float = flag(1.0, "Recipe", "where the EMA momentum ends")
+    gram_start: int = flag(
+        0, "Recipe", "epoch after which patches are held to the Gram teacher's (DINOv3's second stage); 0 for never"
+    )
+    gram_teacher: str = flag("ema", "Recipe", "a file with a backbone, or ema: the teacher as it is after --gram_start")
+    gram_update_epochs: int = flag(0, "Recipe", "epochs between renewals of the Gram teacher from the EMA; 0 for never")
+    gram_weight: float = flag(1.0, "Recipe", "what Gram anchoring counts")
+
     # Model
     arch: str = flag("vit_small", "Model", f"architecture: {', '.join(ARCHITECTURES)}; timm:NAME for one of timm's")
     patch_size: int = flag(16, "Model", "side of a patch in pixels; smaller is better, slower and hungrier")
@@ -57,6 +110,10 @@ class TrainConfig:
     use_bn_in_head: bool = flag(False, "Model", "BatchNorm in the head")
     hidden_dim: int = flag(2048, "Model", "width of the head's MLP")
     bottleneck_dim: int = flag(256, "Model", "width the head normalises and compares with the prototypes")
+
+    init: str | None = flag(
+        None, "Model", "weights to start from: a file, a public name such as dinov2_vits14, or timm:NAME; fresh heads"
+    )
 
     # Teacher
     momentum_teacher: float = flag(0.996, "Teacher", "EMA momentum at the start; a cosine takes it to 1")
@@ -79,6 +136,7 @@ class TrainConfig:
         3.0, "Optimisation", "largest gradient norm of one parameter tensor; 0 switches clipping off"
     )
     freeze_last_layer: int = flag(1, "Optimisation", "epochs during which the prototypes stay fixed")
+    freeze_backbone_epochs: int = flag(0, "Optimisation", "epochs during which the heads alone train; 1 with --init")
     use_fp16: bool = flag(True, "Optimisation", "half precision on GPUs (on a CPU fp32, unless --amp_dtype bf16)")
     amp_dtype: str = flag(
         "auto", "Optimisation", "which half: bf16 where the GPU has it, else fp16", ("auto", "bf16", "fp16")
@@ -166,11 +224,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         try:
-            check_arch(self.arch)
+            if not self.init or self.arch not in (OF_THE_WEIGHTS, *PUBLISHED):
+                check_arch(self.arch, self.recipe)
         except ValueError as error:
             raise ValueError(f"--arch: {error}") from error
         for f in fields(self):
-            choices, value = _choices(f), getattr(self, f.name)
+            choices, value = choices_of(f), getattr(self, f.name)
             if not _is_a(value, f):
                 raise ValueError(f"--{f.name}: expected {_kind(f)}, got {value!r}")
             if choices and value not in choices:
@@ -179,6 +238,7 @@ class TrainConfig:
             if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
                 raise ValueError(f"--{f.name}: expected a finite number, got {value}")
         self._check_ranges()
+        check_recipe(self, {f.name: f.default for f in fields(self)})
         if self.batch_size_per_gpu % self.accumulate:
             raise ValueError(
                 f"--accumulate: expected a divisor of --batch_size_per_gpu={self.batch_size_per_gpu}, "
@@ -189,36 +249,41 @@ class TrainConfig:
                 raise ValueError(f"--{name}: expected at most --epochs={self.epochs}, got {getattr(self, name)}")
 
     def _check_ranges(self) -> None:
-        positive = """patch_size out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu accumulate knn_k
+        positive = """out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu accumulate knn_k
             warmup_teacher_temp teacher_temp global_crops_size local_crops_size"""
         not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
-            freeze_last_layer local_crops_number num_workers knn_freq linear_freq knn_images eval_resize
-            attention_images saveckp_freq disk_wait"""
+            freeze_last_layer freeze_backbone_epochs local_crops_number num_workers knn_freq linear_freq knn_images
+            eval_resize attention_images saveckp_freq disk_wait registers layerscale koleo_weight ibot_out_dim
+            gram_start gram_update_epochs gram_weight"""
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name}: expected a value above 0, got {getattr(self, name)}")
         for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name}: expected 0 or more, got {getattr(self, name)}")
-        for name in ("momentum_teacher", "flip_prob", "jitter_prob", "gray_prob", "solarize_prob"):
+        shares = """momentum_teacher final_momentum_teacher mask_probability lr_decay flip_prob jitter_prob gray_prob
+            solarize_prob"""
+        for name in shares.split():
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name}: expected a value in [0, 1], got {getattr(self, name)}")
+        if self.patch_size < (0 if self.init else 1):
+            raise ValueError(f"--patch_size: expected a value above 0, got {self.patch_size}")
         if unknown := set(self._eval_names()) - set(EVALUATIONS):
             raise ValueError(f"--eval: expected some of {', '.join(EVALUATIONS)}, got {', '.join(sorted(unknown))}")
-        if not 1 <= self.channels <= MAX_CHANNELS:
-            raise ValueError(f"--channels: expected 1 to {MAX_CHANNELS}, got {self.channels}")
-        if self.value_range and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
-            raise ValueError(f"--value_range: expected two rising numbers, got {_words(self.value_range)}")
+        try:
+            _ = self.image_format
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed: expected 0 to {2**32 - 1}, as NumPy takes them, got {self.seed}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"--drop_path_rate: expected a value in [0, 1), got {self.drop_path_rate}")
         if len(self.blur_prob) != 3 or not all(0 <= p <= 1 for p in self.blur_prob):
-            raise ValueError(f"--blur_prob: expected three values in [0, 1], got {_words(self.blur_prob)}")
-        for name in ("global_crops_scale", "local_crops_scale"):
+            raise ValueError(f"--blur_prob: expected three values in [0, 1], got {in_words(self.blur_prob)}")
+        for name in ("global_crops_scale", "local_crops_scale", "mask_ratio"):
             scale = getattr(self, name)
             if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-                raise ValueError(f"--{name}: expected two rising values in (0, 1], got {_words(scale)}")
+                raise ValueError(f"--{name}: expected two rising values in (0, 1], got {in_words(scale)}")
 
     def _eval_names(self) -> list[str]:
         return [name.strip() for name in self.eval.split(",") if name.strip()]
@@ -244,7 +309,7 @@ class TrainConfig:
         """How images are read."""
         return ImageFormat(self.channels, tuple(float(x) for x in self.value_range))
 
-    def recipe(self) -> MultiCropRecipe:
+    def crops(self) -> MultiCropRecipe:
         """The crops, as `fastdino.data` wants them."""
 
         def view(size: int, scale: tuple[float, ...], blur: float, solarize: float = 0.0) -> ViewRecipe:
@@ -274,18 +339,26 @@ class TrainConfig:
     def from_flags(cls, given: Mapping[str, Any], is_demo: bool | None = None) -> "TrainConfig":
         """A run from the flags somebody gave: the rest are the defaults, or the digits' recipe.
 
+        With `init`, what is better from weights than from scratch.
+
         is_demo: whether it is the digits'; by default, where there is no data_path.
         What `augmentation` stands for replaces defaults, never a probability that was given.
-        The default warm-up shrinks with a run shorter than itself; one that was asked for does not.
+        The default warm-up is a tenth of the epochs in a run shorter than itself, and under the small preset.
         """
         preset = AUGMENTATIONS.get(given.get("augmentation", "dino"), {})
         is_demo = not given.get("data_path") if is_demo is None else is_demo
-        values = {"arch": cls.arch, **(DIGITS if is_demo else {}), **preset, **given}
+        values = {"arch": cls.arch, **recipe_for(given, is_demo), **preset, **given}
+        if given.get("init"):
+            values |= {**from_weights(values), **given}
         values["arch"] = SYNONYMS.get(values["arch"], values["arch"])  # as the original saves it
         epochs = values.get("epochs", cls.epochs)
         is_number = isinstance(epochs, int)  # else __post_init__ says so
-        if is_number and "warmup_epochs" not in given and values.get("warmup_epochs", cls.warmup_epochs) > epochs:
+        is_short = is_number and values.get("warmup_epochs", cls.warmup_epochs) > epochs
+        if is_number and "warmup_epochs" not in given and (is_short or values.get("preset") == "small"):
             values["warmup_epochs"] = epochs // 10
+        temps = "warmup_teacher_temp_epochs"
+        if is_number and temps not in given and values.get(temps, 0) > epochs:
+            values[temps] = 3 * epochs // 10
         return cls(**values)
 
 
@@ -306,76 +379,11 @@ def _is_a(value: Any, f: Field[Any]) -> bool:
     return isinstance(value, bool if f.type is bool else (str, type(f.default)))
 
 
-def _words(values: tuple[float, ...]) -> str:
+def in_words(values: tuple[float, ...]) -> str:
     return " ".join(f"{v:g}" for v in values)
 
 
-def boolean(text: str) -> bool:
-    if text.lower() in ("true", "on", "1"):
-        return True
-    if text.lower() in ("false", "off", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected true/false, on/off or 1/0, got {text!r}")
-
-
-def _parsing(f: Field[Any]) -> dict[str, Any]:
-    """What argparse needs to read a field."""
-    if f.type is bool:
-        return {"type": boolean, "metavar": "BOOL"}
-    if f.type in (int, float):
-        return {"type": f.type, "metavar": "N" if f.type is int else "X"}
-    if isinstance(f.default, tuple):
-        return {"type": float, "nargs": "+", "metavar": "X"}
-    return {"type": str, "metavar": "NAME" if f.metadata["choices"] else "TEXT"}
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return str(default).lower()
-    return _words(default) if isinstance(default, tuple) else str(default)
-
-
-def _choices(f: Field[Any]) -> Sequence[str]:
+def choices_of(f: Field[Any]) -> Sequence[str]:
     """The names that a flag takes; none where it takes anything."""
     choices = f.metadata["choices"] or ()
     return list(choices() if callable(choices) else choices)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per field, in its group; flags not given leave nothing behind."""
-    groups: dict[str, Any] = {}
-    for f in fields(TrainConfig):
-        title = f.metadata["group"]
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
-        default = "" if f.default in (None, ()) else f" [{_shown(f.default)}]"
-        text, choices = f.metadata["help"], _choices(f)
-        text += "" if all(name in text for name in choices) else f" ({', '.join(choices)})"
-        names = [f"--{f.name}"] + (["--local-rank"] if f.name == "local_rank" else [])
-        group.add_argument(
-            *names,
-            dest=f.name,
-            default=argparse.SUPPRESS,
-            help=(text + default).replace("%", "%%"),
-            **_parsing(f),
-        )
-
-
-def config_from_args(args: argparse.Namespace) -> TrainConfig:
-    """The parsed flags as a run. Raises ValueError for values that cannot work."""
-    names = {f.name for f in fields(TrainConfig)}
-    given = {name: value for name, value in vars(args).items() if name in names}
-    return TrainConfig.from_flags({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-
-
-def command_line(config: TrainConfig, n_processes: int = 1) -> str:
-    """The command that starts this run again where it stopped."""
-    defaults = TrainConfig.from_flags({"data_path": config.data_path} if config.data_path else {})
-    resumed = replace(config, resume=True)
-    words = ["fastdino", "train"] if n_processes == 1 else []
-    words = words or ["torchrun", f"--nproc_per_node={n_processes}", "-m", "fastdino.train"]
-    for f in fields(config):
-        value = getattr(resumed, f.name)
-        if value != getattr(defaults, f.name) or f.name == ("data_path" if config.data_path else "arch"):
-            words += [f"--{f.name}", *(_shown(value).split() if isinstance(value, tuple) else [_shown(value)])]
-    return shlex.join(words)

@@ -19,7 +19,7 @@ ORIGINAL = """arch patch_size out_dim norm_last_layer momentum_teacher use_bn_in
 SUBMITIT = "ngpus nodes timeout partition use_volta32 comment"  # of its run_with_submitit.py
 WEIGHTS = "pretrained_weights checkpoint_key"  # of its evaluations
 # Flags that say what the images are, or which network they are for: not of somebody who plays with the digits.
-OF_OWN_IMAGES = "arch val_path dct_scale"
+OF_OWN_IMAGES = "preset arch init val_path dct_scale"
 
 
 def _name(word: str) -> str:
@@ -49,8 +49,8 @@ def unrecognized(words: Sequence[str]) -> str:
         )
     if any(name in WEIGHTS.split() for name in names):
         return (
-            f"{said}; weights are for evaluations (fastdino knn, features ...), "
-            "training goes on from checkpoint.pth in --output_dir"
+            f"{said}; weights are for evaluations (fastdino knn, features ...); training starts from them with "
+            "--init FILE, and goes on from checkpoint.pth in --output_dir"
         )
     if not words[0].startswith("-"):
         return f"{said}; did you mean --data_path {words[0]}?"

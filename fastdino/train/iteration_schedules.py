@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdino.train.schedules import Schedules
+
 Curve = NDArray[np.float64]
 # How a learning rate follows the batch, the images of a step over all processes. DINOv3 gives the square root's rate
 # for a batch of 64: four times as much.
@@ -72,28 +74,19 @@ def padded(values: Curve, last: float, n: int) -> Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IterationSchedules:
+class IterationSchedules(Schedules):
     """One value per iteration of the run, float64."""
 
-    lr: Curve
     last_layer_lr: Curve
     """Of the heads' last layers: 0 while they are frozen. Gradients are kept, so moments and steps move on."""
-    weight_decay: Curve
-    momentum_teacher: Curve
     teacher_temp: Curve
 
     def columns(self) -> dict[str, Curve]:
         """By the names of a step's row."""
-        return {
-            "lr": self.lr,
-            "last_layer_lr": self.last_layer_lr,
-            "weight_decay": self.weight_decay,
-            "momentum": self.momentum_teacher,
-            "teacher_temp": self.teacher_temp,
-        }
+        return super().columns() | {"last_layer_lr": self.last_layer_lr, "teacher_temp": self.teacher_temp}
 
     @classmethod
-    def of(
+    def from_settings(
         cls,
         *,
         epochs: int,

@@ -10,6 +10,9 @@ from fastdino.train.sinks import LogFile
 
 Found = dict[str, float]
 
+MUCH_WORSE = 0.02  # than the weights as they came: worth a word
+ADVICE = "a lower --lr, a higher --momentum_teacher or more --freeze_backbone_epochs stay closer to them"
+
 
 class Judge:
     """Evaluates the teacher's backbone on the main process; the others wait, and get no numbers.
@@ -21,11 +24,14 @@ class Judge:
         self._parts, self._stop, self._say = parts, stop, say
         self.before: Found = {}
         self.latest: Found = {}
+        self._from_weights = parts.config.init is not None
 
     def start(self, log: LogFile) -> None:
         """The weights as they came; of a resumed run, what its log says of them."""
         if self._parts.resumed.iteration == 0:
-            self.before = self.evaluate("before training") or {}
+            self.before = (
+                self.evaluate("of the weights as they came" if self._from_weights else "before training") or {}
+            )
         elif self._parts.process.is_main and (past := log.read()):
             pairs = ((name, past[0].get(f"{name}_before")) for name in EVALUATIONS)
             self.before = {name: value for name, value in pairs if value is not None}
@@ -35,7 +41,13 @@ class Judge:
         config = self._parts.config
         is_last = epoch == config.epochs - 1
         due = [name for name, every in config.evaluations.items() if is_last or (epoch + 1) % every == 0]
-        return self.evaluate(names=due) if due else {}
+        found = self.evaluate(names=due) if due else {}
+        for name, value in (found or {}).items() if self._from_weights else ():
+            if value < self.before.get(name, 0.0) - MUCH_WORSE:
+                self._say(
+                    f"{TITLES.get(name, name)} {value:.4f}, {self.before[name]:.4f} as the weights came: {ADVICE}"
+                )
+        return found
 
     def evaluate(self, when: str = "", names: Sequence[str] | None = None) -> Found | None:
         """Numbers now, empty without labels; None, on all processes, where somebody stopped the run meanwhile.

@@ -24,6 +24,7 @@ from fastdino.train.meter import Meter
 from fastdino.train.result import TrainResult
 from fastdino.train.resume import arguments
 from fastdino.train.sinks import Curves, LogFile, Sinks, asked_loggers
+from fastdino.train.watch import Watch
 from fastdino.train.words import conclude, introduce, remark
 
 READ_EVERY = {"cpu": 1, "cuda": 10}  # steps between looks at the metrics: on a GPU, each look waits for it
@@ -67,6 +68,7 @@ class Run:
         except BaseException:
             self.folder.unlock()
             raise
+        self.config = self.parts.config  # with the architecture of --init's weights
         self.niter, self.resumed = self.parts.niter, self.parts.resumed
         self.epochs, self.iteration = self.resumed.epoch, self.resumed.iteration
         self.log = LogFile(self.folder)
@@ -79,6 +81,9 @@ class Run:
             sinks = self._open_sinks()
             try:
                 self._train_epochs(sinks)
+            except KeyboardInterrupt:  # by a second signal: no time for curves
+                self.console.close()
+                raise
             except BaseException:
                 with suppress(TrainingError):  # of a sink: what ended the run is what has to be said
                     sinks.close()
@@ -125,7 +130,8 @@ class Run:
             return Sinks([])
         curves = Curves(self.log, self.config.out_dim, self.folder)
         loggers = [logger(self.config, self.niter) for logger in self.loggers]
-        return Sinks([self.console, self.log, curves, *loggers, *self.callbacks])
+        watch = Watch(self.config, len(self.parts.source), self.log, self.console.say)
+        return Sinks([self.console, self.log, curves, watch, *loggers, *self.callbacks])
 
     def _open_folder(self) -> None:
         """Make it, and bring to its end the saving of an epoch that was cut short."""
@@ -166,7 +172,7 @@ class Run:
             if batch := self._next(batches, meter):
                 # Drop-path depends on the iteration alone, so that a resumed run draws what it would have drawn.
                 torch.manual_seed(_mix(self.config.seed, self.iteration, self.process.rank))
-                pending.append(parts.step(batch.crops(device), self.iteration))
+                pending.append(parts.step(batch.views(device), self.iteration))
                 self.iteration += 1
                 meter.n_images += parts.batch_size
             if not batch or len(pending) == READ_EVERY[device.type] or i == self.niter - 1:

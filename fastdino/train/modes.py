@@ -14,13 +14,14 @@ captured before it is replayed.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastdino.capture import StuckCapture, capture
 from fastdino.errors import TrainingError, reason
+from fastdino.objectives import Evaluated, Objective
 from fastdino.train import distributed, memory
 from fastdino.train.optim import Update
 from fastdino.train.precision import Networks
@@ -32,17 +33,19 @@ MODES = ("eager", "compiled", "graph")
 EFFORTS = {"default": None, "max": "max-autotune-no-cudagraphs"}
 WARM_UP = 3  # iterations on a side stream before a capture, which wants everything allocated and compiled
 
-# Crops and the schedules' row -> what an objective's `evaluate` returns.
-Forward = Callable[[Sequence[Tensor], Row], tuple[Tensor, tuple[Tensor, ...], Tensor]]
+# Views, the schedules' row, what is known of the other parts of a batch -> what an objective's `evaluate` returns.
+Forward = Callable[[Sequence[Tensor], Row, Any], Evaluated]
 
 
 class Step(Protocol):
     """What is run: see `step.TrainStep`."""
 
     device: torch.device
+    loss: Objective
     run: Networks
     update: Update
     schedule: ScheduleTable
+    replays: bool
 
     @property
     def forward(self) -> Forward: ...
@@ -52,10 +55,15 @@ class Step(Protocol):
     def finish(self) -> None: ...
 
 
-def why_no_graph(device: torch.device, capturable: bool) -> str | None:
-    """What a CUDA graph of the step would need and does not have; None where there can be one."""
+def why_no_graph(device: torch.device, capturable: bool, replays: bool = False) -> str | None:
+    """What a CUDA graph of the step would need and does not have; None where there can be one.
+
+    replays: whether random numbers are drawn a second time, see `accumulation`.
+    """
     if device.type != "cuda":
         return "a CUDA device"
+    if replays:
+        return "a batch in one part (--accumulate 1): parts that see the whole batch draw random numbers twice"
     return None if capturable else "adamw without fp16's GradScaler: other optimizers ask the host"
 
 
@@ -79,7 +87,7 @@ class Modes:
         if effort not in EFFORTS:
             raise ValueError(f"compile: expected one of {', '.join(EFFORTS)}, got {effort!r}")
         self._step, self._say, self._effort = step, say, EFFORTS[effort]
-        if mode == "graph" and (missing := why_no_graph(step.device, step.update.capturable)):
+        if mode == "graph" and (missing := why_no_graph(step.device, step.update.capturable, step.replays)):
             say(f"step: a graph needs {missing}; using compiled")
             mode = "compiled"
         # Such a BatchNorm waits for the other processes in the middle of the forward pass.
@@ -95,7 +103,7 @@ class Modes:
 
     def _use(self, mode: str) -> None:
         norms = [m for network in self._step.run.both for m in network.modules() if isinstance(m, nn.SyncBatchNorm)]
-        self._meets_others = bool(norms)
+        self._meets_others = bool(norms) or self._step.loss.meets_others
         self.name, self._forward, self._proven = mode, self._step.forward, mode == "eager"
         if mode != "eager":
             for norm in norms:
@@ -104,8 +112,12 @@ class Modes:
             # next block, and drop-path is drawn in launches of its own. A step of ViT-S with 64 images moves 2.8 GB
             # more, of 62, in 207 launches more; without drop-path 1.8 GB in 57. As nested regions of one graph, without
             # drop-path: half the time, 1.7 GB in 44. Counted in what PyTorch 2.14 generates, November 2026.
+            how: dict[str, Any] = {"mode": self._effort}
+            if self._step.replays:  # a compiler's own generator draws other numbers than the eager first pass
+                options = torch._inductor.list_mode_options(self._effort or "default")
+                how = {"options": options | {"fallback_random": True}}
             forward = self._step.forward
-            self._forward = torch.compile(forward, fullgraph=not norms, dynamic=False, mode=self._effort)
+            self._forward = torch.compile(forward, fullgraph=not norms, dynamic=False, **how)
 
     def __call__(self, crops: Sequence[Tensor]) -> None:
         """One iteration."""
@@ -148,7 +160,7 @@ class Modes:
     def _load(self, crops: Sequence[Tensor]) -> None:
         shapes = [crop.shape for crop in crops]
         if not self._static:
-            self._static = [torch.empty_like(crop, dtype=self._step.run.crop_dtype) for crop in crops]
+            self._static = [torch.empty_like(crop, dtype=self._step.run.dtype_of(crop)) for crop in crops]
         elif shapes != [x.shape for x in self._static]:
             raise ValueError(
                 f"crops: expected the captured shapes {[tuple(x.shape) for x in self._static]}, "

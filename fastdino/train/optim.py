@@ -3,13 +3,17 @@
 An `Update` is what follows the backward pass: clip, freeze, optimizer, EMA of the teacher, low-precision copies.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from fastdino.train.param_multipliers import Multipliers, backbone_multipliers, head_multipliers
 from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, ScheduleTable
 from fastdino_kernels import ClipAdamWEMA, ema_update_
@@ -26,6 +30,70 @@ def get_params_groups(model: nn.Module) -> list[dict[str, Any]]:
         if param.requires_grad:
             (not_decayed if name.endswith(".bias") or param.ndim == 1 else decayed).append(param)
     return [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
+
+
+class Group(NamedTuple):
+    """Parameters that share what the schedules are multiplied with."""
+
+    params: list[nn.Parameter]
+    multipliers: Multipliers
+
+    def columns(self, columns: Mapping[str, NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Learning rate and weight decay per iteration, from the run's."""
+        rate = columns["last_layer_lr" if self.multipliers.is_last_layer else "lr"]
+        return rate * self.multipliers.lr, columns["weight_decay"] * self.multipliers.weight_decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How gradients become an update where that is not as in DINO."""
+
+    clips_modules: bool = False
+    """Whether clip_grad holds for all gradients of the backbone together, and for those of each head, as in DINOv2."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of adamw."""
+    multipliers: Callable[[str], Multipliers] | None = None
+    """Of a parameter, by its name in the student. None: DINO's, 1 and, for weight decay, 0 for biases and vectors."""
+
+    def groups(self, student: nn.Module) -> list[Group]:
+        """The parameters that are trained, in the order in which the optimizer keeps them."""
+        if self.multipliers is None:
+            return [
+                Group(group["params"], Multipliers(1.0, group.get("weight_decay", 1.0), False))
+                for group in get_params_groups(student)
+            ]
+        found: dict[Multipliers, list[nn.Parameter]] = {}
+        for name, param in student.named_parameters():
+            if param.requires_grad:
+                found.setdefault(self.multipliers(name), []).append(param)
+        return [Group(params, multipliers) for multipliers, params in found.items()]
+
+    def columns(self, student: nn.Module, columns: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+        """What each group reads of the schedules' row, by the names `_names` gives."""
+        found: dict[str, NDArray[np.float64]] = {}
+        for i, group in enumerate(self.groups(student)):
+            found.update(zip(_names(i), group.columns(columns)))
+        return found
+
+
+DINOS_TUNING = Tuning()
+
+
+def dinov2_tuning(
+    depth: int, lr_decay: float, patch_embed_lr: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> Tuning:
+    """DINOv2's and DINOv3's, for a MaskedMultiCrop of `depth` blocks. Arguments are `backbone_multipliers`'."""
+
+    def multipliers(name: str) -> Multipliers:
+        module, _, rest = name.partition(".")
+        is_head = module != "backbone"
+        return head_multipliers(rest) if is_head else backbone_multipliers(rest, depth, lr_decay, patch_embed_lr)
+
+    return Tuning(clips_modules=True, betas=betas, multipliers=multipliers)
+
+
+def _names(group: int) -> tuple[str, str]:
+    return f"lr of group {group}", f"weight_decay of group {group}"
 
 
 @torch.no_grad()
@@ -48,10 +116,36 @@ def clip_gradients(model: nn.Module, clip: float) -> Tensor:
     return norms
 
 
+@torch.no_grad()
+def clip_modules(modules: Sequence[Sequence[Tensor]], clip: float) -> Tensor:
+    """Scale the gradients of each module to at most the norm `clip`, all of them together, as DINOv2 does.
+
+    modules: the gradients of each. Returns the norms before clipping, (modules,) fp32 or more, on the device.
+    """
+    full = torch.promote_types(modules[0][0].dtype, torch.float32)
+    norms = [torch.stack(torch._foreach_norm(list(grads), 2, full)).norm() for grads in modules]
+    for grads, norm in zip(modules, norms) if clip else ():
+        torch._foreach_mul_(list(grads), (clip / (norm + 1e-6)).clamp(max=1.0))
+    return torch.stack(norms)
+
+
+def gradients_by_module(model: nn.Module, grad_of: Callable[[Tensor], Tensor | None]) -> list[list[Tensor]]:
+    """Of each direct child of the model: the gradients of its parameters, as grad_of finds them."""
+    found = ([grad_of(p) for p in child.parameters() if p.requires_grad] for child in model.children())
+    return [kept for grads in found if (kept := [grad for grad in grads if grad is not None])]
+
+
 def cancel_last_layer_gradients(model: nn.Module) -> None:
     """Drop (set to None) the gradients of the head's last layer: no step, no decay, no optimizer state."""
     for name, param in model.named_parameters():
         if "last_layer" in name:
+            param.grad = None
+
+
+def cancel_backbone_gradients(model: nn.Module) -> None:
+    """Drop the gradients of the backbone, so that the heads alone move."""
+    for name, param in model.named_parameters():
+        if name.startswith("backbone."):
             param.grad = None
 
 
@@ -117,7 +211,10 @@ class Update(Protocol):
 
 
 class FusedUpdate:
-    """AdamW, the clip, freezing, the EMA and the low-precision copies, in the two launches of ClipAdamWEMA."""
+    """AdamW, the clip, freezing, the EMA and the low-precision copies, in the two launches of ClipAdamWEMA.
+
+    Gradients are clipped by modules before that, in launches of their own.
+    """
 
     scaler = None
     capturable = True
@@ -129,39 +226,48 @@ class FusedUpdate:
         *,
         row: Row,
         clip_grad: float,
+        tuning: Tuning = DINOS_TUNING,
         copies: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
+        self._student, self._clip_grad, self._tuning = student, clip_grad, tuning
+        groups = tuning.groups(student)
         self.optimizer = ClipAdamWEMA(
-            get_params_groups(student),
+            [{"params": group.params} for group in groups],
             lr=0.0,
-            clip_grad=clip_grad,
+            betas=tuning.betas,
+            clip_grad=0.0 if tuning.clips_modules else clip_grad,
             teacher=zip(student.parameters(), teacher.parameters()),
             copies=copies,
-            track_grad_norms=True,
+            track_grad_norms=not tuning.clips_modules,
         )
-        decayed, not_decayed = self.optimizer.param_groups
-        # The schedules' own tensors, which change in place.
-        decayed["lr"] = not_decayed["lr"] = row["lr"]
-        decayed["weight_decay"], not_decayed["weight_decay"] = (
-            row["weight_decay"],
-            torch.zeros_like(row["weight_decay"]),
-        )
+        for i, group in enumerate(self.optimizer.param_groups):  # the schedules' own tensors, which change in place
+            group["lr"], group["weight_decay"] = (row[name] for name in _names(i))
         self.optimizer.momentum = row["momentum"]
         self._last_layer = [p for name, p in student.named_parameters() if "last_layer" in name and p.requires_grad]
+        self.module_norms = torch.zeros(0)
+        self._is_backbone: Tensor | None = None  # (len(tensors),) bool, made on the device
+        if "backbone_frozen" in row:
+            self.optimizer.freeze_(p for name, p in student.named_parameters() if name.startswith("backbone."))
+            self._is_backbone = self.optimizer.frozen.clone()
 
     def __call__(self, row: Row) -> Tensor:
         """One update; a graph reads the row again at each replay."""
-        self.optimizer.freeze_(self._last_layer, row["frozen"] > 0)
+        if self._tuning.clips_modules:
+            grads = gradients_by_module(self._student, self.optimizer.grad_of)
+            self.module_norms = clip_modules(grads, self._clip_grad)
+        if self._is_backbone is not None:  # all at once: it has a hundred parameters and more
+            torch.logical_and(self._is_backbone, row["backbone_frozen"] > 0, out=self.optimizer.frozen)
+        if "frozen" in row:
+            self.optimizer.freeze_(self._last_layer, row["frozen"] > 0)
         self.optimizer.step()
+        if self._tuning.clips_modules:
+            return self.module_norms.norm()
         assert self.optimizer.grad_norms is not None
         return self.optimizer.grad_norms.norm()
 
 
 class HostUpdate:
-    """An optimizer of PyTorch's, with numbers that the host has to know; fp16's scaler decides there, too.
-
-    make: groups -> optimizer.
-    """
+    """An optimizer of PyTorch's, with numbers that the host has to know; fp16's scaler decides there, too."""
 
     capturable = False
 
@@ -170,13 +276,17 @@ class HostUpdate:
         student: nn.Module,
         teacher: nn.Module,
         *,
-        make: Callable[[list[dict[str, Any]]], Optimizer],
-        schedule: ScheduleTable,
+        optimizer: str,
         clip_grad: float,
+        tuning: Tuning = DINOS_TUNING,
+        schedule: ScheduleTable,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.student, self._schedule, self.clip_grad, self.scaler = student, schedule, clip_grad, scaler
-        self.optimizer = make(get_params_groups(student))
+        self.student, self._schedule, self.scaler = student, schedule, scaler
+        self._clip_grad, self._tuning = clip_grad, tuning
+        self.optimizer = OPTIMIZERS[optimizer]([{"params": group.params} for group in tuning.groups(student)])
+        for group in self.optimizer.param_groups if "betas" in self.optimizer.defaults else ():
+            group["betas"] = tuning.betas
         self._student_params = [p.detach() for p in student.parameters()]
         self._teacher_params = [p.detach() for p in teacher.parameters()]
 
@@ -184,14 +294,14 @@ class HostUpdate:
         """One update. Gradients come in scaled, and averaged over processes: all of them skip a step, or none."""
         now = self._schedule.on_host()
         for i, group in enumerate(self.optimizer.param_groups):
-            group["lr"] = now["lr"]
-            if i == 0:  # the other group holds what must not decay
-                group["weight_decay"] = now["weight_decay"]
+            group["lr"], group["weight_decay"] = (now[name] for name in _names(i))
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norms = clip_gradients(self.student, self.clip_grad) if self.clip_grad else gradient_norms(self.student)
-        if now["frozen"]:
+        norms = self._clip()
+        if now.get("frozen"):
             cancel_last_layer_gradients(self.student)
+        if now.get("backbone_frozen"):
+            cancel_backbone_gradients(self.student)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -200,6 +310,12 @@ class HostUpdate:
         # Also where the scaler skipped the optimizer, as in the original.
         ema_update_(self._teacher_params, self._student_params, row["momentum"])
         return norms.norm()
+
+    def _clip(self) -> Tensor:
+        clip = self._clip_grad
+        if self._tuning.clips_modules:
+            return clip_modules(gradients_by_module(self.student, lambda p: p.grad), clip)
+        return clip_gradients(self.student, clip) if clip else gradient_norms(self.student)
 
 
 # What `--optimizer` accepts. adamw is made here for fp16's scaler alone; else the step takes FusedUpdate, whose
@@ -227,16 +343,21 @@ def is_fused(optimizer: str, amp_dtype: torch.dtype | None) -> bool:
 
 
 def make_update(
-    optimizer: str, networks: Networks, masters: tuple[nn.Module, nn.Module], schedule: ScheduleTable, clip_grad: float
+    optimizer: str,
+    networks: Networks,
+    masters: tuple[nn.Module, nn.Module],
+    schedule: ScheduleTable,
+    clip_grad: float,
+    tuning: Tuning = DINOS_TUNING,
 ) -> Update:
-    """What follows the backward pass. optimizer: a name of OPTIMIZERS. masters: student and teacher."""
+    """What follows the backward pass. optimizer: a name of OPTIMIZERS. masters: student and teacher.
+
+    schedule: with the columns of `tuning.columns`. clip_grad: the largest norm of a gradient, 0 for none.
+    """
     if is_fused(optimizer, networks.amp_dtype):
-        return FusedUpdate(*masters, row=schedule.row, clip_grad=clip_grad, copies=networks.copies)
+        return FusedUpdate(*masters, row=schedule.row, clip_grad=clip_grad, tuning=tuning, copies=networks.copies)
     fp16 = networks.amp_dtype == torch.float16
+    scaler = torch.amp.GradScaler(networks.device_type) if fp16 else None
     return HostUpdate(
-        *masters,
-        make=OPTIMIZERS[optimizer],
-        schedule=schedule,
-        clip_grad=clip_grad,
-        scaler=torch.amp.GradScaler(networks.device_type) if fp16 else None,
+        *masters, optimizer=optimizer, clip_grad=clip_grad, tuning=tuning, schedule=schedule, scaler=scaler
     )

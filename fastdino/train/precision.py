@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdino.errors import UserError
-from fastdino.model import MultiCropWrapper
+from fastdino.model import MultiCrop
+from fastdino.objectives import Objective
 from fastdino.train.config import TrainConfig
 
 
@@ -37,9 +39,7 @@ class Networks:
     are given, full precision under autocast; copies: pairs (master's parameter, its copy).
     """
 
-    def __init__(
-        self, student: MultiCropWrapper, teacher: MultiCropWrapper, amp_dtype: torch.dtype | None, on_copies: bool
-    ) -> None:
+    def __init__(self, student: MultiCrop, teacher: MultiCrop, amp_dtype: torch.dtype | None, on_copies: bool) -> None:
         master = next(student.parameters())
         self.device_type, self.amp_dtype, self.dtype = master.device.type, amp_dtype, amp_dtype or master.dtype
         self._autocasts = amp_dtype is not None and not on_copies
@@ -52,18 +52,22 @@ class Networks:
             self.copies = copies + teacher_copies
 
     @property
-    def both(self) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+    def both(self) -> tuple[MultiCrop, MultiCrop]:
         """Student and teacher as they are run."""
         return self.student, self.teacher
 
-    def logits(self, crops: Sequence[Tensor], n_teacher_views: int) -> tuple[Tensor, Tensor]:
-        """(student's (V * B, K), teacher's (n_teacher_views * B, K)), crop-major."""
-        if crops[0].dtype != self.crop_dtype:
-            crops = [crop.to(self.crop_dtype) for crop in crops]
+    def dtype_of(self, view: Tensor) -> torch.dtype:
+        """What a view is given in: a crop in crop_dtype, anything else, as masks, as it is."""
+        return self.crop_dtype if view.ndim == 4 else view.dtype
+
+    def outputs(self, objective: Objective, views: Sequence[Tensor], taught: Any = None) -> tuple[Any, Any]:
+        """(what the student learns from the views, what the teacher taught), in this precision. taught: if known."""
+        views = [view if view.dtype == self.dtype_of(view) else view.to(self.dtype_of(view)) for view in views]
         with torch.autocast(self.device_type, self.amp_dtype) if self._autocasts else nullcontext():
-            with torch.no_grad():
-                teacher = self.teacher(crops[:n_teacher_views])
-            return self.student(crops), teacher
+            if taught is None:
+                with torch.no_grad():
+                    taught = objective.teach(self.teacher, views)
+            return objective.learn(self.student, views), taught
 
     def sum_gradients(self) -> None:
         """Add the gradients of the copies to the masters': in full precision, for several parts of a batch."""
@@ -79,9 +83,7 @@ class Networks:
             torch._foreach_copy_([low.detach() for _, low in self.copies], [p.detach() for p, _ in self.copies])
 
 
-def low_precision_twin(
-    network: MultiCropWrapper, dtype: torch.dtype
-) -> tuple[MultiCropWrapper, list[tuple[Tensor, Tensor]]]:
+def low_precision_twin(network: MultiCrop, dtype: torch.dtype) -> tuple[MultiCrop, list[tuple[Tensor, Tensor]]]:
     """(a copy whose parameters are low-precision copies, the pairs (parameter, copy)).
 
     What the original casts in every forward is cast here once per step, by the optimizer's kernel. Buffers are shared,

@@ -1,6 +1,9 @@
 """Values of several flags that go together, by name."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from fastdino.model.archs import PUBLISHED, TIMM
 
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "dino": {},  # the defaults
@@ -8,8 +11,41 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "none": {"jitter_prob": 0.0, "gray_prob": 0.0, "blur_prob": (0.0, 0.0, 0.0), "solarize_prob": 0.0},
 }
 
+
+# --recipe. What DINOv2 (arXiv:2304.07193) and DINOv3 (arXiv:2508.10104) have in their configurations for one node.
+_NEWER: dict[str, Any] = {
+    "drop_path_rate": 0.3,
+    "drop_path_mode": "batch",
+    "norm_last_layer": False,
+    "momentum_teacher": 0.992,
+    "teacher_temp": 0.07,
+    "warmup_teacher_temp_epochs": 30,
+    "lr": 0.004,
+    "lr_scaling": "sqrt",
+    "lr_decay": 0.9,
+    "patch_embed_lr": 0.2,
+    "global_crops_scale": (0.32, 1.0),
+    "local_crops_scale": (0.05, 0.32),
+    **AUGMENTATIONS["dinov2"],
+    "augmentation": "dinov2",
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "dino": {},
+    "dinov2": {**_NEWER, "mask_count": "exact"},
+    "dinov3": {**_NEWER, "registers": 4, "centering": "sinkhorn", "ibot_out_dim": 65536},
+}
+# Flags that say nothing to DINO's recipe.
+OF_NEWER_RECIPES = """registers layerscale ffn centering ibot_weight koleo_weight ibot_out_dim ibot_bottleneck_dim
+    mask_probability mask_ratio mask_count lr_scaling lr_decay patch_embed_lr adamw_beta2 final_momentum_teacher
+    gram_start gram_teacher gram_update_epochs gram_weight"""
+
+PRESETS = ("auto", "small", "none")
+
+OF_THE_WEIGHTS = "auto"  # --arch with --init: the architecture that the weights are of
+
 # Without data: the handwritten digits that scikit-learn carries. Learned in minutes on two CPU cores.
 DIGITS: dict[str, Any] = {
+    "preset": "none",
     "arch": "vit_nano",
     "patch_size": 6,
     "out_dim": 1024,
@@ -36,3 +72,108 @@ DIGITS: dict[str, Any] = {
     "output_dir": "fastdino_digits",
     "resume": False,
 }
+
+# --preset small: folders of hundreds to ten thousands of images. main_dino's defaults are for a million: on such a
+# folder their average teacher (0.996) hardly moves, and 65,536 prototypes have more parameters than there are pixels.
+SMALL_FOLDER = 10_000  # images: up to so many, a folder is small
+SMALL: dict[str, Any] = {
+    "preset": "small",
+    "arch": "vit_nano",
+    "out_dim": 1024,
+    "hidden_dim": 512,
+    "use_bn_in_head": True,  # without it this small model collapses to ln K
+    "drop_path_rate": 0.0,
+    "momentum_teacher": 0.97,
+    "lr": 0.008,
+    "local_crops_number": 4,
+    "saveckp_freq": 0,
+}
+SMALL_BATCH, SMALL_STEPS = 32, 2000
+SMALL_SIDES = (28, 32, 48, 64)  # of the global crops; larger ones learn no more in the same time
+
+
+def small(n_images: int, side: int, n_processes: int = 1) -> dict[str, Any]:
+    """`--preset small` for so many images, with short sides of about `side` pixels.
+
+    The global crops are as large as the images, or the next size below, of 4 x 4 patches; so many epochs that
+    SMALL_STEPS are taken, of SMALL_BATCH images in all processes together. A tenth of the epochs is warm-up.
+    """
+    size = max((s for s in SMALL_SIDES if s <= side), default=SMALL_SIDES[0])
+    return {
+        **SMALL,
+        "batch_size_per_gpu": max(1, SMALL_BATCH // n_processes),
+        "epochs": max(1, round(SMALL_STEPS / max(1, n_images // SMALL_BATCH))),
+        "patch_size": size // 4,
+        "global_crops_size": size,
+        "local_crops_size": size // 2,
+    }
+
+
+# What the digits want of DINOv2's and DINOv3's recipes, whose own defaults are for a million images.
+DIGITS_OF_NEWER: dict[str, Any] = {
+    "ibot_out_dim": 0,
+}
+
+
+def from_weights(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run with `init` does otherwise than one from scratch. values: the flags that are known so far."""
+    epochs = values.get("epochs", 2)
+    return {
+        "arch": OF_THE_WEIGHTS,
+        "patch_size": 0,
+        "freeze_backbone_epochs": min(1, epochs - 1) if isinstance(epochs, int) else 1,
+        "freeze_last_layer": 0,
+    }
+
+
+def recipe_for(given: Mapping[str, Any], is_demo: bool) -> dict[str, Any]:
+    """The defaults of a run: its recipe's, and where it learns the digits, theirs."""
+    recipe = given.get("recipe", "dino")
+    values = dict(RECIPES.get(recipe, {}))
+    arch = PUBLISHED.get(given.get("arch", ""))
+    if arch is not None and recipe in RECIPES:
+        values |= {
+            "patch_size": arch.patch_size,
+            "registers": arch.options["registers"],
+            "ffn": arch.options.get("ffn", "mlp"),
+        }
+        values |= {"local_crops_size": 7 * arch.patch_size}
+    if is_demo:
+        values |= DIGITS | (DIGITS_OF_NEWER if recipe != "dino" else {})
+    return values
+
+
+def check_recipe(config: Any, defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming flag, expected and got, for flags that contradict the recipe. config: a TrainConfig."""
+    if config.recipe == "dino":
+        for name in OF_NEWER_RECIPES.split():
+            if getattr(config, name) != defaults[name]:
+                raise ValueError(
+                    f"--{name}: is for --recipe dinov2 or dinov3, and says nothing to dino, got {getattr(config, name)}"
+                )
+        return
+    if not config.local_crops_number:
+        raise ValueError(f"--local_crops_number: expected 1 or more with --recipe {config.recipe}, got 0")
+    if config.optimizer != "adamw":
+        raise ValueError(f"--optimizer: expected adamw with --recipe {config.recipe}, got {config.optimizer}")
+    if config.arch.startswith(TIMM):
+        raise ValueError(f"--arch: {config.arch} takes no masks, and --recipe {config.recipe} masks patches; use dino")
+    if not config.mask_probability or not config.ibot_weight > 0:
+        name = "ibot_weight" if config.mask_probability else "mask_probability"
+        raise ValueError(
+            f"--{name}: expected a value above 0, got {getattr(config, name)}; --recipe dino masks nothing"
+        )
+    if int(2 * config.batch_size_per_gpu // config.accumulate * config.mask_probability) < 1:
+        raise ValueError(f"--mask_probability: {config.mask_probability} of so few crops masks none")
+    if config.koleo_weight and config.batch_size_per_gpu < 2:
+        raise ValueError("--batch_size_per_gpu: expected 2 or more, for KoLeo compares images, got 1")
+    if not config.gram_start and (config.gram_teacher != "ema" or config.gram_update_epochs):
+        name = "gram_update_epochs" if config.gram_teacher == "ema" else "gram_teacher"
+        raise ValueError(f"--{name}: says nothing without --gram_start, the epoch after which it is looked at")
+    if config.gram_start >= config.epochs:
+        raise ValueError(f"--gram_start: expected less than --epochs={config.epochs}, got {config.gram_start}")
+    if config.gram_update_epochs and config.gram_start % config.gram_update_epochs:
+        raise ValueError(
+            f"--gram_update_epochs: expected a divisor of --gram_start={config.gram_start}, "
+            f"got {config.gram_update_epochs}"
+        )

@@ -21,10 +21,12 @@ from fastdino.train.step import TrainStep
 
 # What a flag may do when a run goes on with another value. All others change what is learned: allowed, and said.
 IMPOSSIBLE = {
-    "arch", "patch_size", "out_dim", "norm_last_layer", "use_bn_in_head", "hidden_dim", "bottleneck_dim", "optimizer",
+    "arch", "patch_size", "init", "out_dim", "norm_last_layer", "use_bn_in_head", "hidden_dim", "bottleneck_dim",
+    "optimizer", "recipe", "registers", "layerscale", "ffn", "centering", "ibot_out_dim", "ibot_bottleneck_dim",
+    "lr_decay", "patch_embed_lr", "gram_start", "gram_teacher",
 }  # fmt: skip
 HARMLESS = {
-    "step", "compile", "attention", "mlp", "checkpointing", "num_workers", "eval", "knn_freq", "linear_freq",
+    "preset", "step", "compile", "attention", "mlp", "checkpointing", "num_workers", "eval", "knn_freq", "linear_freq",
     "knn_k", "knn_images", "val_path", "eval_resize", "attention_images", "output_dir", "tensorboard", "wandb",
     "mlflow", "saveckp_freq", "disk_wait", "resume", "device", "dist_url", "local_rank",
 }  # fmt: skip
@@ -58,7 +60,7 @@ def in_words(epochs: int, steps: int = 0) -> str:
 
 def changes(saved: argparse.Namespace, config: TrainConfig) -> Changes:
     """The flags that have another value than a checkpoint's: flag -> (was, is). Flags it does not have are left out."""
-    was, now = vars(saved), asdict(config)
+    was, now = {"init": None, **vars(saved)}, asdict(config)
     for name in ("output_dir", "resume"):  # of the file's place, not of the run
         del now[name]
     pairs = {name: (_plain(was[name]), now[name]) for name in now if name in was}

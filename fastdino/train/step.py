@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdino.model import MultiCropWrapper, attention_choice, choices
-from fastdino.objectives import Objective
+from fastdino.model import MultiCrop, attention_choice, choices
+from fastdino.objectives import Evaluated, Objective
+from fastdino.train.accumulation import Known, look_ahead
 from fastdino.train.averaging import GradientAverager
 from fastdino.train.modes import Forward, Modes
-from fastdino.train.optim import is_fused, make_update
+from fastdino.train.optim import DINOS_TUNING, Tuning, is_fused, make_update
 from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, Schedules, ScheduleTable
 
@@ -29,11 +30,12 @@ def _named(names: Sequence[str]) -> Any:
 class TrainStep:
     """Forward, loss, backward, clip, optimizer, EMA and center, in the original's order.
 
-    teacher: the student's frozen copy; both keep full precision. optimizer: a name of OPTIMIZERS. clip_grad: largest
-    norm of one tensor's gradient, 0 for none. freeze_last_layer: epochs without an update of the prototypes.
-    amp_dtype: bf16 computes on copies of the weights (adamw) or under autocast (sgd, lars), fp16 under autocast with a
-    GradScaler. mode: see `modes`. accumulate: parts that a batch is computed in, one update for all of them.
-    attention_backend, mlp: of attention.BACKENDS and mlp.WAYS, or auto. effort: of modes.EFFORTS. say: hears fallbacks.
+    teacher: the student's frozen copy; both keep full precision. optimizer: of OPTIMIZERS. niter_per_ep: steps of an
+    epoch. clip_grad: largest norm of one tensor's gradient, 0 for none. freeze_last_layer, freeze_backbone: epochs in
+    which the prototypes, or the backbone, have no gradient. tuning: of DINOv2's recipe. amp_dtype: bf16 computes on
+    copies of the weights (adamw) or under autocast (sgd, lars), fp16 under autocast with a GradScaler. mode: see
+    `modes`. accumulate: parts that a batch is computed in, one update for all of them. attention_backend, mlp: of
+    attention.BACKENDS and mlp.WAYS, or auto. effort: of modes.EFFORTS. say: hears fallbacks.
     With several processes gradients are averaged over them before the clip, also in a graph.
     Raises ValueError for a mode, a backend, an effort or a number of parts that cannot be.
     """
@@ -41,14 +43,16 @@ class TrainStep:
     def __init__(
         self,
         *,
-        student: MultiCropWrapper,
-        teacher: MultiCropWrapper,
+        student: MultiCrop,
+        teacher: MultiCrop,
         loss: Objective,
         optimizer: str,
         schedules: Schedules,
         niter_per_ep: int,
         clip_grad: float,
-        freeze_last_layer: int,
+        freeze_last_layer: int = 0,
+        freeze_backbone: int = 0,
+        tuning: Tuning = DINOS_TUNING,
         amp_dtype: torch.dtype | None = None,
         mode: str = "eager",
         accumulate: int = 1,
@@ -61,15 +65,20 @@ class TrainStep:
             raise ValueError(f"accumulate: expected 1 or more, got {accumulate}")
         self.student, self.teacher, self.loss, self.schedules = student, teacher, loss, schedules
         self.accumulate, self._asked = accumulate, (attention_backend, mlp)
+        self.replays = accumulate > 1 and loss.sees_whole_batch
         self.kernels: dict[str, choices.Choice] | None = None  # which were chosen, once crops were seen
         self.device, full = next(student.parameters()).device, next(student.parameters()).dtype
         attention_choice.check(attention_backend, self.device.type, amp_dtype or full, compiled=mode != "eager")
         on_copies = amp_dtype == torch.bfloat16 and is_fused(optimizer, amp_dtype)
         self.run = Networks(student, teacher, amp_dtype, on_copies)
         epochs = np.arange(len(schedules.lr)) // niter_per_ep
-        columns = {"frozen": epochs < freeze_last_layer, **schedules.columns(), **loss.columns(epochs)}
+        columns = {**schedules.columns(), **loss.columns(epochs)}
+        columns |= tuning.columns(student, columns)
+        for name, n_epochs in (("frozen", freeze_last_layer), ("backbone_frozen", freeze_backbone)):
+            if n_epochs:
+                columns[name] = (epochs < n_epochs).astype(np.float64)
         self.schedule = ScheduleTable(columns, self.device, full)
-        self.update = make_update(optimizer, self.run, (student, teacher), self.schedule, clip_grad)
+        self.update = make_update(optimizer, self.run, (student, teacher), self.schedule, clip_grad, tuning)
         # Gradients come to what is run; those of several parts are summed where the masters are.
         summed = student if accumulate > 1 else self.run.student
         self._averager = GradientAverager(summed.parameters(), overlap=accumulate == 1)
@@ -81,31 +90,35 @@ class TrainStep:
         self._state = [buffer for buffer in loss.buffers() if buffer.is_floating_point()]
         self._modes = Modes(self, mode, say, effort)
 
-    def __call__(self, crops: Sequence[Tensor], iteration: int) -> Any:
-        """V normalised crops (B, 3, H, W), and the iteration counted from 0 over the whole run.
+    def __call__(self, views: Sequence[Tensor], iteration: int) -> Any:
+        """V normalised crops (B, 3, H, W), with what the objective wants besides; the iteration, counted from 0.
 
         Returns a named tuple of `metric_names` and `state`: 0-D tensors on the device, so that reading them can wait.
         """
         if self.kernels is None:
-            self.prepare(crops)
+            self.prepare(views[: self.loss.ncrops])
         self.schedule.seek(iteration)
-        self._modes(crops)
+        self._modes(views)
+        self.loss.after_iteration(self.teacher, iteration)
         return self._as_metrics(*self._metrics.clone())
 
-    def forward(self, crops: Sequence[Tensor], row: Row) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    def forward(self, views: Sequence[Tensor], row: Row, known: Known | None = None) -> Evaluated:
         """Both networks and the loss, the part that compiles; what the objective's `evaluate` returns."""
-        student, teacher = self.run.logits(crops, self.loss.n_teacher_views)
-        return self.loss.evaluate(student, teacher, row)
+        learned, taught = self.run.outputs(self.loss, views, known and known.taught)
+        return self.loss.evaluate(learned, taught, row, known and known.shared)
 
-    def compute(self, forward: Forward, crops: Sequence[Tensor]) -> None:
+    def compute(self, forward: Forward, views: Sequence[Tensor]) -> None:
         """Forward and backward over the parts of the batch; leaves gradients, metrics and the objective's mean."""
         n, scaler = self.accumulate, self.update.scaler
-        parts = zip(*(crop.chunk(n) for crop in crops)) if n > 1 else [tuple(crops)]
+        parts = list(zip(*(view.chunk(n) for view in views))) if n > 1 else [tuple(views)]
+        known = look_ahead(self.run, self.loss, parts, self.schedule.row) if self.replays else [None] * n
         self.drop_gradients()
         self._metrics.zero_()
         means = []
-        for part in parts:
-            loss, others, mean = forward(part, self.schedule.row)
+        for part, about in zip(parts, known):
+            if about:
+                about.replay()
+            loss, others, mean = forward(part, self.schedule.row, about)
             scaled = loss / n if n > 1 else loss
             (scaled if scaler is None else scaler.scale(scaled)).backward()
             means.append(mean)
@@ -114,10 +127,10 @@ class TrainStep:
                 self.run.sum_gradients()
         self._batch_mean = means[0] if n == 1 else torch.stack(means).mean(0)
 
-    def compute_alone(self, forward: Forward, crops: Sequence[Tensor]) -> None:
+    def compute_alone(self, forward: Forward, views: Sequence[Tensor]) -> None:
         """`compute`, with no collective in it: should this process fail, no other waits for it there."""
         with self._averager.deferred():
-            self.compute(forward, crops)
+            self.compute(forward, views)
 
     def finish(self) -> None:
         """Average over processes, clip, optimizer, EMA, the objective's own state."""

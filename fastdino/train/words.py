@@ -12,7 +12,8 @@ from fastdino.errors import some_of
 from fastdino.eval import TITLES
 from fastdino.eval.attention_maps import draw_samples
 from fastdino.train.build import Parts
-from fastdino.train.config import command_line
+from fastdino.train.command_line import command_line
+from fastdino.train.preset import is_small
 from fastdino.train.result import TrainResult
 from fastdino.train.resume import HARMLESS, in_words, shown
 
@@ -28,13 +29,16 @@ def introduce(parts: Parts, say: Say) -> None:
     config, process, step = parts.config, parts.process, parts.step
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[step.run.amp_dtype]
     name = parts.model_name
-    n_params = sum(p.numel() for p in parts.backbone.parameters()) / 1e6
+    whole, backbone = (sum(p.numel() for p in of.parameters()) / 1e6 for of in (parts.step.student, parts.backbone))
     say(f"data    {parts.source.describe()}")
     for line in remarks(parts.source):
         say(f"        {line}")
     if parts.held_out:
         say(f"        {parts.held_out.describe()}")
-    say(f"model   {name}, {n_params:.1f} M parameters, {config.out_dim:,} prototypes")
+    _tell_of_preset(parts, say)
+    say(f"model   {name}, {backbone:.1f} M backbone + {whole - backbone:.1f} M head, {config.out_dim:,} prototypes")
+    for i, line in enumerate(parts.start):
+        say(f"{'        ' if i else 'start   '}{line}")
     say(
         f"crops   2 x {config.global_crops_size} px + {config.local_crops_number} x {config.local_crops_size} px, "
         f"{parts.batch_size} images a step"
@@ -53,6 +57,18 @@ def introduce(parts: Parts, say: Say) -> None:
     say(f"step    {step.mode}{tuned}{kernels}")
     if parts.resumed.iteration or parts.resumed.changes or parts.resumed.notes:
         _tell_of_resume(parts, say)
+
+
+def _tell_of_preset(parts: Parts, say: Say) -> None:
+    """Whose defaults the run has, where the images are few: why, how to have the others, and which flags win."""
+    config, n = parts.config, f"{len(parts.source):,} images"
+    if config.preset == "small":
+        preset = parts.preset
+        say(f"preset  small, for {n}; main_dino's defaults: --preset none")
+        if own := [name for name, value in preset.items() if getattr(config, name) != value]:
+            say("        flags that were given win over it: " + ", ".join(f"--{name}" for name in own))
+    elif config.preset == "auto" and is_small(parts.source):
+        say(f"preset  none, as flags of a recipe are given; --preset small sets the others for {n}")
 
 
 def _tell_of_resume(parts: Parts, say: Say) -> None:
@@ -87,7 +103,7 @@ def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
     config, folder, before, after = parts.config, parts.folder, result.before, result.after
     if result.interrupted:
         say(f"stopped in epoch {result.epochs + 1} after {steps} of {parts.niter} steps; {folder.holds}")
-        say(f"resume with: {command_line(config, parts.process.world_size)}")
+        say(f"resume with: {command_line(config, parts.process.world_size, parts.preset)}")
         return
     folder.write("attention.png", lambda path: _draw(parts, path, say))
     held_out = parts.held_out

@@ -106,7 +106,7 @@ class ClipAdamWEMA(AdamW):
         weight_decays = [group["weight_decay"] for group in self.param_groups]
         self._check_step(lrs, weight_decays)
         n_params = sum(len(group["params"]) for group in self.param_groups)
-        grads = [self._grad_of(x) if i < n_params else None for i, x in enumerate(self.tensors)]
+        grads = [self.grad_of(x) if i < n_params else None for i, x in enumerate(self.tensors)]
         states: list[dict[str, Any]] = [
             {} if grad is None else self._state_of(x) for x, grad in zip(self.tensors, grads)
         ]
@@ -157,7 +157,7 @@ class ClipAdamWEMA(AdamW):
             yield slice(first, end), betas, eps
             first = end
 
-    def _grad_of(self, param: Tensor) -> Tensor | None:
+    def grad_of(self, param: Tensor) -> Tensor | None:
         """A param's gradient, or its copy's, where the copy is what the loss was computed with."""
         copy = self._copy_of.get(param)
         return param.grad if param.grad is not None or copy is None else copy.grad

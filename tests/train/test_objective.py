@@ -3,7 +3,7 @@
 import torch
 
 from fastdino.objectives import Objective
-from fastdino.train import build, loop
+from fastdino.train import build, learning, loop
 
 
 class Distance(Objective):
@@ -19,7 +19,7 @@ class Distance(Objective):
     def columns(self, epochs):
         return {"weight": 1.0 + epochs}
 
-    def evaluate(self, student, teacher, row):
+    def evaluate(self, student, teacher, row, shared=None):
         target = teacher.unflatten(0, (2, -1)).mean(0)
         loss = row["weight"] * (student.unflatten(0, (-1, len(target))) - target).square().mean()
         return loss, (target.std(),), target.mean(0)
@@ -29,7 +29,7 @@ class Distance(Objective):
 
 
 def test_an_objective_brings_its_schedules_metrics_and_state(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(build, "DINOLoss", Distance)
+    monkeypatch.setattr(learning, "DINOLoss", Distance)
     entries = []
 
     class Watching(build.Sink):
@@ -48,7 +48,7 @@ def test_the_objectives_columns_reach_it_by_name(monkeypatch):
     step = make_step()
     weighted = type(step)(
         student=make_networks(), teacher=make_networks().requires_grad_(False), loss=Distance(), optimizer="adamw",
-        schedules=step.schedules, niter_per_ep=4, clip_grad=0, freeze_last_layer=0,
+        schedules=step.schedules, niter_per_ep=4, clip_grad=0,
     )  # fmt: skip
     crops = make_crops()
     first, second = weighted(crops, 3), weighted.schedule.row["weight"].clone()

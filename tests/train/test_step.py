@@ -29,10 +29,10 @@ class CountOps(TorchDispatchMode):
 
 
 OPTIONS = [{}, {"amp_dtype": torch.bfloat16}, {"accumulate": 2}, {"checkpointing": True, "drop_path_rate": 0.3}]
-OPTIONS += [{"drop_path_rate": 0.3, "drop_path_mode": "batch"}]
+OPTIONS += [{"drop_path_rate": 0.3, "drop_path_mode": "batch"}, {"freeze_backbone": 2}]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["fp32", "bf16", "parts", "checkpointing", "subsets"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["fp32", "bf16", "parts", "checkpointing", "subsets", "frozen"])
 def test_no_iteration_waits_for_the_device(options, capsys, monkeypatch):
     """Ten iterations over three epochs: the freeze is lifted, every schedule moves."""
     networks = make_networks(**options), make_networks().requires_grad_(False)

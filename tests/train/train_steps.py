@@ -23,7 +23,9 @@ def recreated(network, device):
     """The network with new tensors on the device, which has no values to copy from."""
     for module in network.modules():
         for name, p in module._parameters.items():
-            module._parameters[name] = nn.Parameter(torch.empty(p.shape, device=device), requires_grad=p.requires_grad)
+            if p is not None:
+                empty = torch.empty(p.shape, device=device)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=p.requires_grad)
     return network
 
 

@@ -19,13 +19,15 @@ from trials.runs import FLAGS, Table, trial_parser
 from fastdino.cli import parse
 from fastdino.errors import UserError
 from fastdino.train import distributed, resume
-from fastdino.train.build import build_networks, build_step
+from fastdino.train.build import build_step
 from fastdino.train.checkpoint import save_checkpoint
-from fastdino.train.config import TrainConfig, config_from_args
+from fastdino.train.command_line import config_from_args
+from fastdino.train.config import TrainConfig
 from fastdino.train.contents import odd_tensor
 from fastdino.train.folder import RunFolder
 from fastdino.train.interrupt import Stop
 from fastdino.train.meter import Meter
+from fastdino.train.networks import build_networks
 from fastdino.train.step import TrainStep
 
 NITER, N_IMAGES, BATCH = 5, 256, 48

@@ -1,0 +1,307 @@
+"""DINOv2's and DINOv3's recipes in the one step: in every mode, in parts, and as a run of the command line.
+
+Their numbers are held against the originals' in tests/test_v2_golden.py.
+"""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from fake_device import no_host_sync
+from train_steps import recreated
+
+from fastdino import DINOHead, VisionTransformer, load_backbone, load_checkpoint
+from fastdino.data.masks import BatchMasks, BlockMasks, mask_batch
+from fastdino.errors import UserError
+from fastdino.model import MaskedMultiCrop
+from fastdino.model.archs import recipe_options
+from fastdino.objectives import DINOv2Loss, DINOv2Weights, GramTeacher
+from fastdino.train import build, loop
+from fastdino.train.iteration_schedules import IterationSchedules
+from fastdino.train.optim import dinov2_tuning
+from fastdino.train.schedules import ScheduleTable
+from fastdino.train.step import TrainStep
+
+N_LOCAL, NITER = 2, 4
+SIDE, PATCH = 32, 8
+MASKS = BlockMasks(height=SIDE // PATCH, width=SIDE // PATCH, max_patches=8, min_patches=2)
+
+
+def make_network(recipe="dinov2", registers=0, **options):
+    backbone = VisionTransformer(
+        [SIDE], PATCH, embed_dim=32, depth=3, num_heads=2, **recipe_options(recipe, registers, 0.1, "mlp"), **options
+    )
+    heads = [DINOHead(32, k, hidden_dim=24, bottleneck_dim=16, weight_norm=recipe == "dinov2") for k in (48, 40)]
+    return MaskedMultiCrop(backbone, *heads)
+
+
+def make_networks(recipe="dinov2", drop_path_rate=0.0, drop_path_mode="sample", checkpointing=False, **_):
+    """Student, teacher, and a network whose backbone is the Gram teacher."""
+    torch.manual_seed(0)
+    of_student = {"drop_path_rate": drop_path_rate, "drop_path_mode": drop_path_mode, "checkpointing": checkpointing}
+    student, teacher, anchor = (make_network(recipe, 2, **kw) for kw in (of_student, {}, {}))
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher, anchor
+
+
+def make_step(
+    recipe="dinov2", device="cpu", networks=None, dtype=torch.float32, centering="sinkhorn", koleo=0.1, gram=False,
+    **options,
+):  # fmt: skip
+    student, teacher, anchor = networks or make_networks(recipe, **options)
+    options = {k: v for k, v in options.items() if k not in ("drop_path_rate", "drop_path_mode", "checkpointing")}
+    loss = DINOv2Loss(
+        ncrops=2 + N_LOCAL,
+        out_dim=48,
+        patch_out_dim=40,
+        centering=centering,
+        weights=DINOv2Weights(koleo=koleo),
+        gram=GramTeacher(anchor.backbone) if gram else None,
+        gram_weight=np.ones(4 * NITER) if gram else None,
+    )
+    teacher.requires_grad_(False).backbone.eval()
+    modules = student, teacher, loss
+    if device != "cpu":
+        for module in modules:
+            recreated(module, device)
+            for part in module.modules():
+                for name, x in part._buffers.items():
+                    part._buffers[name] = None if x is None else torch.empty(x.shape, dtype=x.dtype, device=device)
+    if dtype == torch.float64:
+        student, teacher, loss = (module.double() for module in modules)
+    schedules = IterationSchedules.from_settings(
+        epochs=4, epoch_length=NITER, lr=0.01, min_lr=1e-6, warmup_epochs=1, weight_decay=0.04, weight_decay_end=0.4,
+        momentum_teacher=0.9, final_momentum_teacher=1.0, warmup_teacher_temp=0.04, teacher_temp=0.07,
+        warmup_teacher_temp_epochs=2, freeze_last_layer_epochs=1,
+    )  # fmt: skip
+    return TrainStep(
+        student=student, teacher=teacher, loss=loss, optimizer="adamw", schedules=schedules, niter_per_ep=NITER,
+        clip_grad=3.0, tuning=dinov2_tuning(3, 0.9, 0.2), **options,
+    )  # fmt: skip
+
+
+def make_views(iteration=0, batch=8, n_parts=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(iteration)
+    sizes = [SIDE, SIDE] + [SIDE // 2] * N_LOCAL
+    crops = [torch.randn(batch, 3, size, size, generator=generator, dtype=dtype) for size in sizes]
+    masks = BatchMasks(MASKS, 0.5, (0.1, 0.5), n_parts).draw(batch, iteration)
+    return [*crops, *masks]
+
+
+RECIPES = [
+    ("dinov2", {}),
+    ("dinov2", {"centering": "center", "amp_dtype": torch.bfloat16}),
+    ("dinov2", {"drop_path_rate": 0.3, "drop_path_mode": "batch", "checkpointing": True}),
+    ("dinov3", {"amp_dtype": torch.bfloat16}),
+    ("dinov3", {"gram": True}),
+]
+IDS = ["v2", "v2-center-bf16", "v2-subsets", "v3-bf16", "v3-gram"]
+
+
+@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=IDS)
+def test_no_iteration_waits_for_the_device(recipe, options, monkeypatch, capsys):
+    """Ten iterations over three epochs, with masks anew in each: always the same launches of the same shapes."""
+    empty = staticmethod(lambda values, device, dtype: torch.zeros(values.shape, device=device, dtype=dtype))
+    monkeypatch.setattr(ScheduleTable, "_on_device", empty)
+    networks, views = make_networks(recipe, **options), [make_views(i) for i in range(10)]
+    with no_host_sync() as device:
+        step = make_step(recipe, device, networks, **options)
+        for i in range(10):
+            metrics = step([torch.empty(x.shape, dtype=x.dtype, device=device) for x in views[i]], i)
+    assert metrics.loss.device.type == device.type
+
+
+@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=IDS)
+def test_compiled_is_one_graph_for_all_iterations(recipe, options, monkeypatch):
+    """fullgraph refuses graph breaks; the backend counts what it is given to compile."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kw: compile_(f, backend=counting, fullgraph=kw["fullgraph"], dynamic=False)
+    )
+    torch._dynamo.reset()
+    step, plain = make_step(recipe, mode="compiled", say=pytest.fail, **options), make_step(recipe, **options)
+    draws = options.get("drop_path_rate") or recipe == "dinov3"
+    for i in range(6):
+        torch.manual_seed(i)
+        ours = step(make_views(i), i)
+        torch.manual_seed(i)
+        expected = plain(make_views(i), i)
+        assert torch.isfinite(ours.loss)
+        assert draws or "amp_dtype" in options or torch.allclose(ours.loss, expected.loss, rtol=1e-4)
+    assert len(graphs) == 1, graphs
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "center"])
+@pytest.mark.parametrize("n_parts", [2, 4])
+def test_parts_have_the_gradient_of_the_whole_batch(n_parts, centering):
+    """Sinkhorn, the centers and KoLeo do not see the parts: fp64, the same masks."""
+    fp64 = torch.float64
+    parts = make_step(dtype=fp64, centering=centering, accumulate=n_parts)
+    whole = make_step(dtype=fp64, centering=centering)
+    for i in range(6):
+        views = make_views(i, batch=16, n_parts=n_parts, dtype=fp64)
+        masks1, masks2, _, _ = views[2 + N_LOCAL :]
+        masks = torch.cat((masks1, masks2))
+        weights = (1 / masks.sum(-1).clamp(min=1).to(torch.float32)).repeat_interleave(masks.sum(-1))
+        at_once = [*views[: 4 + N_LOCAL], masks.flatten().nonzero().flatten()[None], weights[None]]
+        a, b = parts(views, i), whole(at_once, i)
+        for name in ("loss", "ibot_loss", "koleo_loss", "kl", "grad_norm"):
+            assert torch.allclose(getattr(a, name), getattr(b, name), rtol=1e-10), (i, name)
+    for p, q in zip(parts.student.parameters(), whole.student.parameters()):
+        assert torch.allclose(p, q, rtol=0, atol=1e-10)
+
+
+def test_parts_alone_would_have_another_gradient():
+    """What the test above would not notice, if KoLeo and Sinkhorn were those of the parts: they differ."""
+    views = make_views(batch=16, n_parts=4, dtype=torch.float64)
+    step = make_step(dtype=torch.float64, accumulate=4)
+    step(views, 0)
+    alone = make_step(dtype=torch.float64)
+    koleos = [alone([view.chunk(4)[i] for view in views], 0).koleo_loss for i in range(4)]
+    assert abs(sum(koleos) / 4 - step._metrics[step.metric_names.index("koleo_loss")]) > 1e-2
+
+
+def test_parts_draw_the_same_twice():
+    """Drop-path and rescaled positions: the second pass over a part sees the numbers of the first."""
+    options = {"drop_path_rate": 0.5, "drop_path_mode": "batch", "dtype": torch.float64}
+    seen = []
+    step = make_step("dinov3", accumulate=2, **options)
+    learn = step.loss.learn
+
+    def watching(student, views):
+        learned = learn(student, views)
+        seen.append(learned.cls.detach())
+        return learned
+
+    step.loss.learn = watching
+    step(make_views(batch=8, n_parts=2, dtype=torch.float64), 0)
+    first, second = seen[:2], seen[2:]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_masked_patches_alone_are_as_of_all():
+    """The last block computes CLS and the masked rows only."""
+    torch.manual_seed(0)
+    for recipe in ("dinov2", "dinov3"):
+        network = make_network(recipe, 2).double().train()
+        if network.backbone.rope_embed is not None:
+            network.backbone.rope_embed.rescale = None
+        crops, (mask1, mask2, indices, _) = make_views(dtype=torch.float64)[:4], make_views(dtype=torch.float64)[4:]
+        masks = torch.cat((mask1, mask2))
+        short = network(crops, indices.flatten(), masks)
+        long = network(crops, indices.flatten(), masks, with_patches=True)
+        assert long.patches.shape == (16, 16, 32)
+        for a, b in zip(short[:3], long[:3]):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_rows_of_a_dropped_image_keep_what_they_were(mode):
+    """The mean over many draws is the whole block's; an image is in, scaled up, or out, with all of its rows."""
+    from fastdino.model.attention import Packing
+    from fastdino.model.drop_path import of_rows
+
+    packing = Packing(((4, 3), (6, 2)))
+    images = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 3])
+    torch.manual_seed(0)
+    draws = torch.stack([of_rows(mode, 0.5, packing, images, torch.zeros(1)).scale[:, 0] for _ in range(2000)])
+    assert set(draws.unique().tolist()) == {0.0, 2.0}
+    assert torch.allclose(draws.mean(0), torch.ones(13), atol=0.15)
+    assert torch.equal(draws[:, 0], draws[:, 10])
+    if mode == "batch":
+        assert set(draws[:, :4].sum(1).tolist()) == {4.0}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_masks_of_a_batch_depend_on_their_seed_alone(exact):
+    generator = BlockMasks(height=14, width=14, max_patches=98, exact=exact)
+    maker = BatchMasks(generator, 0.5, (0.1, 0.5), n_parts=2)
+    a, again, b = maker.draw(8, 0, 3, 17), maker.draw(8, 0, 3, 17), maker.draw(8, 0, 3, 18)
+    assert all(torch.equal(x, y) for x, y in zip(a, again))
+    assert not torch.equal(a[0], b[0])
+    assert [x.shape for x in a] == [x.shape for x in b]
+    masks1, masks2, indices, weights = a
+    for part in range(2):
+        rows = slice(4 * part, 4 * part + 4)
+        masks = torch.cat((masks1[rows], masks2[rows]))
+        counted = indices[part][weights[part] > 0]
+        assert torch.equal(counted, masks.flatten().nonzero().flatten())
+        assert float(weights[part].sum()) == pytest.approx(int(masks.any(-1).sum()))
+        assert exact == bool((weights[part] > 0).all()) or not exact
+    assert len(mask_batch(generator, 8, 0.5, (0.1, 0.5), random.Random(0), np.random.RandomState(0)).masks) == 8
+
+
+FLAGS = {"ibot_out_dim": 40, "warmup_teacher_temp_epochs": 1}
+
+
+@pytest.mark.parametrize("recipe", ["dinov2", "dinov3"])
+def test_a_run_stopped_and_resumed_is_the_run(tiny, tmp_path, recipe):
+    """To the bit: weights, moments, centers; and what it leaves behind is a backbone."""
+    flags = {"recipe": recipe, "epochs": 3, "gram_start": 1, "gram_update_epochs": 1, **FLAGS}
+    whole = loop.train(tiny(output_dir=str(tmp_path / "whole"), **flags))
+    assert whole.epochs == 3
+    stopped = {"iteration": 0}
+
+    class Stopping(build.Sink):
+        def step(self, entry):
+            stopped["iteration"] += 1
+            if stopped["iteration"] == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(tiny(output_dir=str(tmp_path / "parts"), **flags), build.Own(callbacks=[Stopping()]))
+    loop.train(tiny(output_dir=str(tmp_path / "parts"), **flags))
+    ours, theirs = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
+    for key in ("student", "teacher", "dino_loss"):
+        assert ours[key].keys() == theirs[key].keys()
+        assert all(torch.equal(ours[key][name], theirs[key][name]) for name in ours[key]), key
+    backbone = load_backbone(tmp_path / "whole" / "backbone.pth")
+    assert backbone(torch.rand(1, 3, 16, 16)).isfinite().all()
+    entry = json.loads((tmp_path / "whole" / "log.txt").read_text().splitlines()[-1])
+    assert {"train_ibot_loss", "train_koleo_loss", "train_gram_loss"} <= entry.keys()
+
+
+BAD = [
+    ({"recipe": "dinov2", "local_crops_number": 0}, "--local_crops_number: expected 1 or more with --recipe dinov2"),
+    ({"recipe": "dino", "koleo_weight": 0.2}, "--koleo_weight: is for --recipe dinov2 or dinov3"),
+    ({"recipe": "dinov2", "optimizer": "sgd"}, "--optimizer: expected adamw with --recipe dinov2"),
+    ({"recipe": "dinov2", "arch": "timm:resnet18"}, "timm"),
+    ({"recipe": "dinov2", "arch": "dinov3_vits16"}, "--arch: dinov3_vits16 is trained by --recipe dinov3, got dinov2"),
+    ({"arch": "dinov2_vits14"}, "--arch: dinov2_vits14 is trained by --recipe dinov2, got dino"),
+    ({"recipe": "dinov2", "gram_teacher": "x.pth"}, "--gram_teacher: says nothing without --gram_start"),
+    ({"recipe": "dinov3", "gram_update_epochs": 1}, "--gram_update_epochs: says nothing without --gram_start"),
+    ({"recipe": "dinov3", "gram_start": 2, "epochs": 2}, "--gram_start: expected less than --epochs=2, got 2"),
+    (
+        {"recipe": "dinov3", "gram_start": 1, "gram_teacher": "nowhere.pth"},
+        "--gram_teacher: no checkpoint at nowhere.pth",
+    ),
+    ({"recipe": "dinov2", "mask_probability": 0.0}, "--mask_probability: expected a value above 0"),
+    ({"recipe": "dinov2", "centering": "softmax"}, "--centering: expected one of center, sinkhorn, got 'softmax'"),
+    ({"recipe": "dinov4"}, "--recipe: expected one of dino, dinov2, dinov3, got 'dinov4'"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD, ids=[words[:34] for _, words in BAD])
+def test_what_contradicts_the_recipe_is_one_line(tiny, flags, words):
+    with pytest.raises((ValueError, UserError), match=words.replace("(", r"\(")) as raised:
+        loop.train(tiny(**flags))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_backbone_of_ones_own_without_a_mask_token_is_refused(tiny):
+    with pytest.raises(
+        UserError, match="expected one for --recipe dinov2, got VisionTransformer: it has no mask token"
+    ):
+        loop.train(
+            tiny(recipe="dinov2", **FLAGS),
+            build.Own(backbone=VisionTransformer([16], 8, embed_dim=24, depth=1, num_heads=2)),
+        )

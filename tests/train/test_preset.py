@@ -1,0 +1,126 @@
+"""--preset: when it is small by itself, which flags win over it, and that such a run can be resumed."""
+
+import json
+import shlex
+import signal
+
+import numpy as np
+import pytest
+
+import fastdino
+from fastdino.cli import main
+from fastdino.data.sequences import SequenceSource
+from fastdino.train import preset, recipes
+from fastdino.train.build import Own
+from fastdino.train.command_line import command_line
+from fastdino.train.config import TrainConfig
+from fastdino.train.loop import train
+from fastdino.train.preset import with_preset
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Flags that are no recipe's, for runs of two steps."""
+    monkeypatch.setattr(recipes, "SMALL_STEPS", 2)
+    return ["--output_dir", str(tmp_path / "run"), "--attention_images", "0", "--num_workers", "0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "is_small"),
+    [
+        ({}, True),
+        ({"seed": 3, "val_path": "x", "saveckp_freq": 5}, True),
+        ({"epochs": 100}, False),
+        ({"arch": "vit_small"}, False),
+        ({"epochs": 100, "preset": "small"}, True),
+        ({"preset": "none"}, False),
+    ],
+    ids=str,
+)
+def test_few_images_and_no_recipe_of_ones_own_are_what_it_takes(given, is_small, photo_folder):
+    flags, _ = with_preset({"data_path": str(photo_folder), **given}, 1)
+    assert (flags.get("preset") == "small") == is_small
+    assert ("out_dim" in flags) == is_small
+    assert flags.items() >= given.items()
+
+
+def test_many_images_have_main_dinos_defaults(photo_folder, monkeypatch):
+    monkeypatch.setattr(preset, "SMALL_FOLDER", 31)
+    flags, source = with_preset({"data_path": str(photo_folder)}, 1)
+    assert flags == {"data_path": str(photo_folder)}
+    assert len(source) == 32  # not to be opened twice
+
+
+def test_a_network_of_ones_own_is_a_recipe():
+    images = [np.zeros((8, 8, 3), np.uint8)] * 4
+    assert with_preset({}, 1, images, backbone=object())[0] == {}
+    assert with_preset({}, 1, images)[0]["preset"] == "small"
+
+
+def test_the_digits_have_their_own():
+    assert with_preset({}, 1) == ({}, None)
+    assert TrainConfig.from_flags({}).preset == "none"
+
+
+def test_crops_are_as_large_as_the_images_and_steps_as_many_for_all():
+    for n_images in (100, 544, 10_000):
+        values = recipes.small(n_images, 200)
+        steps = values["epochs"] * (n_images // values["batch_size_per_gpu"])
+        assert recipes.SMALL_STEPS / 2 < steps < recipes.SMALL_STEPS * 2
+    sides = [recipes.small(500, side)["global_crops_size"] for side in (0, 8, 28, 100, 4000)]
+    assert sides == sorted(sides)
+    assert recipes.small(500, 64, n_processes=8)["batch_size_per_gpu"] * 8 == recipes.SMALL_BATCH
+    images = [np.zeros((20, 30 + i % 3, 3), np.uint8) for i in range(50)]
+    assert preset.short_side(SequenceSource(images)) == 20
+
+
+def test_a_run_says_why_and_how_to_have_the_others(photo_folder, short, tmp_path, capsys):
+    assert main(["train", "--data_path", str(photo_folder), *short]) == 0
+    assert "preset  small, for 32 images; main_dino's defaults: --preset none\n" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "run/args.json").read_text())
+    assert saved["preset"] == "small"
+    assert saved["arch"] == recipes.SMALL["arch"]
+    assert main(["train", "--config", str(tmp_path / "run/args.json"), "--data_path", str(photo_folder)]) == 0
+    assert "nothing is left to train" in capsys.readouterr().out
+
+
+def test_flags_win_over_the_preset_and_are_named(photo_folder, short, capsys):
+    words = ["--preset", "small", "--out_dim", "64", "--epochs", "1", *short]
+    assert main(["train", "--data_path", str(photo_folder), *words]) == 0
+    out = capsys.readouterr().out
+    assert "flags that were given win over it: --out_dim, --epochs\n" in out
+    assert ", 64 prototypes" in out
+
+
+def test_a_small_folder_without_the_preset_is_told_of_it(photo_folder, short, capsys):
+    words = shlex.split("--arch vit_nano --epochs 1 --batch_size_per_gpu 16 --global_crops_size 32 --patch_size 8")
+    assert main(["train", "--data_path", str(photo_folder), *words, "--out_dim", "64", *short]) == 0
+    assert "preset  none, as flags of a recipe are given; --preset small sets the others" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_with_the_command_it_prints(photo_folder, short, tmp_path, capsys):
+    class StopAtOnce(fastdino.Sink):
+        def step(self, entry):
+            signal.raise_signal(signal.SIGINT)
+
+    flags, source = with_preset({"data_path": str(photo_folder), "output_dir": str(tmp_path / "run")}, 1)
+    config = TrainConfig.from_flags(flags)
+    assert train(config, Own(callbacks=[StopAtOnce()], source=source)).interrupted
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("resume with: fastdino ")
+    assert "--out_dim" not in command
+    assert main(shlex.split(command)) == 0
+    out = capsys.readouterr().out
+    assert "resumed" in out
+    assert "changed" not in out
+
+
+def test_main_dinos_recipe_is_not_for_the_digits(capsys):
+    assert main(["train", "--preset", "none"]) == 2
+    assert "--data_path: none is given, but --preset" in capsys.readouterr().err
+
+
+def test_the_command_names_what_differs_from_the_preset(photo_folder):
+    flags, _ = with_preset({"data_path": "x", "preset": "small", "out_dim": 64}, 1, [np.zeros((8, 8, 3), np.uint8)] * 9)
+    config = TrainConfig.from_flags(flags)
+    values = preset.values(SequenceSource([np.zeros((8, 8, 3), np.uint8)] * 9))
+    assert command_line(config, preset=values) == "fastdino train --preset small --out_dim 64 --data_path x"
