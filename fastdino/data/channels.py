@@ -59,9 +59,7 @@ class ImageFormat:
         first = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
         told: Any = getattr(args, "value_range", ())  # anything may stand there
         is_range = isinstance(told, tuple) and len(told) == 2 and all(type(x) in (int, float) for x in told)
-        return cls(
-            3 if first is None else min(first.shape[1], MAX_CHANNELS), told if is_range and told[0] < told[1] else ()
-        )
+        return cls(first if first <= MAX_CHANNELS else 3, told if is_range and told[0] < told[1] else ())
 
 
 RGB = ImageFormat()

@@ -38,11 +38,8 @@ def build_networks(
 
 def _backbone(config: TrainConfig, drop_path_rate: float, initial: Initial | None) -> nn.Module:
     if config.arch.startswith(TIMM):
-        return (
-            initial.backbone(drop_path_rate)
-            if initial
-            else timm_backbone(config.arch, drop_path_rate, channels=config.channels)
-        )
+        build = initial.backbone if initial else partial(timm_backbone, config.arch, channels=config.channels)
+        return build(drop_path_rate)
     for name, size in (("global", config.global_crops_size), ("local", config.local_crops_size)):
         if config.patch_size > size and (name == "global" or config.local_crops_number):
             raise UserError(f"--patch_size: expected at most --{name}_crops_size={size}, got {config.patch_size}")
