@@ -1,6 +1,6 @@
 """Images that Python holds: a sequence of them, or a `torch.utils.data.Dataset`, as a source."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,15 +76,17 @@ class SequenceSource:
 
 
 def dataset_source(dataset: Any, name: str, wanted: ImageFormat = RGB) -> ImageSource:
-    """A dataset of one's own. Labels, where it has any, are its attribute `targets`, as in torchvision's datasets.
+    """A dataset of one's own, or what a generator gives. Labels are its attribute `targets`, as in torchvision's.
 
     Raises UserError where it has no length and items, is empty, or does not begin with an image.
     """
+    dataset = list(dataset) if isinstance(dataset, Iterator) else dataset
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(f"{name}: expected a dataset with __len__ and __getitem__, got {type(dataset).__name__}")
     try:
         what = f"images of {type(dataset).__name__}"
-        held = SequenceSource(dataset, getattr(dataset, "targets", None), what, wanted)
+        is_source = isinstance(dataset, SequenceSource)
+        held = dataset if is_source else SequenceSource(dataset, getattr(dataset, "targets", None), what, wanted)
         source = converted(held, wanted)
         open_image(source[0], channels=wanted.channels)
     except ValueError as error:

@@ -199,9 +199,8 @@ def timm_backbone(name: str, drop_path_rate: float, pretrained: bool = False, ch
         "in_chans": channels,
     }
     backbone: Any = None
-    with suppress(
-        TypeError
-    ):  # its ViTs take one size of images, unless they are told otherwise; others don't know this
+    # Its ViTs take one size of images, unless they are told otherwise; others do not know this option.
+    with suppress(TypeError):
         backbone = timm.create_model(name.removeprefix(TIMM), dynamic_img_size=True, **options)
     if backbone is None:
         backbone = timm.create_model(name.removeprefix(TIMM), **options)

@@ -1,6 +1,7 @@
 """Student and teacher of a run, from its arguments."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
