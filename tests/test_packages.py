@@ -98,7 +98,7 @@ def test_a_users_script_is_strictly_typed(tmp_path):
     pytest.importorskip("mypy")
     (tmp_path / "script.py").write_text(USERS)
     # Silent about modules that are followed: installed, they would be. py.typed is what says that they may be.
-    flags = ("--strict", "--follow-imports=silent", "--config-file=", f"--cache-dir={tmp_path}")
+    flags = ("--strict", "--follow-imports=silent", "--config-file=", f"--cache-dir={ROOT / '.mypy_cache' / 'users'}")
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
     done = run(sys.executable, "-m", "mypy", *flags, str(tmp_path / "script.py"), MYPYPATH=paths)
     assert done.returncode == 0, done.stdout + done.stderr

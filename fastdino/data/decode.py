@@ -75,7 +75,9 @@ def decode_array(opened: Opened) -> Pixels:
 def _open_array(array: NDArray[Any], channels: int) -> Opened:
     levels = to_levels(with_channels(array))
     if levels.shape[2] not in {channels, 1}:  # gray is repeated
-        raise BadImage(f"expected an array (H, W, {channels}), got {array.shape} of {array.dtype}")
+        raise BadImage(
+            f"expected an array (H, W, {channels}), got {array.shape} (--channels {levels.shape[2]} reads it)"
+        )
 
     def write(pixels: Pixels) -> None:
         pixels[:] = levels
