@@ -116,6 +116,7 @@ def recipe_options(recipe: str, registers: int, layerscale: float, ffn: str) -> 
     if recipe == "dino":
         return {}
     options = {"registers": registers, "init_values": layerscale or None, "ffn": ffn, "drop_path_uniform": True}
+    options["fp32_residual"] = True  # else KoLeo has nothing to go by, see its docstring
     if recipe == "dinov2":
         return {**(DINOV2_REGISTERS if registers else DINOV2), **options}
     return {**DINOV3, "mask_k_bias": True, "rope": {"rescale": 2.0}, **options}

@@ -90,7 +90,6 @@ class TrainConfig:
     lr_scaling: str = flag(
         "linear", "Recipe", "how lr follows the images of a step: linear from 256, sqrt from 1024", ("linear", "sqrt")
     )
-    lr_decay: float = flag(1.0, "Recipe", "learning rate of a block as a part of the next one's")
     patch_embed_lr: float = flag(1.0, "Recipe", "learning rate of the patches' projection, as a part of its own")
     adamw_beta2: float = flag(0.999, "Recipe", "decay of AdamW's second moments")
     final_momentum_teacher: float = flag(1.0, "Recipe", "where the EMA momentum ends")
@@ -128,6 +127,7 @@ class TrainConfig:
     )
     optimizer: str = flag("adamw", "Optimisation", "adamw, sgd or lars", _optimizers)
     lr: float = flag(0.0005, "Optimisation", "peak learning rate for 256 images a step; scales with the batch")
+    lr_decay: float = flag(1.0, "Optimisation", "learning rate of a block as a part of the next one's")
     warmup_epochs: int = flag(10, "Optimisation", "epochs of linear learning-rate warm-up")
     min_lr: float = flag(1e-6, "Optimisation", "learning rate at the end of the cosine")
     weight_decay: float = flag(0.04, "Optimisation", "weight decay at the start")

@@ -132,8 +132,11 @@ def _of_checkpoint(config: TrainConfig, checkpoint: Mapping[str, Any], path: str
     patch_size: int = arguments["patch_size"]
     name = name_of(state) or OF_THE_WEIGHTS
     _check_flags(config, state, arguments, path)
-    if "rope" in arguments and name in PUBLISHED:
-        arguments["rope"] = PUBLISHED[name].options["rope"]  # with its draws in training, which no file tells
+    if config.recipe != "dino":
+        if not arguments["mask_token"]:  # it starts at 0, also in DINOv2 and DINOv3
+            arguments["mask_token"], state["mask_token"] = True, torch.zeros(1, arguments["embed_dim"])
+        if "rope" in arguments and name in PUBLISHED:
+            arguments["rope"] = PUBLISHED[name].options["rope"]  # with its draws in training, which no file tells
     training: dict[str, Any] = {"drop_path_mode": config.drop_path_mode, "checkpointing": config.checkpointing}
     return Initial(
         name if config.arch == OF_THE_WEIGHTS else config.arch,

@@ -61,4 +61,7 @@ def with_preset(
     source = open_images(given["data_path"], wanted) if dataset is None else dataset_source(dataset, "dataset", wanted)
     if asked == "auto" and not is_small(source):
         return dict(given), source
-    return {**values(source, n_processes), **given, "preset": "small"}, source
+    found = values(source, n_processes)
+    if given.get("init"):  # the architecture is that of the weights
+        del found["arch"], found["patch_size"]
+    return {**found, **given, "preset": "small"}, source

@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # Flags that say nothing to DINO's recipe.
 OF_NEWER_RECIPES = """registers layerscale ffn centering ibot_weight koleo_weight ibot_out_dim ibot_bottleneck_dim
-    mask_probability mask_ratio mask_count lr_scaling lr_decay patch_embed_lr adamw_beta2 final_momentum_teacher
+    mask_probability mask_ratio mask_count lr_scaling patch_embed_lr adamw_beta2 final_momentum_teacher
     gram_start gram_teacher gram_update_epochs gram_weight"""
 
 PRESETS = ("auto", "small", "none")
