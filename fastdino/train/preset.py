@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from fastdino.data.channels import ImageFormat, channels_of, open_images
 from fastdino.data.decode import BadImage, open_image
 from fastdino.data.sequences import dataset_source
-from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.sources import ImageSource
+from fastdino.errors import UserError
 from fastdino.train.config import TrainConfig
 from fastdino.train.recipes import SMALL_FOLDER, from_weights, small
 
@@ -31,7 +33,7 @@ def short_side(source: ImageSource) -> int:
     sides = []
     for i in np.linspace(0, len(source) - 1, min(MEASURED, len(source)), dtype=int):
         with suppress(OSError, BadImage):  # the run names them
-            opened = open_image(source[int(i)])
+            opened = open_image(source[int(i)], channels=channels_of(source))
             sides.append(min(opened.width, opened.height))
     return int(np.median(sides)) if sides else 0
 
@@ -66,7 +68,11 @@ def with_preset(
     has_images = dataset is not None or bool(given.get("data_path"))
     if not has_images or asked not in ("auto", "small") or (asked == "auto" and has_recipe):
         return dict(given), None
-    source = open_source(given["data_path"]) if dataset is None else dataset_source(dataset, "dataset")
+    try:
+        wanted = ImageFormat(given.get("channels", 3), tuple(given.get("value_range", ())))
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    source = open_images(given["data_path"], wanted) if dataset is None else dataset_source(dataset, "dataset", wanted)
     if asked == "auto" and not is_small(source):
         return dict(given), source
     few = values(source, n_processes)
