@@ -104,7 +104,7 @@ def test_modules_are_clipped_as_wholes(dtype):
     """As torch.nn.utils.clip_grad_norm_ over each; a module below the norm keeps its gradients to the bit."""
     torch.manual_seed(0)
     modules = [[torch.randn(5, 7, dtype=dtype), torch.randn(3, dtype=dtype)], [1e-3 * torch.randn(4, dtype=dtype)]]
-    before = [[grad.double() for grad in grads] for grads in modules]
+    before = [[grad.double().clone() for grad in grads] for grads in modules]
     norms = clip_modules(modules, 0.5)
     for grads, were, norm in zip(modules, before, norms):
         expected = torch.stack([grad.norm() for grad in were]).norm()
