@@ -157,7 +157,7 @@ def _check_flags(
     side = _side(state) if "pos_embed" in state else 1
     known = {**ARCHITECTURES, **PUBLISHED}.get(config.arch, partial(VisionTransformer, **arguments))
     with torch.device("meta"):
-        expected = known(patch_size=patch_size, img_size=[patch_size * side], in_chans=3).state_dict()
+        expected = known(patch_size=patch_size, img_size=[patch_size * side], in_chans=config.channels).state_dict()
     if difference := first_difference(expected, state):
         arch = "" if config.arch == OF_THE_WEIGHTS else f"--arch {config.arch} "
         said = f"{path} is not of {arch}--patch_size {patch_size}: {difference}"
@@ -168,8 +168,9 @@ def _of_timm(config: TrainConfig, state: Mapping[str, Tensor], name: str, path: 
     """Weights of timm's network `timm:NAME`. Raises UserError where they do not fit it."""
     if config.arch not in (name, OF_THE_WEIGHTS):
         raise UserError(f"{path} is of {name}, not of --arch {config.arch}")
-    expected = timm_backbone(name, 0.0).state_dict()
+    build = partial(timm_backbone, name, channels=config.channels)
+    expected = build(0.0).state_dict()
     state = {k: v for k, v in state.items() if k in expected or not CLASSIFIER.fullmatch(k)}
     if difference := first_difference(expected, state):
         raise UserError(f"{path} does not fit {name} of this timm: {difference}")
-    return Initial(name, config.patch_size or TrainConfig.patch_size, state, partial(timm_backbone, name))
+    return Initial(name, config.patch_size or TrainConfig.patch_size, state, build)

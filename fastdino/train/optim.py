@@ -79,6 +79,17 @@ class Tuning:
 DINOS_TUNING = Tuning()
 
 
+def frozen_columns(
+    epochs: NDArray[np.int64], freeze_last_layer: int, freeze_backbone: int
+) -> dict[str, NDArray[np.float64]]:
+    """Per iteration, from the epoch of each, whether something is left out of the update; nothing where that is never.
+
+    freeze_last_layer, freeze_backbone: epochs.
+    """
+    frozen = {"frozen": freeze_last_layer, "backbone_frozen": freeze_backbone}
+    return {name: (epochs < n_epochs).astype(np.float64) for name, n_epochs in frozen.items() if n_epochs}
+
+
 def dinov2_tuning(
     depth: int, lr_decay: float, patch_embed_lr: float, betas: tuple[float, float] = (0.9, 0.999)
 ) -> Tuning:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fastdino import files
+from fastdino.data.remarks import remarks
 from fastdino.errors import some_of
 from fastdino.eval import TITLES
 from fastdino.eval.attention_maps import draw_samples
@@ -30,6 +31,8 @@ def introduce(parts: Parts, say: Say) -> None:
     name = parts.model_name
     whole, backbone = (sum(p.numel() for p in of.parameters()) / 1e6 for of in (parts.step.student, parts.backbone))
     say(f"data    {parts.source.describe()}")
+    for line in remarks(parts.source):
+        say(f"        {line}")
     if parts.held_out:
         say(f"        {parts.held_out.describe()}")
     _tell_of_preset(parts, say)

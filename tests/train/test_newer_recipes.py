@@ -3,6 +3,7 @@
 Their numbers are held against the originals' in tests/test_v2_golden.py.
 """
 
+import copy
 import json
 import random
 
@@ -17,10 +18,11 @@ from fastdino.data.masks import BatchMasks, BlockMasks, mask_batch
 from fastdino.errors import UserError
 from fastdino.model import MaskedMultiCrop
 from fastdino.model.archs import recipe_options
-from fastdino.objectives import DINOv2Loss, DINOv2Weights, GramTeacher
+from fastdino.objectives import DINOv2Loss, DINOv2Weights, GramTeacher, koleo
 from fastdino.train import build, loop
 from fastdino.train.iteration_schedules import IterationSchedules
 from fastdino.train.optim import dinov2_tuning
+from fastdino.train.precision import low_precision_twin
 from fastdino.train.schedules import ScheduleTable
 from fastdino.train.step import TrainStep
 
@@ -305,3 +307,29 @@ def test_a_backbone_of_ones_own_without_a_mask_token_is_refused(tiny):
             tiny(recipe="dinov2", **FLAGS),
             build.Own(backbone=VisionTransformer([16], 8, embed_dim=24, depth=1, num_heads=2)),
         )
+
+
+def test_koleo_has_its_gradient_at_the_start_in_bf16():
+    """With LayerScale at 1e-5 a batch's features agree to 1e-5: bf16 weights need a residual stream in fp32."""
+    torch.manual_seed(0)
+    backbone = VisionTransformer(
+        [56], 14, embed_dim=384, depth=12, num_heads=6, **recipe_options("dinov2", 0, 1e-5, "mlp")
+    )
+    network = MaskedMultiCrop(backbone, DINOHead(384, 16, hidden_dim=16, bottleneck_dim=16))
+    crops, indices = [torch.randn(8, 3, 56, 56)], torch.zeros(1, dtype=torch.int64)
+
+    def gradient(of):
+        dtype = next(of.parameters()).dtype
+        grads = torch.autograd.grad(
+            koleo(of([x.to(dtype) for x in crops], indices).cls), list(of.backbone.blocks.parameters())
+        )
+        return torch.cat([grad.double().flatten() for grad in grads])
+
+    def cosine(of):
+        return float(torch.cosine_similarity(gradient(of), true, 0))
+
+    true = gradient(copy.deepcopy(network).double())
+    low, _ = low_precision_twin(network, torch.bfloat16)
+    assert cosine(low) > 0.99
+    low.backbone.fp32_residual = False
+    assert cosine(low) < 0.5
