@@ -61,7 +61,7 @@ class TrainConfig:
         "auto",
         "Recipe",
         "small: what learns from hundreds to ten thousands of images; none: main_dino's defaults; auto: small for so "
-        "few images where no flag of model, teacher, optimisation or crops is given. Flags win over it",
+        "few images where no flag of recipe, model, teacher, optimisation or crops is given. Flags win over it",
         PRESETS,
     )
     recipe: str = flag(

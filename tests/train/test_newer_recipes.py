@@ -333,3 +333,27 @@ def test_koleo_has_its_gradient_at_the_start_in_bf16():
     assert cosine(low) > 0.99
     low.backbone.fp32_residual = False
     assert cosine(low) < 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("recipe", "options"), [r for r in RECIPES if not r[1].get("amp_dtype")], ids=["v2", "subsets", "gram"]
+)
+def test_graph_equals_eager_with_masks(recipe, options):
+    """Four epochs: the freeze, the schedules, masks anew in every step. Draws differ between modes: without them."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    options = {k: v for k, v in options.items() if k != "drop_path_rate"} | {"attention_backend": "sdpa"}
+    steps = []
+    for mode in ("graph", "eager"):
+        networks = tuple(network.cuda() for network in make_networks(recipe, **options))
+        if recipe == "dinov3":
+            networks[0].backbone.rope_embed.rescale = None
+        step = make_step(recipe, networks=networks, mode=mode, say=pytest.fail, **options)
+        step.loss.cuda()
+        steps.append(step)
+    graph, eager = steps
+    for i in range(4 * NITER):
+        views = [x.cuda() for x in make_views(i)]
+        a, b = graph(views, i), eager(views, i)
+        assert torch.allclose(a.loss, b.loss, rtol=1e-4), i
+    assert graph.mode == "graph"
