@@ -24,9 +24,10 @@ from fastdino.model import (
 )
 from fastdino.objectives import DINOLoss
 from fastdino.train.checkpoint import load_backbone, load_checkpoint
-from fastdino.train.optim import clip_gradients, get_params_groups
+from fastdino.train.optim import clip_gradients
 from fastdino.train.schedules import cosine_schedule
 from fastdino.train.sinks import Sink
+from fastdino.train.tuning import get_params_groups
 from fastdino_kernels import __version__ as __version__
 
 if TYPE_CHECKING:

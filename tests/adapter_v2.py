@@ -17,9 +17,8 @@ from fastdino.model.rope import Draw, RopeEmbed
 from fastdino.model.vit import Block, Interpolation
 from fastdino.objectives import DINOv2Loss, DINOv2Weights, GramTeacher
 from fastdino.train.iteration_schedules import LR_SCALES, IterationSchedules, warmup_cosine_constant
-from fastdino.train.optim import dinov2_tuning
-from fastdino.train.param_multipliers import backbone_multipliers, head_multipliers
 from fastdino.train.step import TrainStep
+from fastdino.train.tuning import backbone_multipliers, dinov2_tuning, head_multipliers
 from fastdino_kernels import center_update_, patch_loss, sinkhorn_center
 from fastdino_kernels import dino_loss as dino_loss_of_pairs
 

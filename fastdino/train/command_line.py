@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import Field, fields, replace
 from typing import Any
 
-from fastdino.train.config import TrainConfig, choices_of, in_words
+from fastdino.train.checks import in_words
+from fastdino.train.config import TrainConfig, choices_of
 
 
 def boolean(text: str) -> bool:

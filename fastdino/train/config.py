@@ -16,12 +16,12 @@ from fastdino.model.archs import ARCHITECTURES, PUBLISHED, SYNONYMS, check_arch
 from fastdino.model.attention import BACKENDS
 from fastdino.model.mlp import FEED_FORWARDS, WAYS
 from fastdino.objectives.dinov2 import CENTERINGS
+from fastdino.train.checks import check
 from fastdino.train.recipes import (
     AUGMENTATIONS,
     OF_THE_WEIGHTS,
     PRESETS,
     RECIPES,
-    check_recipe,
     from_weights,
     recipe_for,
 )
@@ -237,61 +237,17 @@ class TrainConfig:
             numbers = value if isinstance(value, tuple) else (value,)
             if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
                 raise ValueError(f"--{f.name}: expected a finite number, got {value}")
-        self._check_ranges()
-        check_recipe(self, {f.name: f.default for f in fields(self)})
-        if self.batch_size_per_gpu % self.accumulate:
-            raise ValueError(
-                f"--accumulate: expected a divisor of --batch_size_per_gpu={self.batch_size_per_gpu}, "
-                f"got {self.accumulate}"
-            )
-        for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-            if getattr(self, name) > self.epochs:
-                raise ValueError(f"--{name}: expected at most --epochs={self.epochs}, got {getattr(self, name)}")
+        check(self, {f.name: f.default for f in fields(self)})
 
-    def _check_ranges(self) -> None:
-        positive = """out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu accumulate knn_k
-            warmup_teacher_temp teacher_temp global_crops_size local_crops_size"""
-        not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
-            freeze_last_layer freeze_backbone_epochs local_crops_number num_workers knn_freq linear_freq knn_images
-            eval_resize attention_images saveckp_freq disk_wait registers layerscale koleo_weight ibot_out_dim
-            gram_start gram_update_epochs gram_weight"""
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name}: expected a value above 0, got {getattr(self, name)}")
-        for name in not_negative.split():
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name}: expected 0 or more, got {getattr(self, name)}")
-        shares = """momentum_teacher final_momentum_teacher mask_probability lr_decay flip_prob jitter_prob gray_prob
-            solarize_prob"""
-        for name in shares.split():
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name}: expected a value in [0, 1], got {getattr(self, name)}")
-        if self.patch_size < (0 if self.init else 1):
-            raise ValueError(f"--patch_size: expected a value above 0, got {self.patch_size}")
-        if unknown := set(self._eval_names()) - set(EVALUATIONS):
-            raise ValueError(f"--eval: expected some of {', '.join(EVALUATIONS)}, got {', '.join(sorted(unknown))}")
-        try:
-            _ = self.image_format
-        except ValueError as error:
-            raise ValueError(f"--{error}") from error
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed: expected 0 to {2**32 - 1}, as NumPy takes them, got {self.seed}")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"--drop_path_rate: expected a value in [0, 1), got {self.drop_path_rate}")
-        if len(self.blur_prob) != 3 or not all(0 <= p <= 1 for p in self.blur_prob):
-            raise ValueError(f"--blur_prob: expected three values in [0, 1], got {in_words(self.blur_prob)}")
-        for name in ("global_crops_scale", "local_crops_scale", "mask_ratio"):
-            scale = getattr(self, name)
-            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-                raise ValueError(f"--{name}: expected two rising values in (0, 1], got {in_words(scale)}")
-
-    def _eval_names(self) -> list[str]:
+    @property
+    def eval_names(self) -> list[str]:
+        """Of the evaluations, as they were given."""
         return [name.strip() for name in self.eval.split(",") if name.strip()]
 
     @property
     def evaluations(self) -> dict[str, int]:
         """Name -> epochs between evaluations, of those that are made."""
-        freqs = {name: int(getattr(self, f"{name}_freq")) for name in self._eval_names()}
+        freqs = {name: int(getattr(self, f"{name}_freq")) for name in self.eval_names}
         return {name: freq for name, freq in freqs.items() if freq}
 
     @property
@@ -377,10 +333,6 @@ def _is_a(value: Any, f: Field[Any]) -> bool:
     if f.type in (int, float):
         return isinstance(value, f.type if f.type is int else (int, float)) and not isinstance(value, bool)
     return isinstance(value, bool if f.type is bool else (str, type(f.default)))
-
-
-def in_words(values: tuple[float, ...]) -> str:
-    return " ".join(f"{v:g}" for v in values)
 
 
 def choices_of(f: Field[Any]) -> Sequence[str]:

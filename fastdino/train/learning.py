@@ -13,9 +13,15 @@ from fastdino.objectives import DINOLoss, DINOv2Loss, DINOv2Weights, GramTeacher
 from fastdino.train.checkpoint import load_backbone
 from fastdino.train.config import TrainConfig
 from fastdino.train.iteration_schedules import LR_SCALES, IterationSchedules
-from fastdino.train.optim import DINOS_TUNING, Tuning, dinov2_tuning, get_params_groups
-from fastdino.train.param_multipliers import Multipliers, backbone_multipliers
 from fastdino.train.schedules import Schedules
+from fastdino.train.tuning import (
+    DINOS_TUNING,
+    Multipliers,
+    Tuning,
+    backbone_multipliers,
+    dinov2_tuning,
+    get_params_groups,
+)
 
 
 def build_objective(

@@ -3,108 +3,17 @@
 An `Update` is what follows the backward pass: clip, freeze, optimizer, EMA of the teacher, low-precision copies.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from fastdino.train.param_multipliers import Multipliers, backbone_multipliers, head_multipliers
 from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, ScheduleTable
+from fastdino.train.tuning import DINOS_TUNING, Tuning, column_names
 from fastdino_kernels import ClipAdamWEMA, ema_update_
-
-
-def get_params_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: parameters that decay, and those that do not (names ending in `.bias`, and vectors).
-
-    Frozen parameters are left out. The second group carries weight_decay = 0.
-    """
-    decayed: list[nn.Parameter] = []
-    not_decayed: list[nn.Parameter] = []
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            (not_decayed if name.endswith(".bias") or param.ndim == 1 else decayed).append(param)
-    return [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
-
-
-class Group(NamedTuple):
-    """Parameters that share what the schedules are multiplied with."""
-
-    params: list[nn.Parameter]
-    multipliers: Multipliers
-
-    def columns(self, columns: Mapping[str, NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Learning rate and weight decay per iteration, from the run's."""
-        rate = columns["last_layer_lr" if self.multipliers.is_last_layer else "lr"]
-        return rate * self.multipliers.lr, columns["weight_decay"] * self.multipliers.weight_decay
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How gradients become an update where that is not as in DINO."""
-
-    clips_modules: bool = False
-    """Whether clip_grad holds for all gradients of the backbone together, and for those of each head, as in DINOv2."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of adamw."""
-    multipliers: Callable[[str], Multipliers] | None = None
-    """Of a parameter, by its name in the student. None: DINO's, 1 and, for weight decay, 0 for biases and vectors."""
-
-    def groups(self, student: nn.Module) -> list[Group]:
-        """The parameters that are trained, in the order in which the optimizer keeps them."""
-        if self.multipliers is None:
-            return [
-                Group(group["params"], Multipliers(1.0, group.get("weight_decay", 1.0), False))
-                for group in get_params_groups(student)
-            ]
-        found: dict[Multipliers, list[nn.Parameter]] = {}
-        for name, param in student.named_parameters():
-            if param.requires_grad:
-                found.setdefault(self.multipliers(name), []).append(param)
-        return [Group(params, multipliers) for multipliers, params in found.items()]
-
-    def columns(self, student: nn.Module, columns: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
-        """What each group reads of the schedules' row, by the names `_names` gives."""
-        found: dict[str, NDArray[np.float64]] = {}
-        for i, group in enumerate(self.groups(student)):
-            found.update(zip(_names(i), group.columns(columns)))
-        return found
-
-
-DINOS_TUNING = Tuning()
-
-
-def frozen_columns(
-    epochs: NDArray[np.int64], freeze_last_layer: int, freeze_backbone: int
-) -> dict[str, NDArray[np.float64]]:
-    """Per iteration, from the epoch of each, whether something is left out of the update; nothing where that is never.
-
-    freeze_last_layer, freeze_backbone: epochs.
-    """
-    frozen = {"frozen": freeze_last_layer, "backbone_frozen": freeze_backbone}
-    return {name: (epochs < n_epochs).astype(np.float64) for name, n_epochs in frozen.items() if n_epochs}
-
-
-def dinov2_tuning(
-    depth: int, lr_decay: float, patch_embed_lr: float, betas: tuple[float, float] = (0.9, 0.999)
-) -> Tuning:
-    """DINOv2's and DINOv3's, for a MaskedMultiCrop of `depth` blocks. Arguments are `backbone_multipliers`'."""
-
-    def multipliers(name: str) -> Multipliers:
-        module, _, rest = name.partition(".")
-        is_head = module != "backbone"
-        return head_multipliers(rest) if is_head else backbone_multipliers(rest, depth, lr_decay, patch_embed_lr)
-
-    return Tuning(clips_modules=True, betas=betas, multipliers=multipliers)
-
-
-def _names(group: int) -> tuple[str, str]:
-    return f"lr of group {group}", f"weight_decay of group {group}"
 
 
 @torch.no_grad()
@@ -256,7 +165,7 @@ class FusedUpdate:
             track_grad_norms=not tuning.clips_modules,
         )
         for i, group in enumerate(self.optimizer.param_groups):  # the schedules' own tensors, which change in place
-            group["lr"], group["weight_decay"] = (row[name] for name in _names(i))
+            group["lr"], group["weight_decay"] = (row[name] for name in column_names(i))
         self.optimizer.momentum = row["momentum"]
         self._last_layer = [p for name, p in student.named_parameters() if "last_layer" in name and p.requires_grad]
         self.module_norms = torch.zeros(0)
@@ -309,7 +218,7 @@ class HostUpdate:
         """One update. Gradients come in scaled, and averaged over processes: all of them skip a step, or none."""
         now = self._schedule.on_host()
         for i, group in enumerate(self.optimizer.param_groups):
-            group["lr"], group["weight_decay"] = (now[name] for name in _names(i))
+            group["lr"], group["weight_decay"] = (now[name] for name in column_names(i))
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norms = self._clip()

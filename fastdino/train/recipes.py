@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastdino.model.archs import PUBLISHED, TIMM
+from fastdino.model.archs import PUBLISHED
 
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "dino": {},  # the defaults
@@ -162,39 +162,3 @@ def recipe_for(given: Mapping[str, Any], is_demo: bool) -> dict[str, Any]:
     if is_demo:
         values |= DIGITS | (DIGITS_OF_NEWER if recipe != "dino" else {})
     return values
-
-
-def check_recipe(config: Any, defaults: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming flag, expected and got, for flags that contradict the recipe. config: a TrainConfig."""
-    if config.recipe == "dino":
-        for name in OF_NEWER_RECIPES.split():
-            if getattr(config, name) != defaults[name]:
-                raise ValueError(
-                    f"--{name}: is for --recipe dinov2 or dinov3, and says nothing to dino, got {getattr(config, name)}"
-                )
-        return
-    if not config.local_crops_number:
-        raise ValueError(f"--local_crops_number: expected 1 or more with --recipe {config.recipe}, got 0")
-    if config.optimizer != "adamw":
-        raise ValueError(f"--optimizer: expected adamw with --recipe {config.recipe}, got {config.optimizer}")
-    if config.arch.startswith(TIMM):
-        raise ValueError(f"--arch: {config.arch} takes no masks, and --recipe {config.recipe} masks patches; use dino")
-    if not config.mask_probability or not config.ibot_weight > 0:
-        name = "ibot_weight" if config.mask_probability else "mask_probability"
-        raise ValueError(
-            f"--{name}: expected a value above 0, got {getattr(config, name)}; --recipe dino masks nothing"
-        )
-    if int(2 * config.batch_size_per_gpu // config.accumulate * config.mask_probability) < 1:
-        raise ValueError(f"--mask_probability: {config.mask_probability} of so few crops masks none")
-    if config.koleo_weight and config.batch_size_per_gpu < 2:
-        raise ValueError("--batch_size_per_gpu: expected 2 or more, for KoLeo compares images, got 1")
-    if not config.gram_start and (config.gram_teacher != "ema" or config.gram_update_epochs):
-        name = "gram_update_epochs" if config.gram_teacher == "ema" else "gram_teacher"
-        raise ValueError(f"--{name}: says nothing without --gram_start, the epoch after which it is looked at")
-    if config.gram_start >= config.epochs:
-        raise ValueError(f"--gram_start: expected less than --epochs={config.epochs}, got {config.gram_start}")
-    if config.gram_update_epochs and config.gram_start % config.gram_update_epochs:
-        raise ValueError(
-            f"--gram_update_epochs: expected a divisor of --gram_start={config.gram_start}, "
-            f"got {config.gram_update_epochs}"
-        )

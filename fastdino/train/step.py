@@ -17,9 +17,10 @@ from fastdino.objectives import Evaluated, Objective
 from fastdino.train.accumulation import Known, in_parts
 from fastdino.train.averaging import GradientAverager
 from fastdino.train.modes import Forward, Modes
-from fastdino.train.optim import DINOS_TUNING, Tuning, frozen_columns, is_fused, make_update
+from fastdino.train.optim import is_fused, make_update
 from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, Schedules, ScheduleTable
+from fastdino.train.tuning import DINOS_TUNING, Tuning, frozen_columns
 
 
 class TrainStep:

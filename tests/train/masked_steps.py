@@ -10,8 +10,8 @@ from fastdino.model import MaskedMultiCrop
 from fastdino.model.archs import recipe_options
 from fastdino.objectives import DINOv2Loss, DINOv2Weights, GramTeacher
 from fastdino.train.iteration_schedules import IterationSchedules
-from fastdino.train.optim import dinov2_tuning
 from fastdino.train.step import TrainStep
+from fastdino.train.tuning import dinov2_tuning
 
 N_LOCAL, NITER = 2, 4
 SIDE, PATCH = 32, 8

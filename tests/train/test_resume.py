@@ -20,10 +20,11 @@ from fastdino.train.config import TrainConfig
 from fastdino.train.contents import check
 from fastdino.train.loop import Run, train
 from fastdino.train.meter import Meter
-from fastdino.train.optim import OPTIMIZERS, get_params_groups, state_names
+from fastdino.train.optim import OPTIMIZERS, state_names
 from fastdino.train.resume import HARMLESS, IMPOSSIBLE, changes, shown
 from fastdino.train.schedules import Schedules
 from fastdino.train.sinks import Sink
+from fastdino.train.tuning import get_params_groups
 
 
 def test_flags_that_are_classified_exist_and_are_of_one_class():
