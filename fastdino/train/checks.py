@@ -1,14 +1,17 @@
 """Which values of the flags can work together. A configuration is a TrainConfig; errors name flag, expected and got."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastdino.eval import EVALUATIONS
 from fastdino.model.archs import TIMM
 from fastdino.train.recipes import OF_NEWER_RECIPES
 
+if TYPE_CHECKING:
+    from fastdino.train.config import TrainConfig
 
-def check(config: Any, defaults: Mapping[str, Any]) -> None:
+
+def check(config: "TrainConfig", defaults: Mapping[str, Any]) -> None:
     """Raise ValueError for values that cannot work, each of its own kind. defaults: of all flags."""
     _check_ranges(config)
     _check_recipe(config, defaults)
@@ -26,7 +29,7 @@ def in_words(values: tuple[float, ...]) -> str:
     return " ".join(f"{v:g}" for v in values)
 
 
-def _check_ranges(config: Any) -> None:
+def _check_ranges(config: "TrainConfig") -> None:
     positive = """out_dim hidden_dim bottleneck_dim epochs batch_size_per_gpu accumulate knn_k
         warmup_teacher_temp teacher_temp global_crops_size local_crops_size"""
     not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
@@ -64,7 +67,7 @@ def _check_ranges(config: Any) -> None:
             raise ValueError(f"--{name}: expected two rising values in (0, 1], got {in_words(scale)}")
 
 
-def _check_recipe(config: Any, defaults: Mapping[str, Any]) -> None:
+def _check_recipe(config: "TrainConfig", defaults: Mapping[str, Any]) -> None:
     """Raise ValueError, naming flag, expected and got, for flags that contradict the recipe."""
     if config.recipe == "dino":
         for name in OF_NEWER_RECIPES.split():
