@@ -1,11 +1,9 @@
-"""DINO (self-distillation with no labels, arXiv:2104.14294) on your own images, as fast as the GPU allows."""
+"""DINO (self-distillation with no labels, arXiv:2104.14294) on your own images."""
 
 import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-__version__ = "0.1.0"
 
 if importlib.util.find_spec("fastdino_kernels") is None:  # run from a clone that nobody installed
     sys.path.append(str(Path(__file__).parent.parent / "kernels"))
@@ -29,6 +27,7 @@ from fastdino.train.checkpoint import load_backbone, load_checkpoint
 from fastdino.train.optim import clip_gradients, get_params_groups
 from fastdino.train.schedules import cosine_schedule
 from fastdino.train.sinks import Sink
+from fastdino_kernels import __version__
 
 if TYPE_CHECKING:
     from fastdino.feature_extractor import FeatureExtractor
@@ -43,6 +42,7 @@ __all__ = [
     "MultiCropWrapper",
     "Sink",
     "VisionTransformer",
+    "__version__",
     "clip_gradients",
     "cosine_schedule",
     "distillation_loss",

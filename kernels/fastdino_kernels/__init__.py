@@ -11,6 +11,8 @@ from fastdino_kernels.optim import ClipAdamWEMA
 from fastdino_kernels.patch_loss import patch_loss, patch_loss_and_grad_
 from fastdino_kernels.sinkhorn import sinkhorn_center
 
+__version__ = "0.1.0"  # of fastdino, too
+
 __all__ = [
     "ClipAdamWEMA",
     "CropTable",
