@@ -73,8 +73,11 @@ SUMMARY = (  # part, start of the group, what it is
 
 def summary(records: list[Record]) -> str:
     """One table for the README: the first group of each kind, ours beside the fastest other, whoever is faster."""
-    device = next(iter(measured(records).values()))["device"]
-    lines = [f"| {device} | | fastest other | its speed | fastdino | times as fast |", "|---|---|---|--:|--:|--:|"]
+    first = next(iter(measured(records).values()))
+    lines = [
+        f"| {first['device']}, {first['date'][:10]} | | fastest other | its speed | fastdino | times as fast |",
+        "|---|---|---|--:|--:|--:|",
+    ]
     for part, start, what in SUMMARY:
         group, rows = next(((g, rows) for g, rows in groups(records, part).items() if g.startswith(start)), ("", []))
         ours, other = fastest(rows, ours=True), fastest(rows, ours=False)

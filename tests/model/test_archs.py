@@ -1,43 +1,14 @@
 """The table of architectures, and backbones that are not in it. timm is played: it needs torchvision."""
 
 import sys
-import types
 
 import pytest
 import torch
-from torch import nn
 
 import fastdino
 from fastdino import DINOHead, MultiCropWrapper
 from fastdino.cli import main
 from fastdino.model.archs import ARCHITECTURES, check_arch, heads_of, timm_backbone
-
-
-@pytest.fixture
-def timm(monkeypatch):
-    """A timm with a convolutional network, which does not know dynamic_img_size, and a ViT, which does."""
-    made = []
-
-    class Network(nn.Module):
-        def __init__(self, **options):
-            super().__init__()
-            made.append(options)
-            self.num_features, self.layer = 6, nn.Conv2d(3, 6, 4, 4)
-
-        def forward(self, x):
-            return self.layer(x).mean((2, 3))
-
-    def create_model(name, **options):
-        if name == "resnet18" and "dynamic_img_size" in options:
-            raise TypeError("unexpected keyword argument 'dynamic_img_size'")
-        return Network(**options)
-
-    names = ["resnet18", "resnet50", "vit_tiny_patch16_224"]
-    module = types.SimpleNamespace(
-        create_model=create_model, is_model=names.__contains__, list_models=lambda _: ["resnet18", "resnet50"]
-    )
-    monkeypatch.setitem(sys.modules, "timm", module)
-    return made
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
