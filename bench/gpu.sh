@@ -92,6 +92,7 @@ measure careful $((start + 20)) step -k "careful and B64"
 measure jpeg $((start + compile / 2 + 30)) pipeline -k "training or kernels"
 measure features $((start + 20)) pipeline -k features
 measure patches $((start + 2 * 5 + 20)) ops -k "patch or sinkhorn" # of DINOv2's recipe
+measure recipes $((2 * (start + compile + 10))) step -k "dinov2 or dinov3"
 part doctor 20 python -m fastdino.cli doctor
 measure tuned $((start + 6 * compile)) step -k tuned # a guess, too
 measure step $((8 * compile + 200)) step # other batches and crops, eager: as many as there is time for

@@ -22,7 +22,11 @@ from bench.model import step_flops
 from bench.records import Record
 from fastdino import DINOHead, DINOLoss, MultiCropWrapper
 from fastdino.model.archs import ARCHITECTURES as NETWORKS
+from fastdino.train.build import build_step
 from fastdino.train.config import TrainConfig
+from fastdino.train.distributed import start
+from fastdino.train.learning import build_masks
+from fastdino.train.networks import build_networks
 from fastdino.train.schedules import Schedules
 from fastdino.train.step import TrainStep
 
@@ -174,3 +178,29 @@ def test_profile(provider: str, case: Case, step: Step, timed: Any) -> None:
         step(crops, next(iteration))
     found = hottest(lambda: step(crops, next(iteration)), 20 if ON_GPU else 2)
     timed(lambda: step(crops, next(iteration)), n_images=case.batch, budget_ms=BUDGET_MS, **case._asdict(), **found)
+
+
+@pytest.mark.parametrize("recipe", ["dinov2", "dinov3"])
+def test_recipe(recipe: str, timed: Any) -> None:
+    """A whole step of a newer recipe, with masks. tests/test_v2_golden.py holds its numbers to the originals'."""
+    gc.collect()
+    config = TrainConfig.from_flags(
+        {
+            "recipe": recipe,
+            "arch": MAIN.arch,
+            "batch_size_per_gpu": MAIN.batch,
+            "device": DEVICE,
+            "data_path": "photos/",
+        }
+    )
+    networks = build_networks(config)
+    step, masks = build_step(config, start(DEVICE, "env://"), NITER_PER_EP, networks, print), build_masks(config)
+    assert masks is not None
+    views = [*crops_of(MAIN), *(x.to(DEVICE) for x in masks.draw(MAIN.batch, 0))]
+    iteration = cycle(range(NITER_PER_EP))
+    try:
+        loss = float(step(views, next(iteration)).loss)
+        require(0 < loss < 100, f"loss {loss}")
+        timed(lambda: step(views, next(iteration)), budget_ms=BUDGET_MS, n_images=MAIN.batch, **MAIN._asdict())
+    finally:
+        step.close()

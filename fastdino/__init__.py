@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if importlib.util.find_spec("fastdino_kernels") is None:  # run from a clone that nobody installed
     sys.path.append(str(Path(__file__).parent.parent / "kernels"))
 
-from fastdino import export, train
 from fastdino.data.augment import global_augment, multiple_local_augments
+from fastdino.data.sequences import SequenceSource
 from fastdino.dino import DINO, distillation_loss, train_dino
 from fastdino.extract import EvalTransform, Features, eval_transform, features
 from fastdino.model import (
@@ -27,10 +27,14 @@ from fastdino.train.checkpoint import load_backbone, load_checkpoint
 from fastdino.train.optim import clip_gradients, get_params_groups
 from fastdino.train.schedules import cosine_schedule
 from fastdino.train.sinks import Sink
-from fastdino_kernels import __version__
+from fastdino_kernels import __version__ as __version__
 
 if TYPE_CHECKING:
+    from fastdino.export import export
     from fastdino.feature_extractor import FeatureExtractor
+    from fastdino.train import train
+else:  # packages that can be called
+    from fastdino import export, train
 
 __all__ = [
     "DINO",
@@ -40,9 +44,9 @@ __all__ = [
     "FeatureExtractor",
     "Features",
     "MultiCropWrapper",
+    "SequenceSource",
     "Sink",
     "VisionTransformer",
-    "__version__",
     "clip_gradients",
     "cosine_schedule",
     "distillation_loss",

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastdino.data.augment import center_view, normalize
+from fastdino.data.channels import ImageFormat, as_wanted, channels_of, open_images
 from fastdino.data.loader import useful_workers
 from fastdino.data.sequences import dataset_source
-from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.sources import ImageSource
 from fastdino.data.views import View
 from fastdino.errors import UserError, some_of
 from fastdino.eval import feature_files
@@ -46,28 +47,40 @@ class Features:
 
 
 class EvalTransform:
-    """PIL image -> (3, size, size) fp32, as in evaluations: bicubic resize, center crop, ImageNet's normalisation."""
+    """PIL image -> (C, size, size) fp32, as in evaluations: bicubic resize, center crop, ImageNet's normalisation.
 
-    def __init__(self, size: int = 224, resize: int | None = None) -> None:
+    channels: C, of a backbone that takes other than 3; images are then arrays (H, W, C), or PIL's of as many bands.
+    """
+
+    def __init__(
+        self, size: int = 224, resize: int | None = None, channels: int = 3, value_range: Sequence[float] = ()
+    ) -> None:
         self.view = View(resize or round(size * 8 / 7), size)
+        self.wanted = ImageFormat(channels, tuple(value_range))
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """The view of an image of any size and mode."""
-        pixels = center_view(image.convert("RGB"), self.view.resize, self.view.size)
+    def __call__(self, image: Image.Image | NDArray[Any]) -> Tensor:
+        """The view of an image of any size and mode. Raises ValueError where it cannot have so many channels."""
+        if isinstance(image, Image.Image) and not self.wanted.converts:
+            image = image.convert("RGB")
+        pixels = center_view(as_wanted(image, self.wanted), self.view.resize, self.view.size)
         return normalize(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
 
     def __repr__(self) -> str:
-        return f"EvalTransform(size={self.view.size}, resize={self.view.resize})"
+        more = f", channels={self.wanted.channels}" if self.wanted.channels != 3 else ""
+        more += f", value_range={self.wanted.value_range}" if self.wanted.value_range else ""
+        return f"EvalTransform(size={self.view.size}, resize={self.view.resize}{more})"
 
 
 def eval_transform(weights: str | Path) -> EvalTransform:
     """The transform that fits a checkpoint: the size that it was trained for. Raises UserError as `load_backbone`."""
-    _, view = _opened(weights)
-    return EvalTransform(view.size, view.resize)
+    _, view, wanted = _opened(weights)
+    return EvalTransform(view.size, view.resize, wanted.channels, wanted.value_range)
 
 
-def _opened(weights: str | Path | nn.Module, size: int | None = None, resize: int | None = None) -> tuple[Any, View]:
-    """(backbone, view) of a checkpoint's teacher, or of a module."""
+def _opened(
+    weights: str | Path | nn.Module, size: int | None = None, resize: int | None = None
+) -> tuple[Any, View, ImageFormat]:
+    """(backbone, view, how images are read) of a checkpoint's teacher, or of a module."""
     checkpoint: Mapping[str, Any] = {}
     backbone: Any = weights
     if not isinstance(weights, nn.Module):
@@ -76,7 +89,8 @@ def _opened(weights: str | Path | nn.Module, size: int | None = None, resize: in
     if size is None and isinstance(backbone, VisionTransformer):
         size = backbone.patch_embed.img_size
     side = size or int(getattr(checkpoint.get("args"), "global_crops_size", 224))
-    return backbone, View(resize or eval_size(checkpoint, side), side)
+    wanted = ImageFormat.of(backbone, checkpoint.get("args"))
+    return backbone, View(resize or eval_size(checkpoint, side), side), wanted
 
 
 def features(
@@ -101,8 +115,9 @@ def features(
     Raises UserError where images or weights cannot be had, ValueError for unknown tokens. For more images than fit into
     memory: `fastdino features`, which writes as it goes.
     """
-    source = open_source(images) if isinstance(images, (str, Path)) else dataset_source(images, "images")
-    backbone, view = _opened(weights, size, resize)
+    backbone, view, wanted = _opened(weights, size, resize)
+    is_path = isinstance(images, (str, Path))
+    source = open_images(images, wanted) if is_path else dataset_source(images, "images", wanted)
     if not isinstance(weights, nn.Module):
         backbone.to(distributed.start(device, "env://").device)
     bad: list[str] = []
@@ -155,7 +170,7 @@ def extract_to_file(
         raise UserError(f"--output: {output} exists; remove it, or give another name")
     with evaluating(backbone):
         parameter = next(backbone.parameters())
-        example = torch.zeros(1, 3, view.size, view.size, device=parameter.device, dtype=parameter.dtype)
+        example = torch.zeros(1, channels_of(source), view.size, view.size).to(parameter)
         shapes = {k: tuple(x.shape[1:]) for k, x in backbone_features(backbone, example, layers, tokens).items()}
     settings = {
         "images": [len(source), checksum(source.name(i).encode() for i in range(len(source)))],

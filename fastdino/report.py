@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastdino import __version__, files
-from fastdino.data.augment import center_view
-from fastdino.data.decode import decode
+from fastdino.data.channels import converted, in_colors, open_images, read_pixels
 from fastdino.data.digits import load_digits
-from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.sources import ImageSource
 from fastdino.data.views import View
 from fastdino.doctor import environment
 from fastdino.errors import UserError, some_of
@@ -141,8 +140,8 @@ def _arguments(run: Path) -> TrainConfig:
 
 
 def _source(config: TrainConfig, data_path: str | None) -> ImageSource:
-    path = data_path or config.val_path or config.data_path
-    return load_digits()[1] if path is None else open_source(path)
+    path, wanted = data_path or config.val_path or config.data_path, config.image_format
+    return converted(load_digits()[1], wanted) if path is None else open_images(path, wanted)
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class _LookedAt:
         return np.unique(np.linspace(0, len(self.kept) - 1, min(SHOWN, len(self.kept))).astype(int))
 
     def _seen(self, at: int) -> NDArray[np.uint8]:
-        return center_view(decode(self.source[int(self.kept[at])]), self.view.resize, self.view.size)
+        return self.view(read_pixels(self.source, int(self.kept[at])))
 
     def pictures(self, notes: list[str]) -> list[Picture]:
         """Attention and components of the shown images."""
@@ -211,7 +210,7 @@ class _LookedAt:
         index, labels = int(self.kept[i]), self.source.labels
         is_same = labels is not None and labels[index] == labels[self.kept[query]]
         word = self.source.classes[labels[index]] if labels is not None else Path(self.source.name(index)).name
-        picture = Image.fromarray(self._seen(i)).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(in_colors(self._seen(i))).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
         file = io.BytesIO()
         picture.save(file, "jpeg", quality=85)
         kind = "query" if i == query else "same" if is_same else "other"

@@ -153,7 +153,7 @@ def test_a_default_warm_up_fits_a_short_run_and_an_asked_one_does_not():
 MISTAKES = {
     "missing folder": ("--data_path nowhere", "nothing at nowhere"),
     "empty folder": ("--data_path empty", "no image below empty"),
-    "fewer than a batch": ("--data_path few", "3 images in few, no labels: fewer than the 64 of one step"),
+    "fewer than a batch": ("--data_path few", "3 images in few, no labels: fewer than the 32 of one step"),
     "unknown arch": ("--arch resnet50", "expected one of vit_nano, vit_tiny, vit_small, vit_base, vit_large"),
     "torchvision's": ("--arch resnet50", "got 'resnet50'; here it comes from timm: --arch timm:resnet50"),
     "XCiT": ("--arch xcit_small_12_p8", "here it comes from timm: --arch timm:xcit_small_12_p8_224"),

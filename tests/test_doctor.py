@@ -14,7 +14,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 from fastdino import VisionTransformer
 from fastdino.cli import main
-from fastdino.doctor import COMPILED_KEEPS, EAGER_KEEPS, NEEDS, advice_for_gpu
+from fastdino.doctor import COMPILED_KEEPS, EAGER_KEEPS, NEEDS, advice_for_gpu, measured_run
+from fastdino.train.config import TrainConfig
 
 
 def test_doctor_reads_a_folder_and_counts_what_it_cannot(tmp_path, capsys):
@@ -24,6 +25,9 @@ def test_doctor_reads_a_folder_and_counts_what_it_cannot(tmp_path, capsys):
     assert main(["doctor", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "3 read, 1 unreadable, of 4" in next(line for line in lines if line.startswith("loading"))
+    (named,) = (line for line in lines if line.startswith("unreadable"))
+    assert named.endswith(f"{tmp_path / 'bad.jpg'}: is no JPEG, PNG, WebP, GIF, BMP, TIFF or PPM")
+    assert "fewer than the 32 of one step" in lines[-1]
     assert len(lines) <= 24  # one screen
 
 
@@ -35,6 +39,30 @@ def test_doctor_reads_shards(tmp_path, capsys):
     (tmp_path / "image.png").unlink()
     assert main(["doctor", str(tmp_path)]) == 0
     assert "3 read, 0 unreadable, of 3" in capsys.readouterr().out
+
+
+def test_doctor_names_the_folder_times_a_run_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    for i in range(96):
+        Image.fromarray(np.full((40, 40, 3), i, np.uint8)).save(folder / f"{i}.png")
+    assert main(["doctor", "my photos"]) == 0
+    out = capsys.readouterr().out
+    assert "fastdino train --data_path 'my photos'\n" in out
+    assert "FOLDER" not in out
+    found = re.search(r"about .* on this CPU without evaluations \((\d+) epochs x 3 steps of [\d.]+ s", out)
+    assert int(found[1]) > 1
+    assert re.search(r"memory +[\d.]+ GiB at most", out)
+    assert sorted(tmp_path.iterdir()) == [folder]
+
+
+def test_doctor_times_nothing_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    ((what, said),) = measured_run(TrainConfig(), None)
+    assert what == "time"
+    assert "not measured on a GPU" in said
 
 
 def test_doctor_says_why_on_a_machine_without_gpu(monkeypatch, capsys):

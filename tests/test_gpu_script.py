@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["proof", "main", "tests", "ops", "attention", "base", "batch", "plain", "compiled", "careful", "jpeg"]
-ORDER += ["features", "patches", "doctor", "tuned", "step", "adamw", "report"]
+ORDER += ["features", "patches", "recipes", "doctor", "tuned", "step", "adamw", "report"]
 
 PYTHON = """#!/bin/bash
 (IFS='|'; echo "$*" >> "$STUB/calls")
@@ -178,5 +178,6 @@ for file, words in {words!r}:
             *(f"test_patch_loss[{by}-B64 K65536]" for by in ("ours", "ours, in place", "plain", "compiled")),
             *(f"test_sinkhorn_center[{by}-B64 K65536]" for by in ("ours", "plain", "compiled")),
         ],
+        ["test_recipe[dinov2]", "test_recipe[dinov3]"],
         [f"test_step[ours tuned-{small}]"],
     ], done.stdout + done.stderr

@@ -53,8 +53,8 @@ def _images(args: argparse.Namespace) -> int:
     output = check_picture("output", args.output or "attention.png", PICTURES)
     if args.threshold is not None and not args.output_dir:
         raise UserError("--threshold: masks are pictures of their own, and need an --output_dir")
-    images = opened_images(args.images)
-    backbone, view_of = _opened(args)
+    backbone, view_of, wanted = _opened(args, any_channels=True)
+    images = opened_images(args.images, wanted)
     if args.output_dir:
         make_folder("output_dir", args.output_dir)
     looked = [Looked(name, view, cls_attention(backbone, view)) for name, view in ((n, view_of(i)) for n, i in images)]
@@ -68,13 +68,12 @@ def _images(args: argparse.Namespace) -> int:
     return 0
 
 
-def _opened(args: argparse.Namespace):  # type: ignore[no-untyped-def]
-    """(backbone, what makes a view of an image)."""
-    opened = open_backbone(args)
+def _opened(args: argparse.Namespace, any_channels: bool = False):  # type: ignore[no-untyped-def]
+    """(backbone, what makes a view of an image, how images are read)."""
+    opened = open_backbone(args, any_channels=any_channels)
     check_size(args, opened.backbone.patch_embed.patch_size)
-    if args.image_size:
-        return opened.backbone, resized(args.image_size)
-    return opened.backbone, partial(center_view, resize=opened.view.resize, size=opened.view.size)
+    view = partial(center_view, resize=opened.view.resize, size=opened.view.size)
+    return opened.backbone, resized(args.image_size) if args.image_size else view, opened.image_format
 
 
 def _film(args: argparse.Namespace) -> int:
@@ -82,7 +81,7 @@ def _film(args: argparse.Namespace) -> int:
         raise UserError("--video: give either images or a film")
     output = check_picture("output", args.output or "attention.mp4", tuple(CODECS))
     folder = make_folder("output_dir", args.output_dir) if args.output_dir else None
-    backbone, view_of = _opened(args)
+    backbone, view_of, _ = _opened(args)
     draw, bad = FilmFrames(backbone.patch_embed.patch_size, args.threshold), list[str]()
 
     def pictures() -> Iterator[NDArray[np.uint8]]:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.channels import RGB, ImageFormat, converted, open_images
+from fastdino.data.sources import ImageSource
 from fastdino.data.views import View
 from fastdino.errors import UserError
 from fastdino.eval.linear import hold_out
@@ -30,6 +31,11 @@ class Opened:
     backbone: Any  # nn.Module with what a VisionTransformer has
     view: View
     checkpoint: Mapping[str, Any]
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """How it has to see images."""
+        return ImageFormat.of(self.backbone, self.checkpoint.get("args"))
 
 
 def add_weights_flags(parser: argparse.ArgumentParser, unless: str = "") -> None:
@@ -81,10 +87,13 @@ def add_result_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="add the result to this file, too: a JSON object, a line each")
 
 
-def open_backbone(args: argparse.Namespace, of_any_kind: bool = False, together: bool = False) -> Opened:
+def open_backbone(
+    args: argparse.Namespace, of_any_kind: bool = False, together: bool = False, any_channels: bool = False
+) -> Opened:
     """The backbone that the flags ask for, frozen, and the view. Raises UserError where they do not fit together.
 
     of_any_kind: a network of timm's will do, too. together: several processes share the work; else they are refused.
+    any_channels: images may have other than 3; else such a backbone is refused.
     """
     from fastdino.train.checkpoint import any_backbone_of, backbone_of, eval_size, load_checkpoint
     from fastdino.train.distributed import launched, start
@@ -97,6 +106,11 @@ def open_backbone(args: argparse.Namespace, of_any_kind: bool = False, together:
     checkpoint = load_checkpoint(args.pretrained_weights)
     opened = any_backbone_of if of_any_kind else backbone_of
     backbone: Any = opened(checkpoint, args.pretrained_weights, args.checkpoint_key, args.num_heads)
+    n_channels = ImageFormat.of(backbone).channels
+    if n_channels != 3 and not any_channels:
+        raise UserError(
+            f"{args.pretrained_weights} takes images of {n_channels} channels; fastdino {args.command} those of 3 alone"
+        )
     device = start(args.device, "env://").device
     if not isinstance(backbone, VisionTransformer):
         size: Any = getattr(args, "size", None) or getattr(checkpoint.get("args"), "global_crops_size", 224)
@@ -125,7 +139,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name}: expected a value above 0, got {value}")
 
 
-def open_labelled(data_path: str | None) -> tuple[ImageSource, ImageSource | None]:
+def open_labelled(data_path: str | None, wanted: ImageFormat = RGB) -> tuple[ImageSource, ImageSource | None]:
     """(images, held-out images or None): the digits, train/ and val/ below a folder, or class folders alone.
 
     Raises UserError where there are no labels, or the two halves do not have the same classes.
@@ -133,12 +147,12 @@ def open_labelled(data_path: str | None) -> tuple[ImageSource, ImageSource | Non
     from fastdino.data.digits import load_digits
 
     if data_path is None:
-        return load_digits()
+        digits, others = load_digits()
+        return converted(digits, wanted), converted(others, wanted)
     halves = [Path(data_path) / name for name in ("train", "val")]
     if not all(half.is_dir() for half in halves):
-        source = open_source(data_path)
-        return labelled(source), None
-    source, held_out = (labelled(open_source(half)) for half in halves)
+        return labelled(open_images(data_path, wanted)), None
+    source, held_out = (labelled(open_images(half, wanted)) for half in halves)
     if list(source.classes) != list(held_out.classes):
         raise UserError(
             f"{data_path}: expected the same classes in train/ and val/, "
@@ -178,15 +192,15 @@ class Part:
         return some_of_it + self.source.describe()
 
 
-def open_parts(data_path: str | None, test_only: bool = False) -> tuple[Part, Part]:
+def open_parts(data_path: str | None, wanted: ImageFormat, test_only: bool = False) -> tuple[Part, Part]:
     """(images to train on, held-out ones): as `open_labelled`, and from class folders alone as `hold_out`.
 
     test_only: val/ is enough, and stands for both. Raises UserError as they do.
     """
     if test_only and data_path and (val := Path(data_path) / "val").is_dir():
-        tested = labelled(open_source(val))
+        tested = labelled(open_images(val, wanted))
         return (Part(tested, np.arange(len(tested))),) * 2
-    source, held_out = open_labelled(data_path)
+    source, held_out = open_labelled(data_path, wanted)
     if held_out is not None:
         return Part(source, np.arange(len(source))), Part(held_out, np.arange(len(held_out)))
     assert source.labels is not None

@@ -6,8 +6,10 @@ from fastdino.doctor import examine
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The folder to look at."""
-    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="images, to time their loading")
+    """The images to look at."""
+    parser.add_argument(
+        "folder", nargs="?", metavar="PATH", help="folder, tar or parquet files: loading and a run are timed"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastdino.commands.common import add_view_flags, add_weights_flags, loading, open_backbone
+from fastdino.data.channels import converted, open_images
 from fastdino.data.digits import load_digits
-from fastdino.data.sources import open_source
+from fastdino.data.remarks import remarks
 from fastdino.errors import TrainingError, some_of
 from fastdino.eval.feature_files import FORMATS, check_output
 from fastdino.eval.features import TOKENS
@@ -48,12 +49,15 @@ def run(args: argparse.Namespace) -> int:
     """Write the file."""
     output = Path(args.output)
     check_output(output, args.tokens)
-    source = load_digits()[0] if args.data_path is None else open_source(args.data_path)
-    opened = open_backbone(args, of_any_kind=True, together=True)
+    opened = open_backbone(args, of_any_kind=True, together=True, any_channels=True)
+    wanted = opened.image_format
+    source = converted(load_digits()[0], wanted) if args.data_path is None else open_images(args.data_path, wanted)
     process = distributed.start(args.device, "env://")
     bar = _Bar(process.is_main)
     try:
         bar.say(f"images   {source.describe()}")
+        for line in remarks(source):
+            bar.say(f"         {line}")
         n, bad = extract_to_file(
             output,
             source,

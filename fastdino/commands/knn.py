@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _extract(args: argparse.Namespace) -> tuple[Features, Features | None]:
-    source, held_out = open_labelled(args.data_path)
-    opened = open_backbone(args, of_any_kind=True)
+    opened = open_backbone(args, of_any_kind=True, any_channels=True)
+    source, held_out = open_labelled(args.data_path, opened.image_format)
 
     def extracted(images: ImageSource, what: str) -> Features:
         found = extract_features(opened.backbone, images, **vars(opened.view), **loading(args))

@@ -103,11 +103,11 @@ def run(args: argparse.Namespace) -> int:
     """The original's lines, and the numbers."""
     started = time.monotonic()
     _check(args)
-    part, test_part = open_parts(args.data_path, test_only=args.evaluate)
+    opened = open_backbone(args, any_channels=True)
+    part, test_part = open_parts(args.data_path, opened.image_format, test_only=args.evaluate)
     n_classes = len(part.source.classes)
     if args.num_labels not in (None, n_classes):
         raise UserError(f"--num_labels: {args.data_path or 'digits'} has {n_classes} classes, got {args.num_labels}")
-    opened = open_backbone(args)
     probe = Probe(args, opened, part, test_part)
     found = _evaluate(probe) if args.evaluate else _train(probe)
     top1, top5 = (float(each[found.head]) for each in (found.scores.top1, found.scores.top5))

@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     check_positive(args, "n_last_blocks")
     if args.C and min(args.C) <= 0:
         raise UserError(f"--C: expected values above 0, got {min(args.C):g}")
-    part, test_part = open_parts(args.data_path)
-    opened = open_backbone(args)
+    opened = open_backbone(args, any_channels=True)
+    part, test_part = open_parts(args.data_path, opened.image_format)
     depth = len(opened.backbone.blocks)
     if args.n_last_blocks > depth:
         raise UserError(f"--n_last_blocks: {args.pretrained_weights} has {depth} blocks, got {args.n_last_blocks}")

@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     output = check_picture("output", args.output, PICTURES)
     if not np.isfinite(args.threshold):
         raise UserError(f"--threshold: expected a finite number, got {args.threshold}")
-    images = opened_images(args.images)
-    backbone = open_backbone(args).backbone
+    opened = open_backbone(args, any_channels=True)
+    images, backbone = opened_images(args.images, opened.image_format), opened.backbone
     check_size(args, backbone.patch_embed.patch_size)
     folder = make_folder("output_dir", args.output_dir) if args.output_dir else None
     view_of = resized(args.image_size or [LARGER * backbone.patch_embed.img_size])

@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdino.data.decode import BadImage, decode
+from fastdino.data.augment import by_pillow
+from fastdino.data.channels import RGB, ImageFormat, as_wanted
+from fastdino.data.decode import BadImage, decode_array, open_image
 from fastdino.data.digits import load_digits
 from fastdino.data.sources import read_file
 from fastdino.errors import UserError, printable
@@ -35,15 +37,17 @@ def make_folder(flag: str, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def opened_images(names: list[str] | None) -> list[tuple[str, Image.Image]]:
-    """(name, image) of files, or of a few digits. Raises UserError where one cannot be read."""
+def opened_images(names: list[str] | None, wanted: ImageFormat = RGB) -> list[tuple[str, Pixels]]:
+    """(name, (H, W, C)) of files, or of a few digits. Raises UserError where one cannot be read."""
     if not names:
         held_out = load_digits()[1]
-        return [(f"image{i}", decode(held_out[i])) for i in range(N_DIGITS)]
+        return [(f"image{i}", as_wanted(held_out[i], wanted)) for i in range(N_DIGITS)]
     images = []
     for name in names:
         try:
-            images.append((Path(name).name, decode(read_file(name))))
+            data = read_file(name)
+            pixels = as_wanted(data, wanted) if wanted.converts else decode_array(open_image(data))
+            images.append((Path(name).name, pixels))
         except (OSError, BadImage) as error:
             raise UserError(f"--images: {printable(name)}: {error}") from error
     return images
@@ -56,15 +60,16 @@ def check_size(args: argparse.Namespace, patch_size: int) -> None:
         raise UserError(f"--image_size: expected one or two numbers of at least the patch size {patch_size}, got {got}")
 
 
-def resized(image_size: list[int]) -> Callable[[Image.Image], Pixels]:
+def resized(image_size: list[int]) -> Callable[[Image.Image | Pixels], Pixels]:
     """The whole image: H W exactly, or one number for the short side. Bilinear, as the original's pictures are."""
 
-    def view(image: Image.Image) -> Pixels:
-        short = min(image.size)
+    def view(image: Image.Image | Pixels) -> Pixels:
+        pixels = np.asarray(image)
+        short = min(pixels.shape[:2])
         if len(image_size) == 2:
             height, width = image_size
         else:
-            width, height = (int(image_size[0] * side / short) for side in image.size)
-        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+            height, width = (int(image_size[0] * side / short) for side in pixels.shape[:2])
+        return by_pillow(pixels, lambda whole: whole.resize((width, height), Image.Resampling.BILINEAR))
 
     return view

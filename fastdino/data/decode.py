@@ -1,8 +1,7 @@
 """Encoded bytes to RGB, as the original's `Image.open(f).convert("RGB")` sees them, EXIF rotation ignored included.
 
-With one exception: more than 8 bits a channel are scaled down, where the original cuts off everything above 255 (a
-16-bit gray image becomes black and white there). 16 bits lose the lower 8, numbers from 0 to 1 are multiplied by 255,
-and of other ranges nobody knows what is white: they are refused.
+With one exception: gray of more than 8 bits is scaled down, as `levels` says, where the original cuts off everything
+above 255 (a 16-bit image becomes black and white there). Images of other than 3 channels are `channels`'.
 
 In two steps, so that the pixels of a batch land in one buffer without a copy: `open_image` reads the header and says
 how large the image is, its `write` decodes into the place that was reserved. JPEG goes through simplejpeg, which gives
@@ -13,12 +12,15 @@ import io
 import re
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+
+from fastdino.data.levels import MAX_PIXELS, NPY, BadImage, read_npy, to_levels, with_channels
 
 # JPEG includes MPO, as phones write it. Not EPS, for which Pillow starts a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
@@ -27,59 +29,60 @@ PIXELS_PER_JPEG_BYTE = 512
 # Pixels times scans of a JPEG: each scan goes over all pixels, at 2.5 ns a pixel. Progressive files have about 10.
 MAX_SCANNED = 2**32
 STRIP = 2**22  # pixels that Pillow converts at once: the whole image would be in memory twice more
-MAX_PIXELS = 178_956_970  # an image of more is refused, as Pillow does: 512 MiB of RGB
 Pixels = NDArray[np.uint8]
 
 # Palettes with transparency, large images: not a user's concern. Once, because filters are shared by all threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-class BadImage(Exception):
-    """An image that cannot be decoded. The message says why."""
-
-
 class Opened(NamedTuple):
-    """An image whose header is read. write: fills (height, width, 3) uint8, or raises BadImage."""
+    """An image whose header is read. write: fills (height, width, channels) uint8, or raises BadImage."""
 
     width: int
     height: int
     write: Callable[[Pixels], None]
+    channels: int = 3
 
 
-def open_image(item: bytes | Pixels, enough: int = 0) -> Opened:
+def open_image(item: bytes | NDArray[Any], enough: int = 0, channels: int = 3) -> Opened:
     """Read the header of an item of a source. Raises BadImage, with the reason, for what no decoder reads.
 
     enough: pixels; a JPEG whose short side is at least twice that is decoded at 1/2, 1/4 or 1/8 of its size, as small
-    as leaves that many. 0 decodes all in full.
+    as leaves that many. 0 decodes all in full. channels: of arrays; encoded images have 3.
     """
     if not isinstance(item, bytes):
-        return _open_array(item)
+        return _open_array(item, channels)
     if not item:
         raise BadImage("the file is empty")
+    if item.startswith(NPY):
+        return _open_array(read_npy(item), channels)
     opened = _open_jpeg(item, enough) if simplejpeg.is_jpeg(item) else None
     return opened or _open_with_pillow(item)
 
 
-def decode(item: bytes | Pixels) -> Image.Image:
+def decode(item: bytes | NDArray[Any]) -> Image.Image:
     """An item of a source -> RGB image. Raises BadImage, with the reason, for what no decoder reads."""
     return Image.fromarray(decode_array(open_image(item)))
 
 
 def decode_array(opened: Opened) -> Pixels:
-    """(height, width, 3) uint8, in memory of its own. Raises BadImage."""
-    pixels = np.empty((opened.height, opened.width, 3), np.uint8)
+    """(height, width, channels) uint8, in memory of its own. Raises BadImage."""
+    pixels = np.empty((opened.height, opened.width, opened.channels), np.uint8)
     opened.write(pixels)
     return pixels
 
 
-def _open_array(array: Pixels) -> Opened:
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or not array.size:
-        raise BadImage(f"expected an array (H, W, 3) of uint8, got {array.shape} of {array.dtype}")
+def _open_array(array: NDArray[Any], channels: int) -> Opened:
+    levels = to_levels(with_channels(array))
+    if levels.shape[2] not in {channels, 1}:  # gray is repeated
+        raise BadImage(
+            f"expected an array (H, W, {channels}), got {array.shape} (--channels {levels.shape[2]} reads it)"
+        )
 
     def write(pixels: Pixels) -> None:
-        pixels[:] = array
+        pixels[:] = levels
 
-    return Opened(array.shape[1], array.shape[0], write)
+    return Opened(levels.shape[1], levels.shape[0], write, channels)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -137,7 +140,8 @@ def _reason(error: Exception) -> str:
     return re.sub(r"<_io\.BytesIO object at \w+>", "of these bytes", str(error)) or type(error).__name__
 
 
-def _open_with_pillow(data: bytes) -> Opened:
+def pillow_image(data: bytes) -> Image.Image:
+    """An image whose header Pillow has read. Raises BadImage, with the reason."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -147,8 +151,23 @@ def _open_with_pillow(data: bytes) -> Opened:
     if image.format in ("JPEG", "MPO"):
         _check_jpeg(data, *image.size)
     _check_size(*image.size)
+    return image
+
+
+def loaded(image: Image.Image) -> Image.Image:
+    """The same, its pixels decoded. Raises BadImage, with the reason."""
+    try:
+        image.load()
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
+    return image
+
+
+def _open_with_pillow(data: bytes) -> Opened:
+    image = pillow_image(data)
 
     def write(pixels: Pixels) -> None:
+        loaded(image)
         try:
             _write_rgb(image, pixels)
         except BadImage:
@@ -160,9 +179,8 @@ def _open_with_pillow(data: bytes) -> Opened:
 
 
 def _write_rgb(image: Image.Image, pixels: Pixels) -> None:
-    image.load()
     if image.mode.startswith(("I", "F")):
-        pixels[:] = _scaled(image)
+        pixels[:] = to_levels(np.asarray(image), bits=bits_of(image))[..., None]
         return
     n_rows = max(1, STRIP // image.width)
     for top in range(0, image.height, n_rows):
@@ -170,14 +188,7 @@ def _write_rgb(image: Image.Image, pixels: Pixels) -> None:
         pixels[top : top + n_rows] = np.asarray(strip.convert("RGB"))
 
 
-def _scaled(image: Image.Image) -> Pixels:
-    """Gray of more than 8 bits -> (height, width, 1)."""
-    values = np.asarray(image)
-    low, high = values.min(), values.max()
-    if image.mode == "F" and 0 <= low <= high <= 1:
-        return np.round(values * 255).astype(np.uint8)[..., None]
-    if image.mode != "F" and 0 <= low <= high < 2**16:
-        return (values >> 8).astype(np.uint8)[..., None]
-    raise BadImage(
-        f"has numbers from {low:g} to {high:g}, of which no color is known: save it with 8 or 16 bits, or from 0 to 1"
-    )
+def bits_of(image: Image.Image) -> int:
+    """How many bits of a gray image's numbers are in use, where the file says so: fewer than 16 in a TIFF; else 0."""
+    bits = image.tag_v2.get(BITSPERSAMPLE, (0,))[0] if isinstance(image, TiffImageFile) else 0
+    return int(bits) if image.mode.startswith("I") and 8 < bits < 16 else 0

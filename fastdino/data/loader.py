@@ -4,7 +4,7 @@ Threads, because everything slow here (reading, decoding, resizing) lets go of t
 decode lies where it is needed; processes would have to send every image. A batch is opened (headers: where in the
 buffer does each image go?), decoded, and made into crops: on a GPU by the kernels, on a side stream, and without one by
 the same threads. Two batches are in the making while a third is trained on.
-Axes: V views, L local crops, B images.
+Axes: V views, L local crops, B images, C channels: 3, or those of a `channels.Converted` source, on the CPU.
 """
 
 import os
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from fastdino.data.augment import apply_crop, apply_crop_fast, normalize
+from fastdino.data.channels import channels_of
 from fastdino.data.decode import BadImage, Opened, decode_array, open_image
 from fastdino.data.masks import BatchMasks
 from fastdino.data.params import MultiCropRecipe, crop_params, draw_crops
@@ -34,7 +35,7 @@ from fastdino_kernels.augment.tables import CropTable, PackedImages
 
 MAX_BAD = 0.1  # of the images: more unreadable ones than this end the run
 N_SAMPLED = 16  # headers read to say how much memory decoded images take
-BLACK = open_image(np.zeros((1, 1, 3), np.uint8))
+BLACK = np.zeros((1, 1, 1), np.uint8)
 
 cv2.setNumThreads(0)  # the threads are ours; OpenCV's own would fight them for the cores
 
@@ -43,7 +44,7 @@ cv2.setNumThreads(0)  # the threads are ours; OpenCV's own would fight them for 
 class Batch:
     """Crops of one step: on the host in uint8, or on the GPU and normalised once `ready` has passed.
 
-    global_crops: (2, B, 3, S, S). local_crops: (L, B, 3, s, s). bad: a line per image left out. masks: of `BatchMasks`.
+    global_crops: (2, B, C, S, S). local_crops: (L, B, C, s, s). bad: a line per image left out. masks: of `BatchMasks`.
     """
 
     global_crops: Tensor
@@ -57,7 +58,7 @@ class Batch:
         return [*self.crops(device), *(x.to(device, non_blocking=True) for x in self.masks)]
 
     def crops(self, device: torch.device) -> list[Tensor]:
-        """V normalised crops (B, 3, H, W) on `device`, globals first, for the current stream to use."""
+        """V normalised crops (B, C, H, W) on `device`, globals first, for the current stream to use."""
         groups = [group for group in (self.global_crops, self.local_crops) if len(group)]
         if self.ready is None:
             groups = [normalize(group.to(device, non_blocking=True)) for group in groups]
@@ -120,7 +121,7 @@ class _Item:
     index: int
     n_bad: int = 0
     bad: list[str] = field(default_factory=list)
-    opened: Opened = BLACK
+    opened: Opened = field(default_factory=lambda: open_image(BLACK))
 
 
 class CropLoader:
@@ -148,12 +149,13 @@ class CropLoader:
         self.masks = masks
         self.source, self.recipe, self.sampler, self.num_workers = source, recipe, sampler, num_workers
         self.device = device or torch.device("cpu")
-        self.on_gpu = self.device.type == "cuda"
+        self.channels = channels_of(source)
+        self.on_gpu = self.device.type == "cuda" and self.channels == 3  # which the kernels are made for
         self.exact = self.on_gpu if augment == "auto" else augment == "exact"
         self.dtype = dtype
         # Twice what the smallest boxes need: the resize still does most of the smoothing.
         self.min_pixels = round(2 * recipe.short_side) if dct_scale else 0
-        self.buffers = [PackedBuffer(pin=self.on_gpu) for _ in range(N_BUFFERS if num_workers else 1)]
+        self.buffers = [PackedBuffer(self.on_gpu, self.channels) for _ in range(N_BUFFERS if num_workers else 1)]
         self._free: SimpleQueue[PackedBuffer] = SimpleQueue()
         for buffer in self.buffers:
             self._free.put(buffer)
@@ -170,16 +172,18 @@ class CropLoader:
         sizes = []
         for index in np.linspace(0, len(self.source) - 1, min(N_SAMPLED, len(self.source))).astype(int):
             try:
-                opened = open_image(self.source[int(index)], self.min_pixels)
+                opened = open_image(self.source[int(index)], self.min_pixels, self.channels)
             except (BadImage, OSError):
                 continue
-            sizes.append(3 * opened.width * opened.height)
+            sizes.append(self.channels * opened.width * opened.height)
         return int(np.mean(sizes or [0]) * 1.25 * self.sampler.batch_size * len(self.buffers))
 
     def describe(self) -> str:
         """One phrase for the log."""
         how = "Pillow's pixels" if self.exact else "close to Pillow's pixels"
         where = "on the GPU" if self.on_gpu else "on the CPU"
+        if self.device.type == "cuda" and not self.on_gpu:
+            where += f" (the GPU's kernels take 3 channels, these have {self.channels})"
         batches = f"{len(self.buffers)} batch{'es' if len(self.buffers) > 1 else ''} of decoded images"
         return f"crops {where}, {how}; {batches} in memory, about {_in_words(self.memory())}"
 
@@ -258,11 +262,11 @@ class CropLoader:
         while item.n_bad <= int(len(self.source) * MAX_BAD):
             candidate = (item.index + item.n_bad) % len(self.source)
             try:
-                item.opened = open_image(self.source[candidate], self.min_pixels)
+                item.opened = open_image(self.source[candidate], self.min_pixels, self.channels)
                 return
             except (BadImage, OSError) as error:
                 self._blame(item, error)
-        item.opened = BLACK
+        item.opened = open_image(BLACK, channels=self.channels)
 
     def _blame(self, item: _Item, error: Exception) -> None:
         candidate = (item.index + item.n_bad) % len(self.source)
@@ -289,15 +293,16 @@ class CropLoader:
 
     def _on_cpu(self, buffer: PackedBuffer, tables: list[CropTable | None], bad: list[str]) -> Batch:
         n_images = len(buffer.sizes)
-        groups = [torch.empty(n, n_images, 3, size, size, dtype=torch.uint8) for n, size in self._groups()]
+        groups = [torch.empty(n, n_images, self.channels, size, size, dtype=torch.uint8) for n, size in self._groups()]
+        places = [group.numpy() for group in groups]
         rows = [crop_params(table) if table else [] for table in tables]
         apply = apply_crop if self.exact else apply_crop_fast
 
         def augment(b: int) -> None:
             pixels = buffer.view(b)
-            for group, params in zip(groups, rows):
-                for v in range(len(group)):
-                    planes = group[v, b].numpy()
+            for place, params in zip(places, rows):
+                for v in range(len(place)):
+                    planes = place[v, b]
                     crop = apply(pixels, params[v * n_images + b], planes.shape[-1])
                     cv2.split(crop, list(planes))
 

@@ -20,8 +20,8 @@ ALIGNMENT = 16  # bytes
 class PackedBuffer:
     """The images of one batch. `reserve` places for them, fill `views`, `append` what came later, read `images`."""
 
-    def __init__(self, pin: bool) -> None:
-        self.pin = pin
+    def __init__(self, pin: bool, channels: int = 3) -> None:
+        self.pin, self.channels = pin, channels
         self.bytes = self._allocate(0)
         self.sizes: list[tuple[int, int]] = []
         self.offsets: list[int] = []
@@ -34,7 +34,7 @@ class PackedBuffer:
         for width, height in sizes:
             self.sizes.append((width, height))
             self.offsets.append(self.used)
-            self.used += -(-3 * width * height // ALIGNMENT) * ALIGNMENT
+            self.used += -(-self.channels * width * height // ALIGNMENT) * ALIGNMENT
 
     def reserve(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Forget the last batch and make room for images of these (width, height)."""
@@ -45,7 +45,7 @@ class PackedBuffer:
             self.bytes = self._allocate(self.used + self.used // 4)
 
     def replace(self, index: int, pixels: NDArray[np.uint8]) -> None:
-        """Another image in place `index`: (H, W, 3), behind all others. No other thread may be writing."""
+        """Another image in place `index`: (H, W, channels), behind all others. No other thread may be writing."""
         place = len(self.sizes)
         self._place([(pixels.shape[1], pixels.shape[0])])
         if self.used > len(self.bytes):
@@ -56,13 +56,13 @@ class PackedBuffer:
         self.sizes[index], self.offsets[index] = self.sizes.pop(), self.offsets.pop()
 
     def view(self, index: int) -> NDArray[np.uint8]:
-        """(height, width, 3), to be written or read."""
+        """(height, width, channels), to be written or read."""
         width, height = self.sizes[index]
         start = self.offsets[index]
-        return self.bytes[start : start + 3 * width * height].numpy().reshape(height, width, 3)
+        return self.bytes[start : start + self.channels * width * height].numpy().reshape(height, width, -1)
 
     def images(self) -> PackedImages:
         """The batch as the kernels read it; tables in memory of their own."""
         width, height = (torch.tensor(column, dtype=torch.int32) for column in zip(*self.sizes))
         offset = torch.tensor(self.offsets, dtype=torch.int64)
-        return PackedImages(self.bytes[: self.used], offset, width, height, 3 * width)
+        return PackedImages(self.bytes[: self.used], offset, width, height, self.channels * width)

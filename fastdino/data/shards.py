@@ -7,7 +7,7 @@ import re
 import tarfile
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +35,7 @@ class TarSource:
     Members are read by `pread`, not through a memory map: a shard cut under a map ends the process with SIGBUS.
     """
 
-    def __init__(self, shards: Sequence[str | Path]) -> None:
+    def __init__(self, shards: Sequence[str | Path], extensions: tuple[str, ...] = EXTENSIONS) -> None:
         self.shards = [str(shard) for shard in shards]
         self.cut: list[str] = []
         self.damage: list[str] = []
@@ -50,14 +50,14 @@ class TarSource:
                 folder, file = os.path.split(name)
                 stem, _, extension = file.partition(".")
                 key = f"{number}/{folder}/{stem}"
-                if f".{extension.lower()}".endswith(EXTENSIONS) and stem:
+                if f".{extension.lower()}".endswith(extensions) and stem:
                     self.names.append(name)
                     where.append((number, offset, size, mark))
                     keys.append(key)
                 elif extension in texts and size < 256:
                     texts[extension][key] = self._read(number, offset, size).decode(errors="replace").strip()
         if not where:
-            raise UserError(f"no image in {several(self.shards)} (looked for {', '.join(e[1:] for e in EXTENSIONS)})")
+            raise UserError(f"no image in {several(self.shards)} (looked for {', '.join(e[1:] for e in extensions)})")
         self.where = np.array(where, dtype=np.int64)
         self.classes, self.labels = class_folders(self.names)
         for found in texts.values():
@@ -342,4 +342,11 @@ def _first_line(error: Exception) -> str:
     return printable(str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
-SHARDS: dict[str, type[TarSource] | type[ParquetSource]] = {".tar": TarSource, ".parquet": ParquetSource}
+def _parquet(files: Sequence[str], extensions: tuple[str, ...]) -> ParquetSource:
+    return ParquetSource(files)  # whose images have no names
+
+
+SHARDS: dict[str, Callable[[Sequence[str], tuple[str, ...]], TarSource | ParquetSource]] = {
+    ".tar": TarSource,
+    ".parquet": _parquet,
+}

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fastdino.errors import UserError, printable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+ARRAYS = (".npy",)  # images where channels or ranges are asked for, or where a folder holds nothing else
 MAX_BYTES = 2**29  # of an image's file: as many as the largest image has that is decoded, in RGB
 
 
@@ -35,8 +36,8 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> bytes | NDArray[np.uint8]:
-        """Encoded bytes, or (H, W, 3) uint8 RGB. Raises OSError where a file cannot be read."""
+    def __getitem__(self, index: int) -> bytes | NDArray[Any]:
+        """Encoded bytes, or (H, W, C): uint8, or what `levels` makes of it. Raises OSError, BadImage."""
         ...
 
     def name(self, index: int) -> str:
@@ -53,14 +54,16 @@ class FolderSource:
     Raises UserError where the folder is missing or holds no image.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             what = "a file" if self.folder.exists() else "nothing"
             raise UserError(f"expected a folder of images, found {what} at {printable(self.folder)}")
-        self.paths, self.left_out = list_images(self.folder)
+        self.paths, self.left_out = list_images(self.folder, extensions)
         if not self.paths:
-            looked_for = ", ".join(e[1:] for e in EXTENSIONS)
+            self.paths, self.left_out = list_images(self.folder, ARRAYS)
+        if not self.paths:
+            looked_for = ", ".join(e[1:] for e in (*EXTENSIONS, *ARRAYS))
             raise UserError(f"no image below {printable(self.folder)} (looked for {looked_for}){self._without()}")
         self.classes, self.labels = class_folders(self.paths)
 
@@ -83,7 +86,7 @@ class FolderSource:
         return f"; left out {len(self.left_out)} that cannot be opened or are no files{first}"
 
 
-def list_images(folder: Path) -> tuple[list[str], list[str]]:
+def list_images(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> tuple[list[str], list[str]]:
     """(images below a folder, in the order of their paths; what is named like one and is no file, or cannot be listed).
 
     Links are followed, but no folder is listed twice: a link to where one is already would have no end.
@@ -106,7 +109,7 @@ def list_images(folder: Path) -> tuple[list[str], list[str]]:
                     is_link = entry.is_symlink()
                     if os.path.isdir(entry) if is_link else entry.is_dir():
                         (linked if is_link else waiting).append(path)
-                    elif entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+                    elif entry.name.lower().endswith(extensions) and not entry.name.startswith("."):
                         is_file = os.path.isfile(entry) if is_link else entry.is_file()  # of a circle, they say no
                         (paths if is_file else left_out).append(path)
         except OSError:
@@ -167,10 +170,10 @@ def expand(pattern: str) -> list[str]:
     return [found for path in paths for found in (sorted(glob.glob(path)) if glob.has_magic(path) else [path])]
 
 
-def open_source(path: str | Path) -> ImageSource:
+def open_source(path: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> ImageSource:
     """A folder of images, a tar or parquet file, a folder of those, or a pattern (`*`, `{000..146}`) for them.
 
-    Raises UserError, in one line, where nothing of that is there.
+    extensions: of names that are images'. Raises UserError, in one line, where nothing of that is there.
     """
     from fastdino.data.shards import SHARDS  # which build on this module
 
@@ -180,8 +183,8 @@ def open_source(path: str | Path) -> ImageSource:
             named = (file for file in Path(text).iterdir() if file.suffix.lower() == extension)
             # A broken link is a shard that is missing: opening it says so.
             if shards := sorted(str(file) for file in named if file.is_file() or not file.exists()):
-                return kind(shards)
-        return FolderSource(text)
+                return kind(shards, extensions)
+        return FolderSource(text, extensions)
     files = [text] if os.path.exists(text) else expand(text)
     if not files or (files == [text] and not os.path.exists(text)):
         raise UserError(f"expected a folder of images, tar or parquet files, found nothing at {printable(text)}")
@@ -190,5 +193,5 @@ def open_source(path: str | Path) -> ImageSource:
             raise UserError(f"expected a folder, .tar or .parquet files, found no regular file at {printable(file)}")
     kinds = {os.path.splitext(file)[1].lower() for file in files}
     if len(kinds) == 1 and (extension := kinds.pop()) in SHARDS:
-        return SHARDS[extension](files)
+        return SHARDS[extension](files, extensions)
     raise UserError(f"expected a folder, .tar or .parquet files, found {several(files)}")

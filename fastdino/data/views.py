@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from fastdino.data.augment import apply_crop, center_view
-from fastdino.data.decode import BadImage, decode
+from fastdino.data.channels import read_pixels
+from fastdino.data.decode import BadImage
 from fastdino.data.params import TRIES, CropParams, draw_boxes, uniforms
 from fastdino.data.sources import ImageSource
 
 Pixels = NDArray[np.uint8]
-Show = Callable[[Image.Image, int], Pixels]  # (RGB image, its index in the source) -> (H, W, 3); may raise BadImage
+Show = Callable[[Pixels, int], Pixels]  # ((H, W, C), the image's index in its source) -> (h, w, C); may raise BadImage
 
 LEAST_AREA = 0.08  # part of an image's area that a random crop has: torchvision's RandomResizedCrop
 DRAWN_AT_ONCE = 1024  # images; alone an image's numbers would take 1 ms, as long as a small JPEG (one core, 2026-11-28)
@@ -31,8 +32,8 @@ class View:
     resize: int
     size: int
 
-    def __call__(self, image: Image.Image, index: int = 0) -> Pixels:
-        """RGB image -> (size, size, 3)."""
+    def __call__(self, image: Image.Image | Pixels, index: int = 0) -> Pixels:
+        """RGB image, or (H, W, C) -> (size, size, C)."""
         return center_view(image, self.resize, self.size)
 
 
@@ -48,15 +49,15 @@ class RandomView:
     seed: int
     epoch: int
 
-    def __call__(self, image: Image.Image, index: int) -> Pixels:
-        """RGB image -> (size, size, 3)."""
+    def __call__(self, pixels: Pixels, index: int) -> Pixels:
+        """(H, W, C) -> (size, size, C)."""
         block, at = divmod(index, DRAWN_AT_ONCE)
         drawn = _drawn(self.seed, self.epoch, block)[:, at : at + 1]
-        width, height = (np.array([side]) for side in image.size)
+        height, width = (np.array([side]) for side in pixels.shape[:2])
         x, y, w, h = draw_boxes(drawn[:-1], width, height, np.array([[LEAST_AREA], [1.0]]))[0].tolist()
         flip = bool(drawn[-1, 0] < 0.5)
         params = CropParams(box=(x, y, w, h), flip=flip, jitter=(), gray=False, blur=0, solarize=False)
-        return apply_crop(np.asarray(image), params, self.size, Image.Resampling.BILINEAR)
+        return apply_crop(pixels, params, self.size, Image.Resampling.BILINEAR)
 
 
 @lru_cache(maxsize=2048)  # 2 million images
@@ -74,7 +75,7 @@ def views(
     num_workers: int,
     bad: Callable[[int, str], object],
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Batches ((b, 3, H, W) uint8, indices (b,)) of the readable images among `indices`, as `show` makes them.
+    """Batches ((b, C, H, W) uint8, indices (b,)) of the readable images among `indices`, as `show` makes them.
 
     They come in order; where sizes differ, those of one size come together, of each `batch_size` images.
     num_workers: threads, 0 for the caller's. bad: is told index and reason of each image that cannot be read.
@@ -82,7 +83,7 @@ def views(
 
     def view(index: int) -> Tensor | str:
         try:
-            pixels = show(decode(source[index]), index)
+            pixels = show(read_pixels(source, index), index)
         except (BadImage, OSError) as error:
             return f"{source.name(index)}: {error}"
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

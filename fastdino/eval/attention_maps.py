@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastdino.data.augment import center_view, normalize
-from fastdino.data.decode import BadImage, decode
+from fastdino.data.channels import in_colors, read_pixels
+from fastdino.data.decode import BadImage
 from fastdino.data.sources import ImageSource
 from fastdino.eval.features import evaluating, prefix_tokens
 from fastdino.eval.pictures import enlarged, save_figure, save_png
@@ -27,7 +28,7 @@ Maps = NDArray[np.float32]
 
 
 class Looked(NamedTuple):
-    """An image and its attention. view: (H, W, 3) uint8. maps: (heads, rows, columns), from CLS to the patches."""
+    """An image and its attention. view: (H, W, C) uint8. maps: (heads, rows, columns), from CLS to the patches."""
 
     name: str
     view: Pixels
@@ -35,7 +36,7 @@ class Looked(NamedTuple):
 
 
 def cls_attention(backbone: Any, view: Pixels) -> Maps:
-    """(H, W, 3) uint8 -> (heads, rows, columns) probabilities; sides that the patch does not divide lose the rest."""
+    """(H, W, C) uint8 -> (heads, rows, columns) probabilities; sides that the patch does not divide lose the rest."""
     param = next(backbone.parameters())
     pixels = torch.from_numpy(view.copy()).permute(2, 0, 1)[None].to(param.device)
     with evaluating(backbone):
@@ -66,7 +67,7 @@ def attention_figure(looked: Sequence[Looked]) -> Figure:
     titles = ["", "mean", *(f"head {h}" for h in range(n_heads))]
     for row, (name, view, maps) in zip(axes, looked):
         shares = maps * maps[0].size
-        row[0].imshow(view)
+        row[0].imshow(in_colors(view))
         row[0].set_title(name, fontsize=7, loc="left")
         for ax, attention in zip(row[1:], [shares.mean(0), *shares]):
             drawn = ax.imshow(attention, cmap="inferno", interpolation="nearest", vmin=0, vmax=shares.max())
@@ -85,7 +86,7 @@ def save_maps(looked: Looked, folder: Path, patch_size: int, threshold: float | 
 
     threshold: a mask shows the fewest patches that hold this share of the head's attention. Returns the files.
     """
-    pictures: dict[str, Pixels] = {"img": looked.view}
+    pictures: dict[str, Pixels] = {"img": in_colors(looked.view)}
     for head, grid in enumerate(looked.maps):
         scaled = (grid - grid.min()) / max(float(np.ptp(grid)), 1e-12)
         pictures[f"attn-head{head}"] = _colored(enlarged(scaled, patch_size), "viridis")
@@ -93,7 +94,7 @@ def save_maps(looked: Looked, folder: Path, patch_size: int, threshold: float | 
         for head, mask in enumerate(mass_masks(looked.maps, threshold)):
             shown = enlarged(mask, patch_size)
             view = looked.view[: len(shown), : shown.shape[1]]
-            pictures[f"mask_th{threshold}_head{head}"] = _darkened(view, shown)
+            pictures[f"mask_th{threshold}_head{head}"] = _darkened(in_colors(view), shown)
     paths = [folder / f"{name}.png" for name in pictures]
     for path, picture in zip(paths, pictures.values()):
         save_png(path, picture)
@@ -139,7 +140,7 @@ def draw_samples(backbone: Any, source: ImageSource, n_images: int, path: Path, 
     looked = []
     for index in np.linspace(0, len(source) - 1, min(n_images, len(source))).astype(int):
         try:
-            view = center_view(decode(source[int(index)]), resize, size)
+            view = center_view(read_pixels(source, int(index)), resize, size)
         except (BadImage, OSError):
             continue
         looked.append(Looked(Path(source.name(int(index))).name, view, cls_attention(backbone, view)))

@@ -35,9 +35,9 @@ class Square:
 
     side: int
 
-    def __call__(self, image: Image.Image, index: int = 0) -> NDArray[np.uint8]:
-        """RGB image -> (side, side, 3)."""
-        return np.asarray(image.resize((self.side, self.side), Image.Resampling.BICUBIC))
+    def __call__(self, pixels: NDArray[np.uint8], index: int = 0) -> NDArray[np.uint8]:
+        """(H, W, 3) -> (side, side, 3)."""
+        return np.asarray(Image.fromarray(pixels).resize((self.side, self.side), Image.Resampling.BICUBIC))
 
 
 def copy_features(

@@ -17,7 +17,6 @@ from fastdino.data.augment import normalize
 from fastdino.data.sources import ImageSource
 from fastdino.data.views import Show, views
 from fastdino.errors import UserError
-from fastdino_kernels.augment import IMAGENET_STD
 
 TOKENS = ("cls", "avg", "patch")
 BATCH = 128  # images at once, as in the original's evaluations
@@ -43,7 +42,7 @@ def prefix_tokens(backbone: Any) -> int:
 def backbone_features(
     backbone: nn.Module, images: Tensor, layers: int = 1, tokens: Sequence[str] = ("cls",)
 ) -> dict[str, Tensor]:
-    """Normalised images (B, 3, H, W) -> fp32 features by name.
+    """Normalised images (B, C, H, W) -> fp32 features by name.
 
     cls (B, L * D): the CLS tokens, those of the last block at the end, as the original's linear evaluation joins them.
     avg (B, L * D): means of the patches, in the same order. patch (B, rows, columns, L * D).
@@ -101,12 +100,12 @@ def image_batches(
     batch_size: int = BATCH,
     num_workers: int = 0,
     bad: Callable[[int, str], object] = lambda index, line: None,
-    std: Sequence[float] = IMAGENET_STD,
+    std: Sequence[float] | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """(indices (B,), images (B, 3, H, W)) as the backbone takes them; it is in eval mode, without gradients, meanwhile.
+    """(indices (B,), images (B, C, H, W)) as the backbone takes them; it is in eval mode, without gradients, meanwhile.
 
     show: how an image is seen, a View or another function; where sizes differ, only images of one size share a batch.
-    std: the deviation by which colors are divided.
+    std: the deviation by which colors are divided, if not ImageNet's.
     """
     parameter = next(backbone.parameters())
     with evaluating(backbone):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdino.data.sources import ImageSource
 from fastdino.data.views import View
-from fastdino.errors import UserError
+from fastdino.errors import UserError, some_of
 from fastdino.eval.features import BATCH, stream
 
 QUERIES_AT_ONCE = 256  # bounds the similarity matrix, (256, N)
@@ -61,7 +61,7 @@ def extract_features(
     )
     found = [(index, F.normalize(features["cls"], dim=1)) for index, features in batches]
     if not found:
-        raise UserError(f"none of the images could be read: {source.describe()}")
+        raise UserError(f"none of the images could be read: {source.describe()}: {some_of(bad)}")
     kept, features = zip(*found)
     labels = torch.from_numpy(source.labels[np.concatenate(kept)]).to(features[0].device)
     return Features(torch.cat(features), labels, tuple(bad))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from fastdino.data.augment import normalize
+from fastdino.data.channels import in_colors
 from fastdino.errors import UserError
 from fastdino.eval.features import backbone_features, evaluating
 
@@ -69,7 +70,7 @@ def pca_figure(names: Sequence[str], views: Sequence[Pixels], colors: Sequence[N
     figure = Figure(figsize=(PANEL * sum(widths) + 0.2, 2 * PANEL + 0.6), layout="constrained", dpi=150)
     axes = figure.subplots(2, len(views), squeeze=False, width_ratios=widths)
     for column, name, view, color in zip(axes.T, names, views, colors):
-        column[0].imshow(view)
+        column[0].imshow(in_colors(view))
         column[0].set_title(name, fontsize=7, loc="left")
         column[1].imshow(color, interpolation="nearest")
         for ax in column:

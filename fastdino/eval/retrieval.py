@@ -89,8 +89,9 @@ class LongestSide:
     side: int
     least: int
 
-    def __call__(self, image: Image.Image, index: int = 0) -> NDArray[np.uint8]:
-        """RGB image -> (H, W, 3). Raises BadImage where too little is left."""
+    def __call__(self, pixels: NDArray[np.uint8], index: int = 0) -> NDArray[np.uint8]:
+        """(H, W, 3) -> the same, smaller. Raises BadImage where too little is left."""
+        image = Image.fromarray(pixels)
         image.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
         if min(image.size) < self.least:
             raise BadImage(f"has {image.width} x {image.height} pixels, less than the {self.least} of a patch")

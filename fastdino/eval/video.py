@@ -66,11 +66,12 @@ class Frame:
             return int(self.side * height / width // MULTIPLE * MULTIPLE), self.side
         return self.side, int(self.side * width / height // MULTIPLE * MULTIPLE)
 
-    def __call__(self, image: Image.Image, index: int = 0) -> NDArray[np.uint8]:
-        """RGB image -> (H, W, 3). Raises BadImage for a frame of another shape."""
-        if image.size != self.shape[::-1]:
-            raise BadImage(f"has {image.width} x {image.height} pixels, the first {self.shape[1]} x {self.shape[0]}")
-        return np.asarray(cv2.resize(np.asarray(image), self.shown[::-1]))
+    def __call__(self, pixels: NDArray[np.uint8], index: int = 0) -> NDArray[np.uint8]:
+        """(h, w, 3) -> (H, W, 3). Raises BadImage for a frame of another shape."""
+        height, width, _ = pixels.shape
+        if (height, width) != self.shape:
+            raise BadImage(f"has {width} x {height} pixels, the first {self.shape[1]} x {self.shape[0]}")
+        return np.asarray(cv2.resize(pixels, self.shown[::-1]))
 
 
 def propagate(target: Tensor, sources: Tensor, labels: Tensor, neighbourhood: int, topk: int) -> Tensor:

@@ -116,6 +116,7 @@ def recipe_options(recipe: str, registers: int, layerscale: float, ffn: str) -> 
     if recipe == "dino":
         return {}
     options = {"registers": registers, "init_values": layerscale or None, "ffn": ffn, "drop_path_uniform": True}
+    options["fp32_residual"] = True  # else KoLeo has nothing to go by, see its docstring
     if recipe == "dinov2":
         return {**(DINOV2_REGISTERS if registers else DINOV2), **options}
     return {**DINOV3, "mask_k_bias": True, "rope": {"rescale": 2.0}, **options}
@@ -185,18 +186,22 @@ def check_arch(name: str, recipe: str = "dino") -> None:
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
 
 
-def timm_backbone(name: str, drop_path_rate: float, pretrained: bool = False) -> nn.Module:
+def timm_backbone(name: str, drop_path_rate: float, pretrained: bool = False, channels: int = 3) -> nn.Module:
     """A model of timm's without its classifier, under timm's own parameter names.
 
     name: `timm:resnet50`. One that has another input size than the crops', and cannot change it, will say so.
     """
     import timm
 
-    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0, "drop_path_rate": drop_path_rate}
+    options: dict[str, Any] = {
+        "pretrained": pretrained,
+        "num_classes": 0,
+        "drop_path_rate": drop_path_rate,
+        "in_chans": channels,
+    }
     backbone: Any = None
-    with suppress(
-        TypeError
-    ):  # its ViTs take one size of images, unless they are told otherwise; others do not know this
+    # Its ViTs take one size of images, unless they are told otherwise; others do not know this option.
+    with suppress(TypeError):
         backbone = timm.create_model(name.removeprefix(TIMM), dynamic_img_size=True, **options)
     if backbone is None:
         backbone = timm.create_model(name.removeprefix(TIMM), **options)

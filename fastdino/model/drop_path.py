@@ -31,7 +31,7 @@ class Path(NamedTuple):
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """The stream with the branch's output (k, D), or (m, N, D), added."""
         y = y if self.scale is None else y * self.scale
-        return x + y if self.added is None else x.index_add(0, self.added, y)
+        return x + y if self.added is None else x.index_add(0, self.added, y.to(x.dtype))
 
 
 def _rows(packing: Packing, images: list[Tensor]) -> Tensor:

@@ -90,8 +90,9 @@ def convnext_stages(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
 
 
 def _shapes(state: Mapping[str, Tensor]) -> set[tuple[str, torch.Size]]:
-    """Names and shapes, but for the grid of positions, which may be of any size."""
-    return {(name, value.shape[2:] if name == "pos_embed" else value.shape) for name, value in state.items()}
+    """Names and shapes but for what training may change: the grid of positions, and whether patches can be masked."""
+    grid_of = {"pos_embed": 2}
+    return {(name, x.shape[grid_of.get(name, 0) :]) for name, x in state.items() if name != "mask_token"}
 
 
 def _patch_size(state: Mapping[str, Tensor]) -> int | None:

@@ -13,17 +13,45 @@ class LayerNorm(nn.LayerNorm):
     """PyTorch's, whose output is computed again in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """(..., D) -> (..., D), in the dtype of the weights."""
         # Not the module's own method: what a hook keeps of its output would hold the module, and so itself.
-        return recomputed(F.layer_norm, x, self.normalized_shape, self.weight, self.bias, self.eps)
+        function = F.layer_norm if x.dtype == self.weight.dtype else _layer_norm_of_full
+        return recomputed(function, x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    def full(self, x: Tensor) -> Tensor:
+        """The same in the dtype of x, where that has more digits than the weights."""
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def _layer_norm_of_full(x: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Of a residual stream in full precision, for branches in half."""
+    return F.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps).to(weight.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
     """PyTorch's (arXiv:1910.07467), whose output is computed again in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return recomputed(F.rms_norm, x, self.normalized_shape, self.weight, self.eps)
+        """(..., D) -> (..., D), in the dtype of the weights."""
+        function = F.rms_norm if x.dtype == self.weight.dtype else _rms_norm_of_full
+        return recomputed(function, x, self.normalized_shape, self.weight, self.eps)
+
+    def full(self, x: Tensor) -> Tensor:
+        """The same in the dtype of x, where that has more digits than the weights."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def _rms_norm_of_full(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, shape, weight.to(x.dtype), eps).to(weight.dtype)
+
+
+def in_dtype_of(x: Tensor, norm: nn.Module) -> Tensor:
+    """norm(x); of x in full precision and a norm in half, in full."""
+    weight = getattr(norm, "weight", None)
+    if isinstance(norm, (LayerNorm, RMSNorm)) and isinstance(weight, Tensor) and weight.dtype != x.dtype:
+        return norm.full(x)
+    y: Tensor = norm(x)
+    return y
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:

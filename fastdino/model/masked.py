@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdino.model.head import DINOHead
-from fastdino.model.multicrop import MultiCrop, for_heads, runs_of
+from fastdino.model.multicrop import MultiCrop, runs_of
 from fastdino.model.vit import VisionTransformer
 
 
@@ -62,9 +62,9 @@ class MaskedMultiCrop(MultiCrop):
             masked = patches.flatten(0, 1).index_select(0, indices)
         else:
             cls, masked = self.backbone.forward_masked(runs, indices, masks)
-        cls, masked = for_heads(cls), for_heads(masked)
+        full, (cls, masked) = cls, (x.to(next(self.dino_head.parameters()).dtype) for x in (cls, masked))
         if self.ibot_head is None:
             logits, patch_logits = self.dino_head(torch.cat((cls, masked))).split([len(cls), len(masked)])
         else:
             logits, patch_logits = self.dino_head(cls), self.ibot_head(masked)
-        return MaskedOutputs(cls, logits, patch_logits, patches)
+        return MaskedOutputs(full, logits, patch_logits, patches)

@@ -41,11 +41,6 @@ def runs_of(crops: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat(list(run)) for _, run in groupby(crops, key=lambda x: x.shape[-2:])]
 
 
-def for_heads(features: Tensor) -> Tensor:
-    """In full precision under autocast, as in the original; autocast then decides per op."""
-    return features.float() if torch.is_autocast_enabled(features.device.type) else features
-
-
 class MultiCropWrapper(MultiCrop):
     """Backbone and head over all crops at once.
 
@@ -76,4 +71,6 @@ class MultiCropWrapper(MultiCrop):
         """V crops (B, 3, H, W), or one tensor of them -> (V * B, K), crop-major."""
         runs = runs_of([crops] if isinstance(crops, Tensor) else crops)
         features = self.backbone(runs) if self.packed else torch.cat([_features(self.backbone(run)) for run in runs])
-        return self.head(for_heads(features))
+        if torch.is_autocast_enabled(features.device.type):  # as in the original; autocast then decides per op
+            features = features.float()
+        return self.head(features)

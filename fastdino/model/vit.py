@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.attention import Packing, attention, attention_of_cls
 from fastdino.model.drop_path import MODES, Path, draw, of_rows
-from fastdino.model.layers import QkvWithoutKeyBias, layer_norm, layer_scale
+from fastdino.model.layers import QkvWithoutKeyBias, in_dtype_of, layer_norm, layer_scale
 from fastdino.model.mlp import feed_forward
 from fastdino.model.recompute import keep_recipes
 from fastdino.model.rope import RopeEmbed, Rotation, rotated
@@ -281,6 +281,7 @@ class VisionTransformer(nn.Module):
     table. rope: arguments of RopeEmbed, which takes the table's place. mask_k_bias: keys have no bias.
     untie_cls_and_patch_norms: CLS and registers end in `cls_norm`. untie_global_and_local_cls_norm: in training those
     of local crops, of all groups but the first, end in `local_cls_norm`. drop_path_uniform: the same for all blocks.
+    fp32_residual: with weights in half precision, the stream that blocks add to keeps fp32, and so do the features.
     Attributes: embed_dim (D), num_heads, num_prefix_tokens (CLS and registers, before the patches); is_dinos: nothing
     of DINOv2's or DINOv3's is in it; packs: it takes crops of several resolutions in one pass.
     Raises ValueError where num_heads does not divide embed_dim or no patch fits img_size, and for what the original
@@ -329,6 +330,7 @@ class VisionTransformer(nn.Module):
         untie_cls_and_patch_norms: bool = False,
         untie_global_and_local_cls_norm: bool = False,
         drop_path_uniform: bool = False,
+        fp32_residual: bool = False,
     ) -> None:
         super().__init__()
         for name, value in {"qk_scale": qk_scale, "drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate}.items():
@@ -340,7 +342,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"num_heads: expected a divisor of embed_dim={embed_dim}, got {num_heads}")
         if not 0 < patch_size <= img_size[0]:
             raise ValueError(f"patch_size: expected at most img_size={img_size[0]}, got {patch_size}")
-        self.drop_path_mode, self.checkpointing = drop_path_mode, checkpointing
+        self.drop_path_mode, self.checkpointing, self.fp32_residual = drop_path_mode, checkpointing, fp32_residual
         self.num_features = self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.patch_embed = PatchEmbed(img_size[0], patch_size, in_chans, embed_dim)
@@ -423,9 +425,11 @@ class VisionTransformer(nn.Module):
         tokens = torch.cat((cls, patches), dim=1)
         if self.rope_embed is None:
             tokens = tokens + self.interpolate_pos_encoding(tokens, *x.shape[-2:])
+        if self.fp32_residual:
+            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         if not self._registers:
             return tokens
-        registers = [part.expand(x.shape[0], -1, -1) for part in self._register_tokens()]
+        registers = [part.expand(x.shape[0], -1, -1).to(tokens.dtype) for part in self._register_tokens()]
         return torch.cat((tokens[:, :1], *registers, tokens[:, 1:]), dim=1)
 
     def _rotations(self, sides: Sequence[Sequence[int]]) -> list[list[Rotation] | None]:
@@ -450,16 +454,16 @@ class VisionTransformer(nn.Module):
         """(B, N, D) after the last norm: that of CLS and registers, and that of the patches."""
         norm = self._norm_of_cls(is_local)
         if norm is self.norm:
-            return self.norm(tokens)
+            return in_dtype_of(tokens, norm)
         n = self.num_prefix_tokens
-        return torch.cat((norm(tokens[:, :n]), self.norm(tokens[:, n:])), dim=1)
+        return torch.cat((in_dtype_of(tokens[:, :n], norm), in_dtype_of(tokens[:, n:], self.norm)), dim=1)
 
     def _normed_cls(self, tokens: Tensor, packing: Packing | None) -> Tensor:
         """Packed CLS tokens (images, D), or (B, N, D), after their last norm."""
         if packing is None or self.local_cls_norm is None:
-            return self._norm_of_cls(False)(tokens)
+            return in_dtype_of(tokens, self._norm_of_cls(False))
         parts = tokens.split([n for n, _ in packing.groups])
-        return torch.cat([self._norm_of_cls(i > 0)(part) for i, part in enumerate(parts)])
+        return torch.cat([in_dtype_of(part, self._norm_of_cls(i > 0)) for i, part in enumerate(parts)])
 
     def packing(self, runs: Sequence[tuple[int, int, int]]) -> Packing:
         """How the tokens of runs of images lie one after another: (images, height, width) of each run, in pixels."""
@@ -552,7 +556,7 @@ class VisionTransformer(nn.Module):
                 tokens = self._run(block, tokens, packing, rotations=turned)
             tokens = self._run_last(cast(Block, last), tokens, packing, rows, image_of_row, rotations[-1])
         cls, patches = tokens.split([packing.n_images, len(indices)])
-        return self._normed_cls(cls, packing), self.norm(patches)
+        return self._normed_cls(cls, packing), in_dtype_of(patches, self.norm)
 
     def _run_last(
         self,

@@ -190,7 +190,6 @@ class DINOv2Loss(Objective):
     def centers(self, taught: Targets, temp: Tensor) -> tuple[Tensor, Tensor]:
         """(K,), (K',): what is subtracted from the teacher's logits of CLS and of patches."""
         if self.centering == "center":
-            # Copies: the buffers move before a caller's backward pass may have read them.
             return self.get_buffer("center")[0], self.get_buffer("patch_center")[0]
         group = dist.group.WORLD if dist.is_initialized() else None
         return (

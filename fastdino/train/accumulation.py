@@ -5,9 +5,8 @@ with it, and with the same random numbers. So `--accumulate 4` of 64 images has 
 more work; the parts alone would have that of four batches of 16 (gradient caching, arXiv:2101.06983, section 3).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +16,14 @@ from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """Before a part is computed: what the teacher made of it, and what the objective shares among the parts."""
 
     taught: Any
     shared: Any
-    random_state: Tensor
-    device: torch.device
 
-    def replay(self) -> None:
-        """The next random numbers are those of the first pass over this part."""
-        _set_random_state(self.random_state, self.device)
+
+Part = tuple[Sequence[Tensor], Known | None]
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -42,14 +37,33 @@ def _set_random_state(state: Tensor, device: torch.device) -> None:
         torch.set_rng_state(state)
 
 
+def in_parts(views: Sequence[Tensor], n: int, run: Networks, objective: Objective, row: Row) -> Iterator[Part]:
+    """The n parts of a batch, with what is known of each before it is computed: nothing, unless the objective asks.
+
+    The first pass is made at once, and not when the first part is asked for.
+    """
+    parts = list(zip(*(view.chunk(n) for view in views))) if n > 1 else [tuple(views)]
+    if n == 1 or not objective.sees_whole_batch:
+        return iter([(part, None) for part in parts])
+    return _replayed(parts, *_first_pass(parts, run, objective, row))
+
+
 @torch.no_grad()
-def look_ahead(run: Networks, objective: Objective, parts: Sequence[Sequence[Tensor]], row: Row) -> list[Known]:
-    """The first pass."""
-    device, states, learned, taught = parts[0][0].device, [], [], []
+def _first_pass(
+    parts: Sequence[Sequence[Tensor]], run: Networks, objective: Objective, row: Row
+) -> tuple[list[Known], list[Tensor]]:
+    """What is known of the parts, and the random state before each."""
+    states, learned, taught = [], [], []
     for part in parts:
-        states.append(_random_state(device))
+        states.append(_random_state(part[0].device))
         ours, theirs = run.outputs(objective, part)
         learned.append(ours)
         taught.append(theirs)
     shares = objective.share(learned, taught, row)
-    return [Known(*about, device) for about in zip(taught, shares, states)]
+    return [Known(*about) for about in zip(taught, shares)], states
+
+
+def _replayed(parts: Sequence[Sequence[Tensor]], known: list[Known], states: list[Tensor]) -> Iterator[Part]:
+    for part, about, state in zip(parts, known, states):
+        _set_random_state(state, part[0].device)
+        yield part, about

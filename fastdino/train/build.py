@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from fastdino import files
+from fastdino.data.channels import ImageFormat, converted, open_images
 from fastdino.data.digits import load_digits
 from fastdino.data.loader import CropLoader, EpochSampler, useful_workers
 from fastdino.data.sequences import dataset_source
-from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.sources import ImageSource
 from fastdino.errors import UserError
 from fastdino.model import MultiCrop
 from fastdino.model.archs import ARCHITECTURES
@@ -176,8 +177,8 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
     )
 
 
-def _own(val_dataset: Any) -> ImageSource | None:
-    return None if val_dataset is None else dataset_source(val_dataset, "val_dataset")
+def _own(val_dataset: Any, wanted: ImageFormat) -> ImageSource | None:
+    return None if val_dataset is None else dataset_source(val_dataset, "val_dataset", wanted)
 
 
 def open_sources(
@@ -188,14 +189,16 @@ def open_sources(
     opened: the former, where they are open already. Raises UserError where there are none, or the two do not have the
     same classes.
     """
+    wanted = config.image_format
     if dataset is not None:
-        return opened or dataset_source(dataset, "dataset"), _own(val_dataset)
+        return opened or dataset_source(dataset, "dataset", wanted), _own(val_dataset, wanted)
     if config.data_path is None:
-        return load_digits()
-    source = opened or open_source(config.data_path)
+        train, test = load_digits()
+        return converted(train, wanted), converted(test, wanted)
+    source = opened or open_images(config.data_path, wanted)
     if config.val_path is None:
-        return source, _own(val_dataset)
-    held_out = open_source(config.val_path)
+        return source, _own(val_dataset, wanted)
+    held_out = open_images(config.val_path, wanted)
     if list(held_out.classes) != list(source.classes) or not source.classes:
         raise UserError(
             f"--val_path: expected the class folders of --data_path ({', '.join(source.classes) or 'none'}), "
@@ -246,7 +249,8 @@ def build_step(
             say=say,
         )
         sides = [config.global_crops_size] * 2 + [config.local_crops_size] * config.local_crops_number
-        step.prepare([torch.empty(config.batch_size_per_gpu, 3, side, side, device="meta") for side in sides])
+        n, channels = config.batch_size_per_gpu, config.channels
+        step.prepare([torch.empty(n, channels, side, side, device="meta") for side in sides])
     except ValueError as error:
         raise UserError(f"--{error}") from error
     return step

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastdino import files
+from fastdino.data.channels import MAX_CHANNELS
 from fastdino.errors import TrainingError, UserError, printable
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import TIMM, check_arch, heads_of, timm_backbone
@@ -297,7 +298,10 @@ def any_backbone_of(
         check_arch(name)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    backbone = timm_backbone(name, 0.0)
+    channels = getattr(checkpoint.get("args"), "channels", 3)
+    backbone = timm_backbone(
+        name, 0.0, channels=channels if type(channels) is int and 0 < channels <= MAX_CHANNELS else 3
+    )
     if difference := first_difference(backbone.state_dict(), state):
         raise UserError(f"{path} does not fit {name} of this timm: {difference}")
     backbone.load_state_dict(state)

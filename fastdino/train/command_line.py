@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         title = f.metadata["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
-        default = "" if f.default is None else f" [{_shown(f.default)}]"
+        default = "" if f.default in (None, ()) else f" [{_shown(f.default)}]"
         text, choices = f.metadata["help"], choices_of(f)
         text += "" if all(name in text for name in choices) else f" ({', '.join(choices)})"
         names = [f"--{f.name}"] + (["--local-rank"] if f.name == "local_rank" else [])

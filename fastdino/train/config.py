@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
+from fastdino.data.channels import ImageFormat
 from fastdino.data.params import MultiCropRecipe, ViewRecipe
 from fastdino.eval import EVALUATIONS
 from fastdino.model.archs import ARCHITECTURES, PUBLISHED, SYNONYMS, check_arch
@@ -60,7 +61,7 @@ class TrainConfig:
         "auto",
         "Recipe",
         "small: what learns from hundreds to ten thousands of images; none: main_dino's defaults; auto: small for so "
-        "few images where no flag of model, teacher, optimisation or crops is given. Flags win over it",
+        "few images where no flag of recipe, model, teacher, optimisation or crops is given. Flags win over it",
         PRESETS,
     )
     recipe: str = flag(
@@ -89,7 +90,6 @@ class TrainConfig:
     lr_scaling: str = flag(
         "linear", "Recipe", "how lr follows the images of a step: linear from 256, sqrt from 1024", ("linear", "sqrt")
     )
-    lr_decay: float = flag(1.0, "Recipe", "learning rate of a block as a part of the next one's")
     patch_embed_lr: float = flag(1.0, "Recipe", "learning rate of the patches' projection, as a part of its own")
     adamw_beta2: float = flag(0.999, "Recipe", "decay of AdamW's second moments")
     final_momentum_teacher: float = flag(1.0, "Recipe", "where the EMA momentum ends")
@@ -127,6 +127,7 @@ class TrainConfig:
     )
     optimizer: str = flag("adamw", "Optimisation", "adamw, sgd or lars", _optimizers)
     lr: float = flag(0.0005, "Optimisation", "peak learning rate for 256 images a step; scales with the batch")
+    lr_decay: float = flag(1.0, "Optimisation", "learning rate of a block as a part of the next one's")
     warmup_epochs: int = flag(10, "Optimisation", "epochs of linear learning-rate warm-up")
     min_lr: float = flag(1e-6, "Optimisation", "learning rate at the end of the cosine")
     weight_decay: float = flag(0.04, "Optimisation", "weight decay at the start")
@@ -178,6 +179,12 @@ class TrainConfig:
         "Data",
         "folder of images, of any depth; .tar or .parquet files, a folder of them or a pattern like "
         "'train-{000..146}.tar'; without it: scikit-learn's digits",
+    )
+    channels: int = flag(
+        3, "Data", "of the images, 1 to 16: gray (1), RGB (3), or what .npy arrays (H, W, C) and TIFF stacks hold"
+    )
+    value_range: tuple[float, ...] = flag(
+        (), "Data", "numbers in the files that are black and white; without it the type's, 0 to 65535 or 0 to 1"
     )
     num_workers: int = flag(10, "Data", "loading threads per GPU, at most one per core; 0 loads between the steps")
     augment: str = flag(
@@ -263,6 +270,10 @@ class TrainConfig:
             raise ValueError(f"--patch_size: expected a value above 0, got {self.patch_size}")
         if unknown := set(self._eval_names()) - set(EVALUATIONS):
             raise ValueError(f"--eval: expected some of {', '.join(EVALUATIONS)}, got {', '.join(sorted(unknown))}")
+        try:
+            _ = self.image_format
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed: expected 0 to {2**32 - 1}, as NumPy takes them, got {self.seed}")
         if not 0 <= self.drop_path_rate < 1:
@@ -292,6 +303,11 @@ class TrainConfig:
     def eval_size(self) -> tuple[int, int]:
         """Short side an image is resized to, and the side of the center crop, when features are extracted."""
         return self.eval_resize or round(self.global_crops_size * 8 / 7), self.global_crops_size
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """How images are read."""
+        return ImageFormat(self.channels, tuple(float(x) for x in self.value_range))
 
     def crops(self) -> MultiCropRecipe:
         """The crops, as `fastdino.data` wants them."""

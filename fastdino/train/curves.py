@@ -9,51 +9,67 @@ from matplotlib.ticker import MaxNLocator
 
 from fastdino.eval import EVALUATIONS, TITLES
 
+BLUE, RED, GREEN, PURPLE = "#1f5fa8", "#c8553d", "#2f7d4f", "#8a5aa8"
+MANY = 12  # points: more are a line without dots
+
+Points = Sequence[tuple[float, float]]
+
 
 def draw_curves(entries: Sequence[Mapping[str, Any]], out_dim: int) -> Figure:
-    """Of the log's entries: loss with teacher entropy and ln K, learning rate, teacher momentum, evaluations."""
+    """Of the log's entries: loss with teacher entropy and ln K, evaluations, learning rate, teacher momentum.
+
+    Where nothing was evaluated, the KL divergence takes the evaluations' place. Legends hold the last values.
+    """
     figure = Figure(figsize=(10, 6.4), layout="constrained", dpi=120)
-    axes = figure.subplots(2, 2)
-    epochs = [entry["epoch"] + 1 for entry in entries]
-    marker = "o" if len(epochs) < 12 else ""
+    (losses, accuracy), (rate, momentum) = figure.subplots(2, 2)
 
-    def curve(ax: Any, key: str, label: str, color: str) -> None:
-        points = [(entry["epoch"] + 1, entry[key]) for entry in entries if entry.get(key) is not None]
-        if points:
-            ax.plot(*zip(*points), label=label, color=color, marker=marker, markersize=3)
+    def points(key: str) -> Points:
+        return [(entry["epoch"] + 1, entry[key]) for entry in entries if entry.get(key) is not None]
 
-    curve(axes[0, 0], "train_loss", "loss", "#1f5fa8")
-    curve(axes[0, 0], "train_teacher_entropy", "teacher entropy", "#c8553d")
-    axes[0, 0].axhline(
-        math.log(out_dim), color="0.6", linestyle=":", label=f"ln K = {math.log(out_dim):.2f} (collapse)"
-    )
-    axes[0, 0].set_title("loss and teacher entropy (nats)")
-    axes[0, 0].legend(fontsize=8)
-    curve(axes[1, 0], "train_lr", "learning rate", "#1f5fa8")
-    axes[1, 0].set_title("learning rate")
-    axes[1, 0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    curve(axes[1, 1], "train_momentum", "momentum", "#1f5fa8")
-    axes[1, 1].set_title("teacher momentum")
-    for name, color in zip(EVALUATIONS, ("#2f7d4f", "#8a5aa8", "#c8553d")):
-        points = [(entry["epoch"] + 1, entry[name]) for entry in entries if entry.get(name) is not None]
-        if entries and entries[0].get(f"{name}_before") is not None:
-            points.insert(0, (entries[0]["epoch"], entries[0][f"{name}_before"]))
-        if points:
-            axes[0, 1].plot(*zip(*points), color=color, marker="o", markersize=3, label=TITLES.get(name, name))
-            label = {"textcoords": "offset points", "xytext": (-2, -14), "ha": "right"}
-            axes[0, 1].annotate(f"{points[-1][1]:.3f}", points[-1], **label)
-    if axes[0, 1].lines:
-        axes[0, 1].set_ylim(0, 1)
-        axes[0, 1].legend(fontsize=8, loc="lower right")
+    _curve(losses, points("train_loss"), "loss {:.3f}", BLUE)
+    _curve(losses, points("train_teacher_entropy"), "teacher entropy {:.3f}", RED)
+    most = math.log(out_dim)
+    losses.axhline(most, color="0.6", linestyle=":", label=f"ln K = {most:.2f} (no preference)")
+    losses.set(title="loss and teacher entropy (nats)", ylim=(0, 1.05 * max([most, *_heights(losses)])))
+    found = [(name, _with_before(entries, name, points(name))) for name in EVALUATIONS]
+    for (name, values), color in zip(found, (GREEN, PURPLE, RED)):
+        _curve(accuracy, values, TITLES.get(name, name) + " {:.4f}", color)
+    if accuracy.lines:
+        accuracy.set(title="accuracy of the teacher", ylim=(0, 1.02))
     else:
-        axes[0, 1].text(
-            0.5, 0.5, "no labels, no evaluation", ha="center", va="center", color="0.5", transform=axes[0, 1].transAxes
-        )
-    axes[0, 1].set_title("accuracy of the teacher")
-    for ax in axes.flat:
-        ax.set_xlabel("epoch")
-        ax.set_xlim(0, max(epochs, default=1) + 0.5)
+        entropies = dict(points("train_teacher_entropy"))
+        kl = [(epoch, loss - entropies[epoch]) for epoch, loss in points("train_loss") if epoch in entropies]
+        _curve(accuracy, kl, "{:.3f}", GREEN)
+        accuracy.set(title="KL of teacher and student (nats); nothing is evaluated", ylim=(0, None))
+    _curve(rate, points("train_lr"), "{:.3g}", BLUE)
+    rate.set(title="learning rate", ylim=(0, None))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    _curve(momentum, points("train_momentum"), "{:.5f}", BLUE)
+    lowest = min([0.999, *_heights(momentum)])
+    momentum.set(title="teacher momentum", ylim=(lowest - 0.05 * (1 - lowest), 1 + 0.05 * (1 - lowest)))
+    momentum.ticklabel_format(axis="y", useOffset=False)
+    for ax in (losses, accuracy, rate, momentum):
+        if ax.lines:
+            ax.legend(fontsize=8)
+        ax.set(xlabel="epoch", xlim=(0, max((entry["epoch"] + 1 for entry in entries), default=1) * 1.02))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
     return figure
+
+
+def _curve(ax: Any, points: Points, label: str, color: str) -> None:
+    """label: with a place for the last value."""
+    if points:
+        marker = "o" if len(points) < MANY else ""
+        ax.plot(*zip(*points), label=label.format(points[-1][1]), color=color, marker=marker, markersize=4)
+
+
+def _heights(ax: Any) -> list[float]:
+    return [float(y) for line in ax.lines for y in line.get_ydata()]
+
+
+def _with_before(entries: Sequence[Mapping[str, Any]], name: str, points: Points) -> Points:
+    """The points behind the one from before training, where there is one."""
+    before = entries[0].get(f"{name}_before") if entries else None
+    return points if before is None else [(entries[0]["epoch"], before), *points]

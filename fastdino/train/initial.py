@@ -132,8 +132,11 @@ def _of_checkpoint(config: TrainConfig, checkpoint: Mapping[str, Any], path: str
     patch_size: int = arguments["patch_size"]
     name = name_of(state) or OF_THE_WEIGHTS
     _check_flags(config, state, arguments, path)
-    if "rope" in arguments and name in PUBLISHED:
-        arguments["rope"] = PUBLISHED[name].options["rope"]  # with its draws in training, which no file tells
+    if config.recipe != "dino":
+        if not arguments["mask_token"]:  # it starts at 0, also in DINOv2 and DINOv3
+            arguments["mask_token"], state["mask_token"] = True, torch.zeros(1, arguments["embed_dim"])
+        if "rope" in arguments and name in PUBLISHED:
+            arguments["rope"] = PUBLISHED[name].options["rope"]  # with its draws in training, which no file tells
     training: dict[str, Any] = {"drop_path_mode": config.drop_path_mode, "checkpointing": config.checkpointing}
     return Initial(
         name if config.arch == OF_THE_WEIGHTS else config.arch,
@@ -154,7 +157,7 @@ def _check_flags(
     side = _side(state) if "pos_embed" in state else 1
     known = {**ARCHITECTURES, **PUBLISHED}.get(config.arch, partial(VisionTransformer, **arguments))
     with torch.device("meta"):
-        expected = known(patch_size=patch_size, img_size=[patch_size * side], in_chans=3).state_dict()
+        expected = known(patch_size=patch_size, img_size=[patch_size * side], in_chans=config.channels).state_dict()
     if difference := first_difference(expected, state):
         arch = "" if config.arch == OF_THE_WEIGHTS else f"--arch {config.arch} "
         said = f"{path} is not of {arch}--patch_size {patch_size}: {difference}"
@@ -165,8 +168,9 @@ def _of_timm(config: TrainConfig, state: Mapping[str, Tensor], name: str, path: 
     """Weights of timm's network `timm:NAME`. Raises UserError where they do not fit it."""
     if config.arch not in (name, OF_THE_WEIGHTS):
         raise UserError(f"{path} is of {name}, not of --arch {config.arch}")
-    expected = timm_backbone(name, 0.0).state_dict()
+    build = partial(timm_backbone, name, channels=config.channels)
+    expected = build(0.0).state_dict()
     state = {k: v for k, v in state.items() if k in expected or not CLASSIFIER.fullmatch(k)}
     if difference := first_difference(expected, state):
         raise UserError(f"{path} does not fit {name} of this timm: {difference}")
-    return Initial(name, config.patch_size or TrainConfig.patch_size, state, partial(timm_backbone, name))
+    return Initial(name, config.patch_size or TrainConfig.patch_size, state, build)

@@ -13,7 +13,8 @@ from fastdino.objectives import DINOLoss, DINOv2Loss, DINOv2Weights, GramTeacher
 from fastdino.train.checkpoint import load_backbone
 from fastdino.train.config import TrainConfig
 from fastdino.train.iteration_schedules import LR_SCALES, IterationSchedules
-from fastdino.train.optim import DINOS_TUNING, Tuning, dinov2_tuning
+from fastdino.train.optim import DINOS_TUNING, Tuning, dinov2_tuning, get_params_groups
+from fastdino.train.param_multipliers import Multipliers, backbone_multipliers
 from fastdino.train.schedules import Schedules
 
 
@@ -107,8 +108,20 @@ def build_schedules(config: TrainConfig, niter_per_ep: int, world_size: int) -> 
 
 
 def build_tuning(config: TrainConfig, student: MultiCrop) -> Tuning:
-    """How gradients become an update."""
-    if config.recipe == "dino":
+    """How gradients become an update. Raises ValueError for --lr_decay where there are no blocks."""
+    if config.recipe == "dino" and config.lr_decay == 1:
         return DINOS_TUNING
-    depth = len(student.backbone.blocks)
-    return dinov2_tuning(depth, config.lr_decay, config.patch_embed_lr, (0.9, config.adamw_beta2))
+    depth = len(getattr(student.backbone, "blocks", ()))
+    if not depth:
+        raise ValueError(f"lr_decay: expected 1 for {type(student.backbone).__name__}, which has no blocks")
+    if config.recipe != "dino":
+        return dinov2_tuning(depth, config.lr_decay, config.patch_embed_lr, (0.9, config.adamw_beta2))
+    not_decayed = set(get_params_groups(student)[1]["params"])
+    weight_decay = {name: float(param not in not_decayed) for name, param in student.named_parameters()}
+
+    def multipliers(name: str) -> Multipliers:
+        module, _, rest = name.partition(".")
+        lr = backbone_multipliers(rest, depth, config.lr_decay).lr if module == "backbone" else 1.0
+        return Multipliers(lr, weight_decay[name], False)
+
+    return Tuning(multipliers=multipliers)

@@ -1,6 +1,7 @@
 """Student and teacher of a run, from its arguments."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def build_networks(
 
 def _backbone(config: TrainConfig, drop_path_rate: float, initial: Initial | None) -> nn.Module:
     if config.arch.startswith(TIMM):
-        return initial.backbone(drop_path_rate) if initial else timm_backbone(config.arch, drop_path_rate)
+        build = initial.backbone if initial else partial(timm_backbone, config.arch, channels=config.channels)
+        return build(drop_path_rate)
     for name, size in (("global", config.global_crops_size), ("local", config.local_crops_size)):
         if config.patch_size > size and (name == "global" or config.local_crops_number):
             raise UserError(f"--patch_size: expected at most --{name}_crops_size={size}, got {config.patch_size}")
@@ -47,6 +49,7 @@ def _backbone(config: TrainConfig, drop_path_rate: float, initial: Initial | Non
     return {**ARCHITECTURES, **PUBLISHED}[config.arch](
         config.patch_size,
         img_size=[config.global_crops_size],
+        in_chans=config.channels,
         drop_path_rate=drop_path_rate,
         drop_path_mode=config.drop_path_mode,
         checkpointing=config.checkpointing,

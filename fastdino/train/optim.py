@@ -79,6 +79,17 @@ class Tuning:
 DINOS_TUNING = Tuning()
 
 
+def frozen_columns(
+    epochs: NDArray[np.int64], freeze_last_layer: int, freeze_backbone: int
+) -> dict[str, NDArray[np.float64]]:
+    """Per iteration, from the epoch of each, whether something is left out of the update; nothing where that is never.
+
+    freeze_last_layer, freeze_backbone: epochs.
+    """
+    frozen = {"frozen": freeze_last_layer, "backbone_frozen": freeze_backbone}
+    return {name: (epochs < n_epochs).astype(np.float64) for name, n_epochs in frozen.items() if n_epochs}
+
+
 def dinov2_tuning(
     depth: int, lr_decay: float, patch_embed_lr: float, betas: tuple[float, float] = (0.9, 0.999)
 ) -> Tuning:
@@ -125,7 +136,11 @@ def clip_modules(modules: Sequence[Sequence[Tensor]], clip: float) -> Tensor:
     full = torch.promote_types(modules[0][0].dtype, torch.float32)
     norms = [torch.stack(torch._foreach_norm(list(grads), 2, full)).norm() for grads in modules]
     for grads, norm in zip(modules, norms) if clip else ():
-        torch._foreach_mul_(list(grads), (clip / (norm + 1e-6)).clamp(max=1.0))
+        coefficient = (clip / (norm + 1e-6)).clamp(max=1.0)
+        if grads[0].dtype == full:
+            torch._foreach_mul_(list(grads), coefficient)
+        else:  # of GradScaler's: a few launches, where the above takes one for each tensor in half precision
+            torch._amp_foreach_non_finite_check_and_unscale_(list(grads), coefficient.new_zeros(()), coefficient)
     return torch.stack(norms)
 
 

@@ -1,22 +1,26 @@
 """--preset small: what takes the place of main_dino's defaults where there are few images, found in the images."""
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastdino.data.channels import ImageFormat, channels_of, open_images
 from fastdino.data.decode import BadImage, open_image
 from fastdino.data.sequences import dataset_source
-from fastdino.data.sources import ImageSource, open_source
+from fastdino.data.sources import ImageSource
+from fastdino.errors import UserError
 from fastdino.train.config import TrainConfig
-from fastdino.train.recipes import SMALL_FOLDER, small
+from fastdino.train.recipes import SMALL_FOLDER, from_weights, small
 
 MEASURED = 33  # images whose size is looked up, spread over all of them
 # A flag of these says what is to be learned and how: whoever gives one has a recipe of his own.
-GROUPS = ("Model", "Teacher", "Optimisation", "Crops")
-RECIPE_FLAGS = {f.name for f in fields(TrainConfig) if f.metadata["group"] in GROUPS}
+GROUPS = ("Recipe", "Model", "Teacher", "Optimisation", "Crops")
+RECIPE_FLAGS = {f.name for f in fields(TrainConfig) if f.metadata["group"] in GROUPS} - {"preset"}
 
 
 def is_small(source: ImageSource) -> bool:
@@ -29,7 +33,7 @@ def short_side(source: ImageSource) -> int:
     sides = []
     for i in np.linspace(0, len(source) - 1, min(MEASURED, len(source)), dtype=int):
         with suppress(OSError, BadImage):  # the run names them
-            opened = open_image(source[int(i)])
+            opened = open_image(source[int(i)], channels=channels_of(source))
             sides.append(min(opened.width, opened.height))
     return int(np.median(sides)) if sides else 0
 
@@ -39,20 +43,39 @@ def values(source: ImageSource, n_processes: int = 1) -> dict[str, Any]:
     return small(len(source), short_side(source), n_processes)
 
 
+def _goes_on(given: Mapping[str, Any]) -> bool:
+    """Whether the output folder holds a run with the preset, which trains on with more epochs, say."""
+    folder = Path(given.get("output_dir", TrainConfig.output_dir))
+    if not given.get("resume", True) or not (folder / "checkpoint.pth").exists():
+        return False
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((folder / "args.json").read_text()).get("preset") == "small")
+    return False
+
+
 def with_preset(
     given: Mapping[str, Any], n_processes: int, dataset: Any = None, backbone: Any = None
 ) -> tuple[dict[str, Any], ImageSource | None]:
     """The flags somebody gave above those of the preset; the images, where they had to be opened for that.
 
-    `auto` is small for a small folder (or dataset) where nothing of RECIPE_FLAGS, and no backbone, is given.
-    Raises UserError where the images are not there.
+    `auto` is small for a small folder (or dataset) where nothing of RECIPE_FLAGS, and no backbone, is given; and where
+    it was in the run that is gone on with. Raises UserError where the images are not there.
     """
     asked = given.get("preset", "auto")
+    if asked == "auto" and _goes_on(given):
+        asked = "small"
     has_recipe = backbone is not None or bool(RECIPE_FLAGS & given.keys())
     has_images = dataset is not None or bool(given.get("data_path"))
     if not has_images or asked not in ("auto", "small") or (asked == "auto" and has_recipe):
         return dict(given), None
-    source = open_source(given["data_path"]) if dataset is None else dataset_source(dataset, "dataset")
+    try:
+        wanted = ImageFormat(given.get("channels", 3), tuple(given.get("value_range", ())))
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    source = open_images(given["data_path"], wanted) if dataset is None else dataset_source(dataset, "dataset", wanted)
     if asked == "auto" and not is_small(source):
         return dict(given), source
-    return {**values(source, n_processes), **given, "preset": "small"}, source
+    few = values(source, n_processes)
+    if given.get("init"):  # whose architecture it is then
+        few = {name: value for name, value in few.items() if name not in from_weights({})}
+    return {**few, **given, "preset": "small"}, source

@@ -1,8 +1,7 @@
 """One training iteration: crops in, weights changed, metrics out. DINO (arXiv:2104.14294), algorithm 1.
 
 Nothing in it asks the host: what changes from iteration to iteration is a row of a table on the device. So the same
-code runs eagerly, compiled, or captured in one CUDA graph: `modes` decides.
-Axes: V views (two global, then local), B images, K prototypes.
+code runs eagerly, compiled, or in one CUDA graph (`modes`). Axes: V views, globals first, B images, K prototypes.
 """
 
 from collections import namedtuple
@@ -15,16 +14,12 @@ from torch import Tensor
 
 from fastdino.model import MultiCrop, attention_choice, choices
 from fastdino.objectives import Evaluated, Objective
-from fastdino.train.accumulation import Known, look_ahead
+from fastdino.train.accumulation import Known, in_parts
 from fastdino.train.averaging import GradientAverager
 from fastdino.train.modes import Forward, Modes
-from fastdino.train.optim import DINOS_TUNING, Tuning, is_fused, make_update
+from fastdino.train.optim import DINOS_TUNING, Tuning, frozen_columns, is_fused, make_update
 from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, Schedules, ScheduleTable
-
-
-def _named(names: Sequence[str]) -> Any:
-    return namedtuple("StepMetrics", names)
 
 
 class TrainStep:
@@ -32,11 +27,10 @@ class TrainStep:
 
     teacher: the student's frozen copy; both keep full precision. optimizer: of OPTIMIZERS. niter_per_ep: steps of an
     epoch. clip_grad: largest norm of one tensor's gradient, 0 for none. freeze_last_layer, freeze_backbone: epochs in
-    which the prototypes, or the backbone, have no gradient. tuning: of DINOv2's recipe. amp_dtype: bf16 computes on
-    copies of the weights (adamw) or under autocast (sgd, lars), fp16 under autocast with a GradScaler. mode: see
-    `modes`. accumulate: parts that a batch is computed in, one update for all of them. attention_backend, mlp: of
-    attention.BACKENDS and mlp.WAYS, or auto. effort: of modes.EFFORTS. say: hears fallbacks.
-    With several processes gradients are averaged over them before the clip, also in a graph.
+    which prototypes, or backbone, have no gradient. tuning: of DINOv2's recipe. amp_dtype: bf16 computes on copies of
+    the weights (adamw) or under autocast (sgd, lars), fp16 under autocast with a GradScaler. mode: see `modes`.
+    accumulate: parts of a batch, one update for all. attention_backend, mlp: of attention.BACKENDS and mlp.WAYS, or
+    auto. effort: of modes.EFFORTS. say: hears fallbacks. Processes average their gradients before the clip.
     Raises ValueError for a mode, a backend, an effort or a number of parts that cannot be.
     """
 
@@ -73,19 +67,15 @@ class TrainStep:
         self.run = Networks(student, teacher, amp_dtype, on_copies)
         epochs = np.arange(len(schedules.lr)) // niter_per_ep
         columns = {**schedules.columns(), **loss.columns(epochs)}
-        columns |= tuning.columns(student, columns)
-        for name, n_epochs in (("frozen", freeze_last_layer), ("backbone_frozen", freeze_backbone)):
-            if n_epochs:
-                columns[name] = (epochs < n_epochs).astype(np.float64)
+        columns |= tuning.columns(student, columns) | frozen_columns(epochs, freeze_last_layer, freeze_backbone)
         self.schedule = ScheduleTable(columns, self.device, full)
         self.update = make_update(optimizer, self.run, (student, teacher), self.schedule, clip_grad, tuning)
         # Gradients come to what is run; those of several parts are summed where the masters are.
         summed = student if accumulate > 1 else self.run.student
         self._averager = GradientAverager(summed.parameters(), overlap=accumulate == 1)
-        # grad_norm: of all gradients together, before the clip and without fp16's loss scale. Behind the names that are
-        # reported, state: the largest number in the objective's state, so that all that follows can be checked.
+        # grad_norm: before the clip, without fp16's scale. state: the largest number of the objective's, to be checked.
         self.metric_names = ("loss", *loss.metric_names, "grad_norm")
-        self._as_metrics = _named((*self.metric_names, "state"))
+        self._as_metrics: Any = namedtuple("StepMetrics", (*self.metric_names, "state"))  # type: ignore[misc]
         self._metrics = torch.zeros(len(self.metric_names) + 1, dtype=full, device=self.device)
         self._state = [buffer for buffer in loss.buffers() if buffer.is_floating_point()]
         self._modes = Modes(self, mode, say, effort)
@@ -110,15 +100,12 @@ class TrainStep:
     def compute(self, forward: Forward, views: Sequence[Tensor]) -> None:
         """Forward and backward over the parts of the batch; leaves gradients, metrics and the objective's mean."""
         n, scaler = self.accumulate, self.update.scaler
-        parts = list(zip(*(view.chunk(n) for view in views))) if n > 1 else [tuple(views)]
-        known = look_ahead(self.run, self.loss, parts, self.schedule.row) if self.replays else [None] * n
+        parts = in_parts(views, n, self.run, self.loss, self.schedule.row)
         self.drop_gradients()
         self._metrics.zero_()
         means = []
-        for part, about in zip(parts, known):
-            if about:
-                about.replay()
-            loss, others, mean = forward(part, self.schedule.row, about)
+        for part, known in parts:
+            loss, others, mean = forward(part, self.schedule.row, known)
             scaled = loss / n if n > 1 else loss
             (scaled if scaler is None else scaler.scale(scaled)).backward()
             means.append(mean)
@@ -149,8 +136,8 @@ class TrainStep:
         if len(crops[0]) % self.accumulate:
             raise ValueError(f"accumulate: expected a divisor of the batch of {len(crops[0])}, got {self.accumulate}")
         part = [crop[: len(crop) // self.accumulate] for crop in crops]
-        given = self.student, part, self.loss.n_teacher_views, self.run.dtype
-        self.kernels = choices.choose_kernels(*given, self._asked, compiled=self.mode != "eager")
+        of = self.student, part, self.loss.n_teacher_views, self.run.dtype, self._asked
+        self.kernels = choices.choose_kernels(*of, compiled=self.mode != "eager")
 
     @property
     def mode(self) -> str:

@@ -17,6 +17,7 @@ COLLAPSED_FOR = 2  # epochs in a row, after warm-up: a run may come near and lea
 EVALUATED = 3  # evaluations after warm-up before one can say that they stand still
 RISE = 0.05  # of what is left to be gained: less, over all of the evaluations, is none
 FEW = 1024  # prototypes that no run has too many of
+LARGE = 0.4  # of an image: local crops that show enough of whatever it is
 FALL = 0.05  # below the best, in two evaluations in a row
 
 
@@ -61,27 +62,25 @@ class Watch(Sink):
         config = self._config
         n_warm = max(config.warmup_epochs, config.warmup_teacher_temp_epochs, config.freeze_last_layer)
         warm = [entry for entry in self._entries if entry["epoch"] >= n_warm]
-        findings = [(collapse(warm, config.out_dim), self._calmer)]
+        unstable, still = [collapse(warm, config.out_dim)], []
         for name in EVALUATIONS:
             values = [entry[name] for entry in warm if entry.get(name) is not None]
             before = self._entries[0].get(f"{name}_before")
-            findings.append((fall(name, values), self._calmer))
-            findings.append((standstill(name, before, values), self._longer))
-        for words, advice in findings:
-            if words and not self._has_spoken:
-                self._has_spoken = True
-                self._say(f"  not learning: {words}; try {advice()}")
+            unstable.append(fall(name, values))
+            still.append(standstill(name, before, values))
+        found = next(filter(None, [*unstable, *still]), "")
+        if found and not self._has_spoken:
+            self._has_spoken = True
+            self._say(f"  not learning: {found}; try {self._advice(found in still)}")
 
-    def _calmer(self) -> str:
-        """Advice for what is unstable."""
-        tried = {"use_bn_in_head": True, "norm_last_layer": True}
-        flags = [f"--{name} true" for name, value in tried.items() if getattr(self._config, name) != value]
-        fewer = [f"--out_dim {FEW}"] if self._config.out_dim > FEW else []
-        return ", ".join([*flags, f"--lr {self._config.lr / 2:g}", *fewer])
-
-    def _longer(self) -> str:
-        """Advice for what does not move."""
+    def _advice(self, stands_still: bool) -> str:
         config = self._config
         if config.data_path and self._n_images <= SMALL_FOLDER and config.preset != "small":
             return "--preset small, which is for so few images"
-        return f"more --epochs (now {config.epochs}), or crops that show more of an image: --local_crops_scale 0.2 0.6"
+        if stands_still:
+            # Small parts of an image may say too little of it.
+            larger = "" if config.local_crops_scale[0] >= LARGE else f", or --local_crops_scale {LARGE} 0.9"
+            return f"more --epochs (now {config.epochs}){larger}"
+        stable = [f"--{name} true" for name in ("use_bn_in_head", "norm_last_layer") if not getattr(config, name)]
+        fewer = [f"--out_dim {FEW}"] if config.out_dim > FEW else []
+        return ", ".join([*stable, f"--lr {config.lr / 2:g}", *fewer])

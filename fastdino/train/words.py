@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from fastdino import files
+from fastdino.data.remarks import remarks
 from fastdino.errors import some_of
 from fastdino.eval import TITLES
 from fastdino.eval.attention_maps import draw_samples
+from fastdino.model.archs import TIMM
 from fastdino.train.build import Parts
 from fastdino.train.command_line import command_line
 from fastdino.train.preset import is_small
@@ -30,6 +32,8 @@ def introduce(parts: Parts, say: Say) -> None:
     name = parts.model_name
     whole, backbone = (sum(p.numel() for p in of.parameters()) / 1e6 for of in (parts.step.student, parts.backbone))
     say(f"data    {parts.source.describe()}")
+    for line in remarks(parts.source):
+        say(f"        {line}")
     if parts.held_out:
         say(f"        {parts.held_out.describe()}")
     _tell_of_preset(parts, say)
@@ -111,7 +115,11 @@ def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
     folder.write(BACKBONE, lambda path: files.replace(path, partial(torch.save, parts.backbone.state_dict())))
     names = ["checkpoint.pth", BACKBONE, "log.txt", "args.json", "curves.png", "attention.png"]
     say("wrote " + ", ".join(str(folder.path / name) for name in names if (folder.path / name).is_file()))
-    if parts.is_built_in:
+    if parts.is_built_in and config.arch.startswith(TIMM):
+        network = f'timm.create_model("{config.arch.removeprefix(TIMM)}", num_classes=0)'
+        say(f'use it  {network}.load_state_dict(torch.load("{folder.path / BACKBONE}")), or')
+        say(f"        fastdino features | knn --pretrained_weights {folder.checkpoint}")
+    elif parts.is_built_in:
         say(f'use it  fastdino.load_backbone("{folder.path / BACKBONE}"), or')
         say(f"        fastdino features | knn | attention | export --pretrained_weights {folder.checkpoint}")
 

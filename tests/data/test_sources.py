@@ -200,8 +200,10 @@ def test_sequences_of_images_arrays_and_bytes_are_sources(photos):
     assert np.array_equal(source[3], source[2])
     assert source[4] == items[4]
     assert (list(source.classes), source.labels.tolist()) == (["3", "10"], [0, 0, 1, 1, 0])
-    with pytest.raises(BadImage, match="expected an array"):
+    with pytest.raises(BadImage, match="numbers from 0 to 255, of which no color is known"):
         open_image(SequenceSource([photos[0].astype(float)])[0])
+    with pytest.raises(BadImage, match=r"expected an array \(H, W, 3\)"):
+        open_image(SequenceSource([np.zeros((8, 8, 4), np.uint8)])[0])
     with pytest.raises(ValueError, match="labels: expected 5, one for each image, got 1"):
         SequenceSource(items, labels=[1])
     with pytest.raises(ValueError, match="at least one"):

@@ -9,7 +9,7 @@ from budget import assert_within_budget
 from torch import Tensor
 
 from fastdino_kernels import clip_adamw_ema_, reference
-from fastdino_kernels.clip_adamw_ema import CHUNK, SPAN, _clip_adamw_ema_
+from fastdino_kernels.clip_adamw_ema import CHUNK, PIECE, SPAN, ModelTensors, _clip_adamw_ema_, _library_update_
 from fastdino_kernels.launch import LAUNCH
 
 fp32, bf16, fp16, fp64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -361,3 +361,25 @@ def test_a_captured_update_replays_with_changing_scalars() -> None:
         eager["grads"] = [x * 2 for x in static]
         clip_adamw_ema_(**eager, **SETTINGS | scalars, frozen=frozen)
         assert all(torch.equal(a, b) for name in LISTS for a, b in zip(captured[name], eager[name]))
+
+
+def test_large_gradients_in_pieces_are_moved_as_whole_ones_and_left_alone():
+    """On a CPU: a number more than two pieces, alone in its group; its gradient is clipped, and stays the caller's."""
+    torch.manual_seed(0)
+    n = 2 * PIECE + 1
+    start, grad = torch.randn(n), torch.randn(n)
+    found, expected = ([start.clone(), torch.zeros(n), torch.zeros(n), torch.zeros(())] for _ in range(2))
+    kept = grad.clone()
+    param, exp_avg, exp_avg_sq, step = found
+    groups = ([param], [grad], [exp_avg], [exp_avg_sq], [step], [None], [None], [None])
+    _library_update_(ModelTensors(*groups), [0.1], [0.04], 0.9, 0.999, 1e-8, 3.0, 0.99, None, None)
+    assert torch.equal(grad, kept)
+    param, exp_avg, exp_avg_sq, step = expected
+    clipped = grad * (3.0 / (float(torch.linalg.vector_norm(grad)) + 1e-6))
+    step += 1
+    torch._fused_adamw_(
+        [param], [clipped], [exp_avg], [exp_avg_sq], [], [step],
+        amsgrad=False, lr=0.1, beta1=0.9, beta2=0.999, weight_decay=0.04, eps=1e-8, maximize=False,
+    )  # fmt: skip
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs)

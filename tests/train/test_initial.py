@@ -18,13 +18,16 @@ from fastdino.model.archs import ARCHITECTURES, PUBLISHED
 from fastdino.model.convnext import ConvNeXt
 from fastdino.model.inferred import name_of, nearest
 from fastdino.train import public
+from fastdino.train.build import build_step
 from fastdino.train.command_line import command_line
 from fastdino.train.config import TrainConfig
+from fastdino.train.distributed import Process
 from fastdino.train.folder import RunFolder
 from fastdino.train.initial import start_from
 from fastdino.train.interrupt import Stop
 from fastdino.train.loop import train
 from fastdino.train.networks import build_networks
+from fastdino.train.preset import with_preset
 
 FLAGS = {"global_crops_size": 24, "local_crops_size": 12, "out_dim": 32, "hidden_dim": 16, "bottleneck_dim": 8}
 
@@ -340,6 +343,62 @@ def test_a_public_name_is_fetched_once_and_a_file_on_request_is_found(offline, m
     for name in ("dinov3_vits16_pretrain_lvd1689m-08c60483.pth", "dinov3_vits16_pretrain_sat493m-0.pth"):
         torch.save(nano().state_dict(), offline / name)
     assert public.public_file("dinov3_vits16").name == "dinov3_vits16_pretrain_lvd1689m-08c60483.pth"
+
+
+def test_the_small_preset_leaves_the_architecture_to_the_weights(photo_folder):
+    given, _ = with_preset({"data_path": str(photo_folder), "init": "x", "preset": "small"}, 1)
+    config = TrainConfig.from_flags(given)
+    assert (config.arch, config.patch_size, config.out_dim) == ("auto", 0, 1024)
+    given, _ = with_preset({"data_path": str(photo_folder), "init": "x"}, 1)  # a recipe of one's own
+    assert "preset" not in given
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_learning_rate_falls_from_block_to_block_towards_the_images(optimizer, tmp_path):
+    flags = {**FLAGS, "data_path": "x", "arch": "vit_nano", "patch_size": 6, "epochs": 1, "optimizer": optimizer}
+    config = TrainConfig.from_flags({**flags, "lr_decay": 0.5, "warmup_epochs": 0})
+    process, (student, teacher) = Process(0, 1, torch.device("cpu")), build_networks(config)
+    step = build_step(config, process, 4, (student, teacher), print)
+    step.schedule.seek(0)
+    step.schedule.advance()
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    for p in student.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    step.update(step.schedule.row)
+    lr, moved = float(step.schedule.row["lr"]), {}
+    for name, p in student.named_parameters():
+        if name.endswith("bias"):  # which do not decay
+            moved[name] = float((before[name] - p).mean()) / lr
+    unit = moved["head.mlp.0.bias"] * (1 if optimizer == "adamw" else before["head.mlp.0.bias"].numel() ** 0.5)
+    for i in range(4):
+        scale = 1 if optimizer == "adamw" else 96**-0.5  # sgd's gradients are clipped to a norm
+        assert moved[f"backbone.blocks.{i}.norm1.bias"] == pytest.approx(unit * scale * 0.5 ** (4 - i), rel=1e-3)
+    assert moved["backbone.patch_embed.proj.bias"] == pytest.approx(unit * scale * 0.5**5, rel=1e-3)
+    assert moved["backbone.norm.bias"] == pytest.approx(unit * scale, rel=1e-3)
+
+
+def test_layerwise_decay_needs_layers_and_a_sensible_number():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    network.embed_dim = 8
+    flags = {**FLAGS, "epochs": 1, "lr_decay": 0.9}
+    with pytest.raises(UserError, match="--lr_decay: expected 1 for Sequential, which has no blocks"):
+        fastdino.train(backbone=network, dataset=[torch.rand(3, 24, 24)] * 64, output_dir="nowhere", **flags)
+    with pytest.raises(ValueError, match=r"--lr_decay: expected a value in \[0, 1\], got 1\.5"):
+        TrainConfig.from_flags({"lr_decay": 1.5})
+
+
+def test_a_recipe_that_masks_gives_weights_a_mask_token_and_goes_on(tiny, tmp_path, pretrained):
+    init = tmp_path / "weights.pth"
+    shutil.copy(pretrained / "backbone.pth", init)
+    flags = {"init": str(init), "recipe": "dinov2", "patch_size": 12, "global_crops_size": 48, "local_crops_size": 24}
+    flags |= {"batch_size_per_gpu": 512, "warmup_teacher_temp_epochs": 0, "drop_path_rate": 0.0}
+    train(tiny("run", epochs=1, **flags))
+    init.unlink()
+    train(tiny("run", epochs=2, **flags))
+    trained = load_backbone(tmp_path / "run" / "checkpoint.pth").state_dict()
+    assert trained.keys() == load_backbone(pretrained / "backbone.pth").state_dict().keys() | {"mask_token"}
+    assert trained["mask_token"].any()
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["arch"] == "vit_nano"
 
 
 def test_a_backbone_of_ones_own_beside_it_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 Their numbers are held against the originals' in tests/test_v2_golden.py.
 """
 
+import copy
 import json
 import random
 
@@ -10,85 +11,17 @@ import numpy as np
 import pytest
 import torch
 from fake_device import no_host_sync
-from train_steps import recreated
+from masked_steps import N_LOCAL, NITER, make_network, make_networks, make_step, make_views
 
 from fastdino import DINOHead, VisionTransformer, load_backbone, load_checkpoint
 from fastdino.data.masks import BatchMasks, BlockMasks, mask_batch
 from fastdino.errors import UserError
 from fastdino.model import MaskedMultiCrop
 from fastdino.model.archs import recipe_options
-from fastdino.objectives import DINOv2Loss, DINOv2Weights, GramTeacher
+from fastdino.objectives import koleo
 from fastdino.train import build, loop
-from fastdino.train.iteration_schedules import IterationSchedules
-from fastdino.train.optim import dinov2_tuning
+from fastdino.train.precision import low_precision_twin
 from fastdino.train.schedules import ScheduleTable
-from fastdino.train.step import TrainStep
-
-N_LOCAL, NITER = 2, 4
-SIDE, PATCH = 32, 8
-MASKS = BlockMasks(height=SIDE // PATCH, width=SIDE // PATCH, max_patches=8, min_patches=2)
-
-
-def make_network(recipe="dinov2", registers=0, **options):
-    backbone = VisionTransformer(
-        [SIDE], PATCH, embed_dim=32, depth=3, num_heads=2, **recipe_options(recipe, registers, 0.1, "mlp"), **options
-    )
-    heads = [DINOHead(32, k, hidden_dim=24, bottleneck_dim=16, weight_norm=recipe == "dinov2") for k in (48, 40)]
-    return MaskedMultiCrop(backbone, *heads)
-
-
-def make_networks(recipe="dinov2", drop_path_rate=0.0, drop_path_mode="sample", checkpointing=False, **_):
-    """Student, teacher, and a network whose backbone is the Gram teacher."""
-    torch.manual_seed(0)
-    of_student = {"drop_path_rate": drop_path_rate, "drop_path_mode": drop_path_mode, "checkpointing": checkpointing}
-    student, teacher, anchor = (make_network(recipe, 2, **kw) for kw in (of_student, {}, {}))
-    teacher.load_state_dict(student.state_dict())
-    return student, teacher, anchor
-
-
-def make_step(
-    recipe="dinov2", device="cpu", networks=None, dtype=torch.float32, centering="sinkhorn", koleo=0.1, gram=False,
-    **options,
-):  # fmt: skip
-    student, teacher, anchor = networks or make_networks(recipe, **options)
-    options = {k: v for k, v in options.items() if k not in ("drop_path_rate", "drop_path_mode", "checkpointing")}
-    loss = DINOv2Loss(
-        ncrops=2 + N_LOCAL,
-        out_dim=48,
-        patch_out_dim=40,
-        centering=centering,
-        weights=DINOv2Weights(koleo=koleo),
-        gram=GramTeacher(anchor.backbone) if gram else None,
-        gram_weight=np.ones(4 * NITER) if gram else None,
-    )
-    teacher.requires_grad_(False).backbone.eval()
-    modules = student, teacher, loss
-    if device != "cpu":
-        for module in modules:
-            recreated(module, device)
-            for part in module.modules():
-                for name, x in part._buffers.items():
-                    part._buffers[name] = None if x is None else torch.empty(x.shape, dtype=x.dtype, device=device)
-    if dtype == torch.float64:
-        student, teacher, loss = (module.double() for module in modules)
-    schedules = IterationSchedules.from_settings(
-        epochs=4, epoch_length=NITER, lr=0.01, min_lr=1e-6, warmup_epochs=1, weight_decay=0.04, weight_decay_end=0.4,
-        momentum_teacher=0.9, final_momentum_teacher=1.0, warmup_teacher_temp=0.04, teacher_temp=0.07,
-        warmup_teacher_temp_epochs=2, freeze_last_layer_epochs=1,
-    )  # fmt: skip
-    return TrainStep(
-        student=student, teacher=teacher, loss=loss, optimizer="adamw", schedules=schedules, niter_per_ep=NITER,
-        clip_grad=3.0, tuning=dinov2_tuning(3, 0.9, 0.2), **options,
-    )  # fmt: skip
-
-
-def make_views(iteration=0, batch=8, n_parts=1, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(iteration)
-    sizes = [SIDE, SIDE] + [SIDE // 2] * N_LOCAL
-    crops = [torch.randn(batch, 3, size, size, generator=generator, dtype=dtype) for size in sizes]
-    masks = BatchMasks(MASKS, 0.5, (0.1, 0.5), n_parts).draw(batch, iteration)
-    return [*crops, *masks]
-
 
 RECIPES = [
     ("dinov2", {}),
@@ -305,3 +238,53 @@ def test_a_backbone_of_ones_own_without_a_mask_token_is_refused(tiny):
             tiny(recipe="dinov2", **FLAGS),
             build.Own(backbone=VisionTransformer([16], 8, embed_dim=24, depth=1, num_heads=2)),
         )
+
+
+def test_koleo_has_its_gradient_at_the_start_in_bf16():
+    """With LayerScale at 1e-5 a batch's features agree to 1e-5: bf16 weights need a residual stream in fp32."""
+    torch.manual_seed(0)
+    backbone = VisionTransformer(
+        [56], 14, embed_dim=384, depth=12, num_heads=6, **recipe_options("dinov2", 0, 1e-5, "mlp")
+    )
+    network = MaskedMultiCrop(backbone, DINOHead(384, 16, hidden_dim=16, bottleneck_dim=16))
+    crops, indices = [torch.randn(8, 3, 56, 56)], torch.zeros(1, dtype=torch.int64)
+
+    def gradient(of):
+        dtype = next(of.parameters()).dtype
+        grads = torch.autograd.grad(
+            koleo(of([x.to(dtype) for x in crops], indices).cls), list(of.backbone.blocks.parameters())
+        )
+        return torch.cat([grad.double().flatten() for grad in grads])
+
+    def cosine(of):
+        return float(torch.cosine_similarity(gradient(of), true, 0))
+
+    true = gradient(copy.deepcopy(network).double())
+    low, _ = low_precision_twin(network, torch.bfloat16)
+    assert cosine(low) > 0.99
+    low.backbone.fp32_residual = False
+    assert cosine(low) < 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("recipe", "options"), [r for r in RECIPES if not r[1].get("amp_dtype")], ids=["v2", "subsets", "gram"]
+)
+def test_graph_equals_eager_with_masks(recipe, options):
+    """Four epochs: the freeze, the schedules, masks anew in every step. Draws differ between modes: without them."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    options = {k: v for k, v in options.items() if k != "drop_path_rate"} | {"attention_backend": "sdpa"}
+    steps = []
+    for mode in ("graph", "eager"):
+        networks = tuple(network.cuda() for network in make_networks(recipe, **options))
+        if recipe == "dinov3":
+            networks[0].backbone.rope_embed.rescale = None
+        step = make_step(recipe, networks=networks, mode=mode, say=pytest.fail, **options)
+        step.loss.cuda()
+        steps.append(step)
+    graph, eager = steps
+    for i in range(4 * NITER):
+        views = [x.cuda() for x in make_views(i)]
+        a, b = graph(views, i), eager(views, i)
+        assert torch.allclose(a.loss, b.loss, rtol=1e-4), i
+    assert graph.mode == "graph"

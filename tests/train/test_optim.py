@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastdino import DINOHead, clip_gradients, get_params_groups
-from fastdino.train.optim import LARS, OPTIMIZERS, cancel_last_layer_gradients
+from fastdino.train.optim import LARS, OPTIMIZERS, cancel_last_layer_gradients, clip_modules
 
 
 def model_with_gradients():
@@ -97,3 +97,20 @@ def test_other_optimizers_keep_a_velocity_across_checkpoints(name):
             optimizer.step()
         runs.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+def test_modules_are_clipped_as_wholes(dtype):
+    """As torch.nn.utils.clip_grad_norm_ over each; a module below the norm keeps its gradients to the bit."""
+    torch.manual_seed(0)
+    modules = [[torch.randn(5, 7, dtype=dtype), torch.randn(3, dtype=dtype)], [1e-3 * torch.randn(4, dtype=dtype)]]
+    before = [[grad.double().clone() for grad in grads] for grads in modules]
+    norms = clip_modules(modules, 0.5)
+    for grads, were, norm in zip(modules, before, norms):
+        expected = torch.stack([grad.norm() for grad in were]).norm()
+        assert torch.allclose(norm.double(), expected, rtol=1e-6)
+        factor = min(1.0, 0.5 / (float(expected) + 1e-6))
+        for grad, was in zip(grads, were):
+            assert torch.allclose(grad.double(), was * factor, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.equal(modules[1][0].double(), before[1][0])
+    assert torch.equal(clip_modules(modules, 0)[1], norms[1])

@@ -82,6 +82,8 @@ def test_a_run_says_why_and_how_to_have_the_others(photo_folder, short, tmp_path
     assert saved["arch"] == recipes.SMALL["arch"]
     assert main(["train", "--config", str(tmp_path / "run/args.json"), "--data_path", str(photo_folder)]) == 0
     assert "nothing is left to train" in capsys.readouterr().out
+    assert main(["train", "--data_path", str(photo_folder), *short, "--epochs", "3"]) == 0  # which is no recipe then
+    assert "flags that were given win over it: --epochs\n" in capsys.readouterr().out
 
 
 def test_flags_win_over_the_preset_and_are_named(photo_folder, short, capsys):
@@ -124,3 +126,11 @@ def test_the_command_names_what_differs_from_the_preset(photo_folder):
     config = TrainConfig.from_flags(flags)
     values = preset.values(SequenceSource([np.zeros((8, 8, 3), np.uint8)] * 9))
     assert command_line(config, preset=values) == "fastdino train --preset small --out_dim 64 --data_path x"
+
+
+@pytest.mark.parametrize("given", [{"init": "weights.pth"}, {"recipe": "dinov2"}], ids=str)
+def test_weights_and_newer_recipes_are_recipes_of_ones_own(given, photo_folder):
+    flags, _ = with_preset({"data_path": str(photo_folder), **given}, 1)
+    assert "preset" not in flags
+    flags, _ = with_preset({"data_path": str(photo_folder), "preset": "small", **given}, 1)
+    assert ("arch" in flags) == ("init" not in given)  # the weights have theirs

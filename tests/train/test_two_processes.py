@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from two_processes import masked
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,16 @@ def seen():
 def test_an_infinity_on_one_makes_both_skip(seen):
     expected = {"skipped": True, "halved": True, "moved": True, "equal": True, "finite": True}
     assert [result["fp16_with_an_infinity_on_one"] for result in seen] == [expected] * 2
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "center"])
+def test_two_processes_learn_from_masks_as_one(seen, centering):
+    """Sinkhorn and both centers are of the batch as a whole."""
+    name = {"sinkhorn": "sinkhorn_over_both", "center": "centers_over_both"}[centering]
+    expected = torch.tensor(masked(centering), dtype=torch.float64)
+    for result in seen:
+        found = torch.tensor(result[name], dtype=torch.float64)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-10)
 
 
 def test_a_mode_that_fails_on_one_is_left_by_both(seen):

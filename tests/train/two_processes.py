@@ -10,6 +10,7 @@ import time
 from datetime import timedelta
 from unittest import mock
 
+import masked_steps
 import torch
 import torch.distributed as dist
 from train_steps import make_crops, make_step
@@ -48,6 +49,25 @@ def fp16_with_an_infinity_on_one(rank):
         "equal": are_equal(weights(step)),
         "finite": bool(weights(step).isfinite().all()),
     }
+
+
+def masked(centering, rank=None):
+    """Some weights after six steps of DINOv2's recipe: a half of the batch on each process, or both on one."""
+    options = {"dtype": torch.float64, "centering": centering, "koleo": 0.0}
+    step = masked_steps.make_step(**options, **({"accumulate": 2} if rank is None else {}))
+    for i in range(6):
+        views = masked_steps.make_views(i, n_parts=2, dtype=torch.float64)
+        step(views if rank is None else [view.chunk(2)[rank] for view in views], i)
+    return weights(step)[::97].tolist()
+
+
+def sinkhorn_over_both(rank):
+    """KoLeo is each process's own, and left out."""
+    return masked("sinkhorn", rank)
+
+
+def centers_over_both(rank):
+    return masked("center", rank)
 
 
 def compile_that_fails_on(rank, error):
@@ -129,6 +149,8 @@ SCENARIOS = [
     compiler_missing_on_one,
     memory_short_on_one,
     reductions_during_backward,
+    sinkhorn_over_both,
+    centers_over_both,
     a_long_evaluation,
 ]
 

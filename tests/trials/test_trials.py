@@ -11,7 +11,7 @@ from trials.mounts import why_not
 TESTS = Path(__file__).parents[1]
 
 
-SCRIPTS = "kills poison signals disks power pairs checkpoints contents shards parquets images"
+SCRIPTS = "kills poison signals disks power pairs checkpoints contents shards parquets images weights"
 
 
 @pytest.mark.parametrize("script", SCRIPTS.split())
