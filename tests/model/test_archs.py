@@ -32,7 +32,8 @@ def test_a_run_with_a_model_of_timms_is_evaluated_and_reported(timm, photo_folde
     assert main(["train", "--arch", "timm:resnet18", "--num_workers", "0", *small.split(), *words]) == 0
     weights = str(tmp_path / "run/checkpoint.pth")
     said = capsys.readouterr().out
-    assert f'timm.create_model("resnet18", num_classes=0).load_state_dict(torch.load("{tmp_path / "run/b' in said
+    backbone = tmp_path / "run/backbone.pth"
+    assert f'timm.create_model("resnet18", num_classes=0).load_state_dict(torch.load("{backbone}"))' in said
     assert f"features | knn --pretrained_weights {weights}" in said
     assert main(["knn", "--pretrained_weights", weights, "--data_path", str(photo_folder), "--nb_knn", "5"]) == 0
     assert main(["report", str(tmp_path / "run")]) == 0
