@@ -167,6 +167,7 @@ def test_the_commands_that_install_are_those_that_ci_runs():
     assert {c for c in commands() if is_install(c)} == {
         *indented,
         'python -m pip install -c constraints.txt -e ".[bench]"',
+        'python -m pip install -c constraints.txt -e ".[export]"',
         "python -m pip install ./kernels",
     }
 
