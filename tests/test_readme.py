@@ -31,7 +31,7 @@ SMALL = shlex.split(
 )
 
 # Recipes' own heads, and stages that begin after more than one epoch.
-NEWER = ["--ibot_out_dim", "64", "--global_crops_size", "48", "--batch_size_per_gpu", "8"]
+NEWER = ["--ibot_out_dim", "64", "--global_crops_size", "48"]
 GRAM = shlex.split("--epochs 2 --gram_start 1 --gram_update_epochs 1")
 
 FEWER = {"train": SMALL, "linear": ["--epochs", "1"], "logreg": ["--C", "1"]}  # of what would take long
@@ -57,14 +57,14 @@ def python_blocks():
 
 def prose(text):
     """Without what stands between ``` and ```."""
-    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^```.*?(^```$|\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def sentences(text):
     """Of paragraphs and items of lists; headings, tables, pictures and commands are none."""
     lines = [line for line in prose(text).splitlines() if not re.match(r"#|\||!\[|<!--|    ", line)]
     for paragraph in re.split(r"\n\s*\n|\n(?=- )", "\n".join(lines)):
-        yield from re.split(r"(?<=[.!?:])\s+", paragraph.strip())
+        yield from re.split(r"(?<=[.!?])\s+", paragraph.strip())
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +205,6 @@ def surroundings(block):
         return {"fastdino": fastdino, "photos": photos, "resnet": resnet}
     if "load_backbone" in block or "result.backbone" in block:
         return {"images": torch.randn(2, 3, 32, 32)}
-    if "DINOLoss" in block:
-        crops = [torch.randn(1, 3, side, side) for side in (224, 224, *[96] * 8)]
-        return {"crops": crops, "epoch": 0, "teacher": lambda views: torch.randn(len(views), 65536)}
     net = torch.nn.Linear(4, 3)
     return {
         "student": torch.randn(10, 2, 512),
@@ -219,10 +216,7 @@ def surroundings(block):
 
 
 @pytest.mark.parametrize("block", python_blocks(), ids=lambda text: text.split("\n")[0])
-def test_python_runs(block, folder, timm, monkeypatch, capsys):
-    if "timm.create_model" in block:
-        (command,) = (c for c in commands() if "--arch timm:" in c)
-        run_command(command, folder, monkeypatch, capsys)
+def test_python_runs(block, folder, monkeypatch):
     monkeypatch.chdir(folder)
     names = surroundings(block)
     train = fastdino.train

@@ -116,8 +116,8 @@ def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
     names = ["checkpoint.pth", BACKBONE, "log.txt", "args.json", "curves.png", "attention.png"]
     say("wrote " + ", ".join(str(folder.path / name) for name in names if (folder.path / name).is_file()))
     if parts.is_built_in and config.arch.startswith(TIMM):
-        network = f'timm.create_model("{config.arch.removeprefix(TIMM)}", num_classes=0)'
-        say(f'use it  {network}.load_state_dict(torch.load("{folder.path / BACKBONE}")), or')
+        say(f'use it  network = timm.create_model("{config.arch.removeprefix(TIMM)}", num_classes=0)')
+        say(f'        network.load_state_dict(torch.load("{folder.path / BACKBONE}")), or')
         say(f"        fastdino features | knn --pretrained_weights {folder.checkpoint}")
     elif parts.is_built_in:
         say(f'use it  fastdino.load_backbone("{folder.path / BACKBONE}"), or')
