@@ -228,11 +228,12 @@ def build_step(
     for network in networks:
         distributed.synchronize_batchnorm(network, process)
         network.to(device)
+    loss = build_objective(config, networks[1], niter_per_ep, precision).to(device)
     try:
         step = TrainStep(
             student=networks[0],
             teacher=networks[1],
-            loss=build_objective(config, networks[1], niter_per_ep, precision).to(device),
+            loss=loss,
             optimizer=config.optimizer,
             schedules=build_schedules(config, niter_per_ep, process.world_size),
             niter_per_ep=niter_per_ep,

@@ -14,6 +14,7 @@ from fastdino.eval.attention_maps import draw_samples
 from fastdino.model.archs import TIMM
 from fastdino.train.build import Parts
 from fastdino.train.command_line import command_line
+from fastdino.train.config import TrainConfig
 from fastdino.train.preset import is_small
 from fastdino.train.result import TrainResult
 from fastdino.train.resume import HARMLESS, in_words, shown
@@ -44,6 +45,8 @@ def introduce(parts: Parts, say: Say) -> None:
         f"crops   2 x {config.global_crops_size} px + {config.local_crops_number} x {config.local_crops_size} px, "
         f"{parts.batch_size} images a step"
     )
+    if config.recipe != "dino":
+        say(f"recipe  {_recipe(config)}")
     say(f"loading {parts.loader.describe()}")
     processes = f" x {process.world_size} processes" if process.world_size > 1 else ""
     n_threads = parts.loader.num_workers
@@ -58,6 +61,15 @@ def introduce(parts: Parts, say: Say) -> None:
     say(f"step    {step.mode}{tuned}{kernels}")
     if parts.resumed.iteration or parts.resumed.changes or parts.resumed.notes:
         _tell_of_resume(parts, say)
+
+
+def _recipe(config: TrainConfig) -> str:
+    """What is learned besides DINO's own, in words."""
+    low, high = config.mask_ratio
+    masked = f"{low:.0%} to {high:.0%} of {config.mask_probability:.0%} of the global crops masked"
+    heads = f"a head of {config.ibot_out_dim:,} for patches" if config.ibot_out_dim else "one head"
+    words = f"{config.recipe}: {masked}, {heads}, {config.centering}, KoLeo {config.koleo_weight:g}"
+    return words + (f", Gram after {config.gram_start} epochs" if config.gram_start else "")
 
 
 def _tell_of_preset(parts: Parts, say: Say) -> None:

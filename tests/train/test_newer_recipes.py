@@ -215,7 +215,7 @@ BAD = [
     ({"recipe": "dinov3", "gram_start": 2, "epochs": 2}, "--gram_start: expected less than --epochs=2, got 2"),
     (
         {"recipe": "dinov3", "gram_start": 1, "gram_teacher": "nowhere.pth"},
-        "--gram_teacher: no checkpoint at nowhere.pth",
+        "^--gram_teacher: no checkpoint at nowhere.pth",
     ),
     ({"recipe": "dinov2", "mask_probability": 0.0}, "--mask_probability: expected a value above 0"),
     ({"recipe": "dinov2", "centering": "softmax"}, "--centering: expected one of center, sinkhorn, got 'softmax'"),
