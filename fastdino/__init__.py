@@ -1,4 +1,4 @@
-"""DINO (self-distillation with no labels, arXiv:2104.14294) on your own images, as fast as the GPU allows."""
+"""DINO (self-distillation with no labels, arXiv:2104.14294) on your own images."""
 
 import importlib.util
 import sys

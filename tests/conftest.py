@@ -6,6 +6,8 @@ all others take the ops' plain path, as a user without a GPU would, unless they 
 
 import json
 import os
+import sys
+import types
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: for tensors this small a second thread only spins
 
@@ -19,6 +21,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -129,3 +132,30 @@ def photo_folder(photos: list[NDArray[np.uint8]], tmp_path_factory: pytest.TempP
         path.parent.mkdir(exist_ok=True)
         photo.crop((x, y, x + 120, y + 100)).save(path, quality=90)
     return folder
+
+
+@pytest.fixture
+def timm(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A timm with a convolutional network, which does not know dynamic_img_size, and a ViT, which does."""
+    made = []
+
+    class Network(nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            made.append(options)
+            self.num_features, self.layer = 6, nn.Conv2d(3, 6, 4, 4)
+
+        def forward(self, x):
+            return self.layer(x).mean((2, 3))
+
+    def create_model(name, **options):
+        if name == "resnet18" and "dynamic_img_size" in options:
+            raise TypeError("unexpected keyword argument 'dynamic_img_size'")
+        return Network(**options)
+
+    names = ["resnet18", "resnet50", "vit_tiny_patch16_224"]
+    module = types.SimpleNamespace(
+        create_model=create_model, is_model=names.__contains__, list_models=lambda _: ["resnet18", "resnet50"]
+    )
+    monkeypatch.setitem(sys.modules, "timm", module)
+    return made

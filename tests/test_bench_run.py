@@ -59,7 +59,7 @@ def test_ours_is_compared_with_the_fastest_other_of_the_same_group():
     rows = [record("plain", 90.0), record("ours eager", 50.0), record("library", 40.0), record("ours graph", 80.0)]
     rows += [record("ours eager", 1.0, group="step B"), record("library", 2.0, group="step B")]
     (row,) = summary(rows).splitlines()[2:]
-    assert row == "| training step | A | library | 25.0 images/s | 20.0 images/s (eager) | 0.80 |"
+    assert row == "| training step | A | PyTorch, fused AdamW | 25.0 images/s | 20.0 images/s (eager) | 0.80 |"
 
 
 def test_the_picture_shows_the_step_with_most_providers(tmp_path):

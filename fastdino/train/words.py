@@ -11,6 +11,7 @@ from fastdino.data.remarks import remarks
 from fastdino.errors import some_of
 from fastdino.eval import TITLES
 from fastdino.eval.attention_maps import draw_samples
+from fastdino.model.archs import TIMM
 from fastdino.train.build import Parts
 from fastdino.train.command_line import command_line
 from fastdino.train.config import TrainConfig
@@ -126,7 +127,11 @@ def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
     folder.write(BACKBONE, lambda path: files.replace(path, partial(torch.save, parts.backbone.state_dict())))
     names = ["checkpoint.pth", BACKBONE, "log.txt", "args.json", "curves.png", "attention.png"]
     say("wrote " + ", ".join(str(folder.path / name) for name in names if (folder.path / name).is_file()))
-    if parts.is_built_in:
+    if parts.is_built_in and config.arch.startswith(TIMM):
+        say(f'use it  network = timm.create_model("{config.arch.removeprefix(TIMM)}", num_classes=0)')
+        say(f'        network.load_state_dict(torch.load("{folder.path / BACKBONE}")), or')
+        say(f"        fastdino features | knn --pretrained_weights {folder.checkpoint}")
+    elif parts.is_built_in:
         say(f'use it  fastdino.load_backbone("{folder.path / BACKBONE}"), or')
         say(f"        fastdino features | knn | attention | export --pretrained_weights {folder.checkpoint}")
 

@@ -1,43 +1,15 @@
 """The table of architectures, and backbones that are not in it. timm is played: it needs torchvision."""
 
+import re
 import sys
-import types
 
 import pytest
 import torch
-from torch import nn
 
 import fastdino
 from fastdino import DINOHead, MultiCropWrapper
 from fastdino.cli import main
 from fastdino.model.archs import ARCHITECTURES, check_arch, heads_of, timm_backbone
-
-
-@pytest.fixture
-def timm(monkeypatch):
-    """A timm with a convolutional network, which does not know dynamic_img_size, and a ViT, which does."""
-    made = []
-
-    class Network(nn.Module):
-        def __init__(self, **options):
-            super().__init__()
-            made.append(options)
-            self.num_features, self.layer = 6, nn.Conv2d(3, 6, 4, 4)
-
-        def forward(self, x):
-            return self.layer(x).mean((2, 3))
-
-    def create_model(name, **options):
-        if name == "resnet18" and "dynamic_img_size" in options:
-            raise TypeError("unexpected keyword argument 'dynamic_img_size'")
-        return Network(**options)
-
-    names = ["resnet18", "resnet50", "vit_tiny_patch16_224"]
-    module = types.SimpleNamespace(
-        create_model=create_model, is_model=names.__contains__, list_models=lambda _: ["resnet18", "resnet50"]
-    )
-    monkeypatch.setitem(sys.modules, "timm", module)
-    return made
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
@@ -60,6 +32,12 @@ def test_a_run_with_a_model_of_timms_is_evaluated_and_reported(timm, photo_folde
     words = ["--data_path", str(photo_folder), "--output_dir", str(tmp_path / "run"), "--batch_size_per_gpu", "8"]
     assert main(["train", "--arch", "timm:resnet18", "--num_workers", "0", *small.split(), *words]) == 0
     weights = str(tmp_path / "run/checkpoint.pth")
+    said = capsys.readouterr().out
+    names = {"timm": sys.modules["timm"], "torch": torch}
+    exec("\n".join(re.search(r"use it  (network = .*)\n +(network\..*), or\n", said).groups()), names)
+    backbone = fastdino.load_checkpoint(weights)["teacher"]
+    torch.testing.assert_close(names["network"].layer.weight.data, backbone["backbone.layer.weight"])
+    assert f"features | knn --pretrained_weights {weights}" in said
     assert main(["knn", "--pretrained_weights", weights, "--data_path", str(photo_folder), "--nb_knn", "5"]) == 0
     assert main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run/report.html").read_text()
