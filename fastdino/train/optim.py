@@ -45,11 +45,8 @@ def clip_modules(modules: Sequence[Sequence[Tensor]], clip: float) -> Tensor:
     full = torch.promote_types(modules[0][0].dtype, torch.float32)
     norms = [torch.stack(torch._foreach_norm(list(grads), 2, full)).norm() for grads in modules]
     for grads, norm in zip(modules, norms) if clip else ():
-        coefficient = (clip / (norm + 1e-6)).clamp(max=1.0)
-        if grads[0].dtype == full:
-            torch._foreach_mul_(list(grads), coefficient)
-        else:  # of GradScaler's: a few launches, where the above takes one for each tensor in half precision
-            torch._amp_foreach_non_finite_check_and_unscale_(list(grads), coefficient.new_zeros(()), coefficient)
+        # In half precision a launch for each tensor: PyTorch's fast one wants the factor in their dtype, and rounded.
+        torch._foreach_mul_(list(grads), (clip / (norm + 1e-6)).clamp(max=1.0))
     return torch.stack(norms)
 
 

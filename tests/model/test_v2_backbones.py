@@ -87,10 +87,18 @@ def test_the_width_of_mlps_is_told_by_the_weights(ffn, ratio, tmp_path):
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in vit.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov3_convnext_tiny"])
-def test_training_says_that_it_does_not_know_the_recipe(name):
-    with pytest.raises(ValueError, match="training knows DINO's recipe alone so far"):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dinov2_vits14", "dinov2_vits14 is trained by --recipe dinov2, got dino"),
+        ("dinov3_convnext_tiny", "the ConvNeXts of DINOv3 were distilled"),
+    ],
+)
+def test_an_architecture_says_which_recipe_trains_it(name, words):
+    with pytest.raises(ValueError, match=words):
         check_arch(name)
+    if name in PUBLISHED:
+        check_arch(name, "dinov2")
 
 
 def test_heads_of_all_published_models_are_told_by_the_width():

@@ -99,7 +99,7 @@ def test_out_of_memory_is_one_line_with_sizes_and_flags(step, error, sizes, tiny
     assert main([*command, "--epochs", "1"]) == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
 
-    def fail(self, crops, row):
+    def fail(self, crops, row, known=None):
         raise error
 
     monkeypatch.setattr(TrainStep, "forward", fail)

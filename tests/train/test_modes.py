@@ -103,7 +103,7 @@ def play(monkeypatch):
         monkeypatch.setattr(torch, "empty", partial(fake.empty, torch.empty))
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_allocate, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: None, raising=False)
-        monkeypatch.setattr(modes, "why_no_graph", lambda device, capturable: None)
+        monkeypatch.setattr(modes, "why_no_graph", lambda *_: None)
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         return fake
 

@@ -195,7 +195,7 @@ class Numbers(torch.utils.data.Dataset):
     [
         ({"backbone": nn.Linear(3, 4)}, "backbone: expected a module with an integer embed_dim, .* got Linear"),
         ({"dataset": Numbers()}, r"dataset: expected images .*; item 0 is int"),
-        ({"dataset": iter([1])}, "dataset: expected a dataset with __len__ and __getitem__, got list_iterator"),
+        ({"dataset": iter([1])}, r"dataset: expected images .*; item 0 is int"),
         ({"dataset": []}, "dataset: images: expected at least one, got none"),
         ({"val_dataset": Numbers()}, "val_dataset: expected images"),
         ({"callbacks": [print]}, "callbacks: expected instances of classes derived from fastdino.Sink, got builtin"),
