@@ -6,6 +6,7 @@ all others take the ops' plain path, as a user without a GPU would, unless they 
 
 import json
 import os
+import signal
 import sys
 import types
 
@@ -22,6 +23,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and all that comes of it: a run that a test
+# interrupts would be right not to hear it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
