@@ -66,7 +66,7 @@ def introduce(parts: Parts, say: Say) -> None:
 def _recipe(config: TrainConfig) -> str:
     """What is learned besides DINO's own, in words."""
     low, high = config.mask_ratio
-    masked = f"{low:.0%} to {high:.0%} of {config.mask_probability:.0%} of the global crops masked"
+    masked = f"{config.mask_probability:.0%} of the global crops have {low:.0%} to {high:.0%} of their patches masked"
     heads = f"a head of {config.ibot_out_dim:,} for patches" if config.ibot_out_dim else "one head"
     words = f"{config.recipe}: {masked}, {heads}, {config.centering}, KoLeo {config.koleo_weight:g}"
     return words + (f", Gram after {config.gram_start} epochs" if config.gram_start else "")
