@@ -132,11 +132,8 @@ class DINOv2Loss(Objective):
     def teach(self, teacher: nn.Module, views: Sequence[Tensor]) -> Targets:
         """The teacher's logits, and the Gram teacher's patches."""
         crops, (_, indices, weights), anchor = views[:N_GLOBAL], self._masked(views), self.gram_teacher
-        is_own = anchor is not None and anchor.backbone is None
-        taught = teacher(crops, indices, with_patches=is_own)
-        anchored = taught.patches
-        if anchor is not None and not is_own:
-            anchored = anchor(views[self.ncrops + 4 :] or crops, crops[0].shape[-2:])
+        taught = teacher(crops, indices)
+        anchored = None if anchor is None else anchor(views[self.ncrops + 4 :] or crops, crops[0].shape[-2:])
         return Targets(taught.logits, taught.patch_logits, weights, anchored)
 
     def learn(self, student: nn.Module, views: Sequence[Tensor]) -> Learned:

@@ -47,7 +47,7 @@ def gram(
 
 
 class GramTeacher(nn.Module):
-    """Whose patches the student's are held against: a frozen backbone, or none, and then the EMA teacher's own.
+    """Whose patches the student's are held against: a frozen backbone.
 
     backbone: any with `forward_features`, in the dtype it computes in. first_update, update_every, max_updates: once
     first_update iterations are done, after every update_every-th and at most max_updates times, it becomes the
@@ -59,14 +59,14 @@ class GramTeacher(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module | None,
+        backbone: nn.Module,
         first_update: int = 0,
         update_every: int = 0,
         max_updates: int = 0,
         **similarities: bool,
     ) -> None:
         super().__init__()
-        self.backbone: Any = backbone.eval().requires_grad_(False) if backbone is not None else None
+        self.backbone: Any = backbone.eval().requires_grad_(False)
         self.first_update, self.update_every, self.max_updates = first_update, update_every, max_updates
         self.similarities = similarities
         self.register_buffer("n_updates", torch.zeros((), dtype=torch.int64))
@@ -89,7 +89,7 @@ class GramTeacher(nn.Module):
         """Become `teacher`, the EMA teacher's backbone, where it is time. In place: a captured graph reads it."""
         done = iteration + 1
         is_due = self.update_every and done >= self.first_update and done % self.update_every == 0
-        if self.backbone is None or not is_due or int(self.n_updates) >= self.max_updates:
+        if not is_due or int(self.n_updates) >= self.max_updates:
             return
         for mine, new in zip(self.backbone.parameters(), teacher.parameters()):
             mine.copy_(new)

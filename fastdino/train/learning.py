@@ -37,7 +37,8 @@ def build_objective(
             config.warmup_teacher_temp_epochs,
             config.epochs,
         )
-    steps = np.arange(config.epochs * niter_per_ep)
+    gram_weight = np.full(config.epochs * niter_per_ep, config.gram_weight)
+    gram_weight[: config.gram_start * niter_per_ep] = 0.0
     return DINOv2Loss(
         ncrops=config.ncrops,
         out_dim=config.out_dim,
@@ -45,7 +46,7 @@ def build_objective(
         centering=config.centering,
         weights=DINOv2Weights(ibot=config.ibot_weight, koleo=config.koleo_weight),
         gram=_gram_teacher(config, teacher, niter_per_ep, precision) if config.gram_start else None,
-        gram_weight=np.where(steps < config.gram_start * niter_per_ep, 0.0, config.gram_weight),
+        gram_weight=gram_weight if config.gram_start else None,
     )
 
 

@@ -31,7 +31,7 @@ _NEWER: dict[str, Any] = {
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "dino": {},
-    "dinov2": {**_NEWER, "mask_count": "exact"},
+    "dinov2": _NEWER,
     "dinov3": {**_NEWER, "registers": 4, "centering": "sinkhorn", "ibot_out_dim": 65536},
 }
 # Flags that say nothing to DINO's recipe.

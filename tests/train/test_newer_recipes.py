@@ -5,16 +5,16 @@ Their numbers are held against the originals' in tests/test_v2_golden.py.
 
 import copy
 import json
-import random
+import signal
 
-import numpy as np
 import pytest
 import torch
 from fake_device import no_host_sync
 from masked_steps import N_LOCAL, NITER, make_network, make_networks, make_step, make_views
+from train_steps import CountOps
 
 from fastdino import DINOHead, VisionTransformer, load_backbone, load_checkpoint
-from fastdino.data.masks import BatchMasks, BlockMasks, mask_batch
+from fastdino.data.masks import BatchMasks, BlockMasks
 from fastdino.errors import UserError
 from fastdino.model import MaskedMultiCrop
 from fastdino.model.archs import recipe_options
@@ -41,9 +41,13 @@ def test_no_iteration_waits_for_the_device(recipe, options, monkeypatch, capsys)
     networks, views = make_networks(recipe, **options), [make_views(i) for i in range(10)]
     with no_host_sync() as device:
         step = make_step(recipe, device, networks, **options)
+        counts = []
         for i in range(10):
-            metrics = step([torch.empty(x.shape, dtype=x.dtype, device=device) for x in views[i]], i)
+            with CountOps() as ops:
+                metrics = step([torch.empty(x.shape, dtype=x.dtype, device=device) for x in views[i]], i)
+            counts.append(ops.n)
     assert metrics.loss.device.type == device.type
+    assert len(set(counts[2:])) == 1
 
 
 @pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=IDS)
@@ -61,14 +65,15 @@ def test_compiled_is_one_graph_for_all_iterations(recipe, options, monkeypatch):
     )
     torch._dynamo.reset()
     step, plain = make_step(recipe, mode="compiled", say=pytest.fail, **options), make_step(recipe, **options)
-    draws = options.get("drop_path_rate") or recipe == "dinov3"
     for i in range(6):
         torch.manual_seed(i)
         ours = step(make_views(i), i)
         torch.manual_seed(i)
         expected = plain(make_views(i), i)
-        assert torch.isfinite(ours.loss)
-        assert draws or "amp_dtype" in options or torch.allclose(ours.loss, expected.loss, rtol=1e-4)
+        if "amp_dtype" not in options:
+            assert torch.allclose(ours.loss, expected.loss, rtol=1e-4), i
+        elif i == 0:  # later ones are of weights that AdamW has taken apart
+            assert torch.allclose(ours.loss, expected.loss, rtol=2e-2)
     assert len(graphs) == 1, graphs
 
 
@@ -169,8 +174,8 @@ def test_masks_of_a_batch_depend_on_their_seed_alone(exact):
         counted = indices[part][weights[part] > 0]
         assert torch.equal(counted, masks.flatten().nonzero().flatten())
         assert float(weights[part].sum()) == pytest.approx(int(masks.any(-1).sum()))
-        assert exact == bool((weights[part] > 0).all()) or not exact
-    assert len(mask_batch(generator, 8, 0.5, (0.1, 0.5), random.Random(0), np.random.RandomState(0)).masks) == 8
+        if exact:
+            assert (weights[part] > 0).all()
 
 
 FLAGS = {"ibot_out_dim": 40, "warmup_teacher_temp_epochs": 1}
@@ -182,16 +187,22 @@ def test_a_run_stopped_and_resumed_is_the_run(tiny, tmp_path, recipe):
     flags = {"recipe": recipe, "epochs": 3, "gram_start": 1, "gram_update_epochs": 1, **FLAGS}
     whole = loop.train(tiny(output_dir=str(tmp_path / "whole"), **flags))
     assert whole.epochs == 3
-    stopped = {"iteration": 0}
 
     class Stopping(build.Sink):
-        def step(self, entry):
-            stopped["iteration"] += 1
-            if stopped["iteration"] == 3:
-                raise KeyboardInterrupt
+        """Ctrl-C in the middle of the second epoch."""
 
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(tiny(output_dir=str(tmp_path / "parts"), **flags), build.Own(callbacks=[Stopping()]))
+        n_steps = 0
+
+        def step(self, entry):
+            self.n_steps += 1
+            if self.n_steps == n_epoch + 2:
+                signal.raise_signal(signal.SIGINT)
+
+    n_epoch = load_checkpoint(tmp_path / "whole" / "checkpoint.pth")["progress"]["niter"]
+    assert n_epoch > 3
+    stopped = loop.train(tiny(output_dir=str(tmp_path / "parts"), **flags), build.Own(callbacks=[Stopping()]))
+    assert stopped.interrupted
+    assert load_checkpoint(tmp_path / "parts" / "checkpoint.pth")["iteration"] == n_epoch + 2
     loop.train(tiny(output_dir=str(tmp_path / "parts"), **flags))
     ours, theirs = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts"))
     for key in ("student", "teacher", "dino_loss"):

@@ -8,25 +8,13 @@ import torch
 from fake_device import no_host_sync
 from torch import nn
 from torch._inductor import list_mode_options
-from torch.utils._python_dispatch import TorchDispatchMode
-from train_steps import NITER, make_crops, make_networks, make_step
+from train_steps import NITER, CountOps, make_crops, make_networks, make_step
 
 from fastdino import DINOHead, MultiCropWrapper, VisionTransformer
 from fastdino.model import attention
 from fastdino.train.modes import MODES
 from fastdino.train.precision import low_precision_twin
 from fastdino.train.schedules import ScheduleTable
-
-
-class CountOps(TorchDispatchMode):
-    """How many operations reach the device."""
-
-    n = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += 1
-        return func(*args, **(kwargs or {}))
-
 
 OPTIONS = [{}, {"amp_dtype": torch.bfloat16}, {"accumulate": 2}, {"checkpointing": True, "drop_path_rate": 0.3}]
 OPTIONS += [{"drop_path_rate": 0.3, "drop_path_mode": "batch"}, {"freeze_backbone": 2}]

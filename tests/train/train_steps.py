@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdino import DINOHead, DINOLoss, MultiCropWrapper, VisionTransformer
 from fastdino.train.config import TrainConfig
@@ -9,6 +10,16 @@ from fastdino.train.schedules import Schedules
 from fastdino.train.step import TrainStep
 
 N_LOCAL, BATCH, NITER = 3, 4, 4
+
+
+class CountOps(TorchDispatchMode):
+    """How many operations reach the device."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **(kwargs or {}))
 
 
 def make_networks(drop_path_rate=0.0, use_bn=False, checkpointing=False, drop_path_mode="sample", **_):
