@@ -39,6 +39,12 @@ def _modes() -> Sequence[str]:
     return ["auto", *MODES]
 
 
+def _scales() -> Sequence[str]:
+    from fastdino.train.iteration_schedules import LR_SCALES
+
+    return list(LR_SCALES)
+
+
 def _efforts() -> Sequence[str]:
     from fastdino.train.modes import EFFORTS
 
@@ -88,7 +94,7 @@ class TrainConfig:
         ("exact", "atmost"),
     )  # fmt: skip
     lr_scaling: str = flag(
-        "linear", "Recipe", "how lr follows the images of a step: linear from 256, sqrt from 1024", ("linear", "sqrt")
+        "linear_wrt_256", "Recipe", "how lr follows the images of a step, and from how many", _scales
     )
     patch_embed_lr: float = flag(1.0, "Recipe", "learning rate of the patches' projection, as a part of its own")
     adamw_beta2: float = flag(0.999, "Recipe", "decay of AdamW's second moments")

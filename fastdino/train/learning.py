@@ -96,7 +96,7 @@ def build_schedules(config: TrainConfig, niter_per_ep: int, world_size: int) -> 
     """By epochs as in DINO, or by iterations."""
     if config.recipe == "dino":
         return Schedules.of(config, niter_per_ep, world_size)
-    scale = LR_SCALES[{"linear": "linear_wrt_256", "sqrt": "sqrt_wrt_1024"}[config.lr_scaling]]
+    scale = LR_SCALES[config.lr_scaling]
     return IterationSchedules.from_settings(
         epochs=config.epochs,
         epoch_length=niter_per_ep,

@@ -21,7 +21,7 @@ _NEWER: dict[str, Any] = {
     "teacher_temp": 0.07,
     "warmup_teacher_temp_epochs": 30,
     "lr": 0.004,
-    "lr_scaling": "sqrt",
+    "lr_scaling": "sqrt_wrt_1024",
     "lr_decay": 0.9,
     "patch_embed_lr": 0.2,
     "global_crops_scale": (0.32, 1.0),
