@@ -69,8 +69,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    planned = [identity(item)["name"] for item in session.items]
     if OUT and not session.config.option.collectonly:
-        append(OUT, {"planned": [identity(item)["name"] for item in session.items], "date": now()})
+        append(OUT, {"planned": planned, "date": now()})
 
 
 @pytest.hookimpl(wrapper=True)

@@ -180,27 +180,27 @@ def test_profile(provider: str, case: Case, step: Step, timed: Any) -> None:
     timed(lambda: step(crops, next(iteration)), n_images=case.batch, budget_ms=BUDGET_MS, **case._asdict(), **found)
 
 
-@pytest.mark.parametrize("recipe", ["dinov2", "dinov3"])
-def test_recipe(recipe: str, timed: Any) -> None:
+@over([("ours dinov2", MAIN), ("ours dinov3", MAIN)])
+def test_recipe(provider: str, case: Case, timed: Any) -> None:
     """A whole step of a newer recipe, with masks. tests/test_v2_golden.py holds its numbers to the originals'."""
     gc.collect()
     config = TrainConfig.from_flags(
         {
-            "recipe": recipe,
-            "arch": MAIN.arch,
-            "batch_size_per_gpu": MAIN.batch,
-            "device": DEVICE,
+            "recipe": provider.removeprefix("ours "),
+            "arch": case.arch,
+            "batch_size_per_gpu": case.batch,
+            "device": str(DEVICE),
             "data_path": "photos/",
         }
     )
     networks = build_networks(config)
-    step, masks = build_step(config, start(DEVICE, "env://"), NITER_PER_EP, networks, print), build_masks(config)
+    step, masks = build_step(config, start(str(DEVICE), "env://"), NITER_PER_EP, networks, print), build_masks(config)
     assert masks is not None
-    views = [*crops_of(MAIN), *(x.to(DEVICE) for x in masks.draw(MAIN.batch, 0))]
+    views = [*crops_of(case), *(x.to(DEVICE) for x in masks.draw(case.batch, 0))]
     iteration = cycle(range(NITER_PER_EP))
     try:
         loss = float(step(views, next(iteration)).loss)
         require(0 < loss < 100, f"loss {loss}")
-        timed(lambda: step(views, next(iteration)), budget_ms=BUDGET_MS, n_images=MAIN.batch, **MAIN._asdict())
+        timed(lambda: step(views, next(iteration)), budget_ms=BUDGET_MS, n_images=case.batch, **case._asdict())
     finally:
         step.close()

@@ -24,14 +24,23 @@ FIELDS = ("device", "threads", "power_limit", "driver", "torch", "triton", "xfor
 FIELDS += ("copy_gbps", "matmul_bf16_tflops", "matmul_fp32_tflops", "p20_ms", "p80_ms")
 
 
-def bench(*words, **environment):
+def run_module(*words, **environment):
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     # Where these tests run under pytest-xdist, its variables would make pytest-benchmark measure nothing.
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
-        [sys.executable, "-m", "bench", *words],
+        [sys.executable, "-m", *words],
         capture_output=True, text=True, cwd=ROOT, env=own | {"PYTHONPATH": path} | environment,
     )  # fmt: skip
+
+
+def bench(*words, **environment):
+    return run_module("bench", *words, **environment)
+
+
+def test_everything_that_is_measured_has_a_name_of_its_own():
+    done = run_module("pytest", "-o", "addopts=", "--import-mode=importlib", "--collect-only", "-q", "bench")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
