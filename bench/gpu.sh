@@ -88,7 +88,7 @@ measure base $((start + compile + 8)) step -k "graph and vit_base and B64"
 measure batch $((start + compile + 8)) step -k "graph and vit_small and B256"
 measure plain $((start + 20)) step -k "plain and 2+8 and B64"
 measure compiled $((start + 5 * compile / 2 + 20)) step -k "compiled and B64"
-measure careful $((start + 20)) step -k "careful and B64"
+measure fused $((start + 20)) step -k "fused and B64"
 measure jpeg $((start + compile / 2 + 30)) pipeline -k "training or kernels"
 measure features $((start + 20)) pipeline -k features
 measure patches $((start + 2 * 5 + 20)) ops -k "patch or sinkhorn" # of DINOv2's recipe

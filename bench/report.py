@@ -57,8 +57,8 @@ def hottest_table(records: list[Record]) -> str:
 IN_WORDS = {  # providers, to a reader who has not seen the benchmarks
     "plain": "plain PyTorch",
     "compiled": "PyTorch, compiled",
-    "careful": "PyTorch, fused calls",
-    "careful compiled": "PyTorch, fused calls, compiled",
+    "fused": "PyTorch, fused calls",
+    "fused compiled": "PyTorch, fused calls, compiled",
     "library": "PyTorch, fused AdamW",
     "foreach lerp": "PyTorch, foreach",
 }

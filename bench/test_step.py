@@ -1,7 +1,7 @@
 """The step beside the baselines, with more images and crops, and its most expensive kernels.
 
 Every provider's first loss is compared with the plain one's before it is timed. `ours` comes in the modes of
-`fastdino.train.step`; `plain` and `careful` are `bench.baselines`.
+`fastdino.train.step`; `plain` and `fused` are `bench.baselines`.
 """
 
 import copy
@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 
 # Most wanted first: a host may end the run.
-EVERYONE = ("ours graph", "plain", "ours compiled", "ours eager", "careful", "careful compiled")
+EVERYONE = ("ours graph", "plain", "ours compiled", "ours eager", "fused", "fused compiled")
 if ON_GPU:
     MAIN = Case("vit_small", 8, 64, 65536, "bf16")
     WIDER = [Case(arch, 8, n, 65536, "bf16") for arch in ("vit_small", "vit_base") for n in (64, 128, 256)][1:]
@@ -106,7 +106,7 @@ def made(provider: str, case: Case) -> Iterator[Step]:
         pytest.skip("a CUDA graph needs a CUDA device")
     if provider == "plain":
         yield PlainStep(**pieces(case))
-    elif provider.startswith("careful"):
+    elif provider.startswith("fused"):
         yield CarefulStep(compiled=provider.endswith("compiled"), **pieces(case))
     else:
         mode, effort = ("graph", "max") if provider == "ours tuned" else (provider.split()[1], "default")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["proof", "main", "tests", "ops", "attention", "base", "batch", "plain", "compiled", "careful", "jpeg"]
+ORDER = ["proof", "main", "tests", "ops", "attention", "base", "batch", "plain", "compiled", "fused", "jpeg"]
 ORDER += ["features", "patches", "recipes", "doctor", "tuned", "step", "adamw", "report"]
 
 PYTHON = """#!/bin/bash
@@ -170,14 +170,14 @@ for file, words in {words!r}:
         [f"test_step[ours graph-{base}]"],
         ["test_step[ours graph-vit_small 2+8 B256 bf16]"],
         [f"test_step[plain-{small}]", f"test_step[plain-{base}]"],
-        [f"test_step[ours compiled-{small}]", f"test_step[careful compiled-{small}]"],
-        [f"test_step[careful-{small}]", f"test_step[careful compiled-{small}]"],
+        [f"test_step[ours compiled-{small}]", f"test_step[fused compiled-{small}]"],
+        [f"test_step[fused-{small}]", f"test_step[fused compiled-{small}]"],
         ["test_kernels[ours exact]", "test_kernels[ours fast]", f"test_training[ours graph-{small}]"],
         ["test_features[ours]", "test_features[plain]"],
         [
             *(f"test_patch_loss[{by}-B64 K65536]" for by in ("ours", "ours, in place", "plain", "compiled")),
             *(f"test_sinkhorn_center[{by}-B64 K65536]" for by in ("ours", "plain", "compiled")),
         ],
-        ["test_recipe[dinov2]", "test_recipe[dinov3]"],
+        [f"test_recipe[ours dinov2-{small}]", f"test_recipe[ours dinov3-{small}]"],
         [f"test_step[ours tuned-{small}]"],
     ], done.stdout + done.stderr
