@@ -92,5 +92,5 @@ class GramTeacher(nn.Module):
         if not is_due or int(self.n_updates) >= self.max_updates:
             return
         for mine, new in zip(self.backbone.parameters(), teacher.parameters()):
-            mine.copy_(new)
+            mine.copy_(new.full_tensor() if hasattr(new, "full_tensor") else new)  # of parts on several processes
         self.n_updates += 1

@@ -67,7 +67,8 @@ class GradientAverager:
         self._divides = dist.get_backend() != "nccl"
         self._op = dist.ReduceOp.SUM if self._divides else dist.ReduceOp.AVG
         pending: dict[torch.dtype, list[Tensor]] = {}
-        for p in reversed([p for p in params if p.requires_grad]):  # about the order in which gradients come
+        # FSDP averages those of networks in parts. Reversed, because that is about the order in which gradients come.
+        for p in reversed([p for p in params if p.requires_grad and not hasattr(p, "to_local")]):
             group = pending.setdefault(p.dtype, [])
             group.append(p)
             if sum(x.numel() * x.element_size() for x in group) >= BUCKET_BYTES:

@@ -1,5 +1,6 @@
 """What a run is made of, from its arguments: images, networks, the step, the loader. Nothing here writes."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from fastdino.data.sources import ImageSource
 from fastdino.errors import UserError
 from fastdino.model import MultiCrop
 from fastdino.model.archs import ARCHITECTURES
-from fastdino.train import distributed, preset
-from fastdino.train.checkpoint import save_checkpoint
+from fastdino.train import distributed, preset, sharded_checkpoint
+from fastdino.train.checkpoint import load_checkpoint, save_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.distributed import Process
 from fastdino.train.folder import RunFolder
@@ -30,6 +31,7 @@ from fastdino.train.optim import is_fused
 from fastdino.train.precision import amp_dtype
 from fastdino.train.recipes import OF_THE_WEIGHTS
 from fastdino.train.resume import Resumed, in_words, resume
+from fastdino.train.sharding import gather_into, shard
 from fastdino.train.sinks import Sink
 from fastdino.train.step import TrainStep
 
@@ -65,6 +67,8 @@ class Parts:
     """What there is to say of the weights it starts from; nothing without any."""
     is_built_in: bool
     """Whether the backbone is config.arch, and not one of the caller's own."""
+    whole: nn.Module | None
+    """The teacher's backbone in one piece, on the main process of a run whose networks are in parts."""
 
     @property
     def model_name(self) -> str:
@@ -94,15 +98,34 @@ class Parts:
     @property
     def backbone(self) -> nn.Module:
         """The teacher's: what is evaluated, and what people take away."""
-        backbone: nn.Module = self.step.teacher.backbone
+        backbone: nn.Module = self.whole or self.step.teacher.backbone
         return backbone
 
-    def save(self, epoch: int, iteration: int | None = None, progress: Mapping[str, Any] = {}) -> None:
-        """Write checkpoint.pth. epoch: finished epochs; iteration: steps done, where the last epoch is not finished.
+    def gather(self) -> None:
+        """Bring `backbone` up to date, where the networks are in parts. All processes take part."""
+        if self.config.fsdp:
+            gather_into(self.step.teacher.backbone, self.whole)
 
-        progress: the entry or the meter of `Resumed`.
-        """
+    def write_shards(self) -> str | None:
+        """Write what is in parts, before `save` tells of it: where. All processes take part. None in one piece."""
+        if not self.config.fsdp:
+            return None
         step = self.step
+        tensors = sharded_checkpoint.in_parts(step.student, step.teacher, step.update.optimizer)
+        return sharded_checkpoint.write(self.folder.checkpoint.parent, tensors)
+
+    def save(
+        self,
+        epoch: int,
+        iteration: int | None = None,
+        progress: Mapping[str, Any] = {},
+        shards: str | None = None,
+    ) -> None:
+        """Write the checkpoint. epoch: finished epochs; iteration: steps done, where the last epoch is not finished.
+
+        progress: the entry or the meter of `Resumed`. shards: what `write_shards` returned.
+        """
+        step, saved = self.step, self.folder.checkpoint
 
         def write(path: Path) -> None:
             save_checkpoint(
@@ -115,6 +138,7 @@ class Parts:
                 config=self.config,
                 scaler=step.update.scaler,
                 iteration=iteration,
+                shards=shards,
                 progress={
                     **progress,
                     "niter": self.niter,
@@ -123,17 +147,22 @@ class Parts:
                 },
             )
 
-        self.folder.write(self.folder.checkpoint.name, write)
-        self.folder.holds = f"{self.folder.checkpoint} holds " + in_words(
-            epoch, (iteration or epoch * self.niter) - epoch * self.niter
-        )
+        self.folder.write(str(saved.relative_to(self.folder.path)), write)
+        if shards:
+            sharded_checkpoint.remove_others(saved.parent, shards)
+        self.folder.holds = f"{saved} holds " + in_words(epoch, (iteration or epoch * self.niter) - epoch * self.niter)
 
     def keep(self, epochs: int) -> None:
         """Every saveckp_freq epochs a copy of checkpoint.pth that stays, unless it is there. epochs: finished ones."""
         every, saved, kept = self.config.saveckp_freq, self.folder.checkpoint, self.folder.kept(epochs - 1)
         is_due = every and (epochs - 1) % every == 0
         if is_due and not (kept.exists() and kept.stat().st_mtime >= saved.stat().st_mtime):
-            self.folder.write(kept.name, lambda path: files.copy(saved, path))
+            self.folder.write(kept.name, self.consolidate if self.config.fsdp else lambda path: files.copy(saved, path))
+
+    def consolidate(self, path: Path) -> None:
+        """Write the checkpoint of networks in parts as one file in the original's format."""
+        whole = load_checkpoint(self.folder.checkpoint.parent)
+        files.replace(path, lambda file: torch.save(whole, file))
 
 
 def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder, say: Callable[[str], object]) -> Parts:
@@ -149,7 +178,9 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
             f"{source.describe()}: fewer than the {batch_size} of one step; "
             f"lower --batch_size_per_gpu (now {config.batch_size_per_gpu}) or add images"
         )
-    step = build_step(config, process, len(sampler), build_networks(config, own.backbone, initial), say)
+    networks = build_networks(config, own.backbone, initial)
+    whole = copy.deepcopy(networks[1].backbone).to(process.device) if config.fsdp and process.is_main else None
+    step = build_step(config, process, len(sampler), networks, say)
     loader = CropLoader(
         source,
         config.crops(),
@@ -174,6 +205,7 @@ def assemble(config: TrainConfig, process: Process, own: Own, folder: RunFolder,
         loader=loader,
         start=initial.describe(config) if initial else (),
         is_built_in=own.backbone is None,
+        whole=whole,
     )
 
 
@@ -221,14 +253,21 @@ def build_step(
     no_graph = why_no_graph(device, is_fused(config.optimizer, precision), replays)
     if config.step == "graph" and no_graph:
         raise UserError(f"--step: graph needs {no_graph}; use auto, compiled or eager")
-    automatic = "eager" if device.type != "cuda" else "compiled" if no_graph else "graph"
+    if config.fsdp and process.world_size == 1:
+        raise UserError("--fsdp: expected several processes: torchrun --nproc_per_node=GPUS -m fastdino.train ...")
+    if config.fsdp and precision == torch.float16:
+        raise UserError("--fsdp: needs a GPU with bf16, or --use_fp16 false")
+    automatic = "eager" if device.type != "cuda" or config.fsdp else "compiled" if no_graph else "graph"
     mode = automatic if config.step == "auto" else config.step
     if config.compile != "default" and mode == "eager":
         raise UserError(f"--compile: {config.compile} needs a step that is compiled; use --step compiled, or graph")
     for network in networks:
         distributed.synchronize_batchnorm(network, process)
-        network.to(device)
+        if not config.fsdp:  # it moves part by part
+            network.to(device)
     loss = build_objective(config, networks[1], niter_per_ep, precision).to(device)
+    for network in networks if config.fsdp else ():
+        shard(network, process, precision)
     try:
         step = TrainStep(
             student=networks[0],

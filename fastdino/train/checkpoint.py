@@ -22,7 +22,7 @@ from fastdino.model import VisionTransformer
 from fastdino.model.archs import TIMM, check_arch, heads_of, timm_backbone
 from fastdino.model.convnext import ConvNeXt
 from fastdino.model.inferred import convnext_stages, heads_by_rope, img_size_of, vit_options, without_chunks
-from fastdino.train import distributed
+from fastdino.train import distributed, sharded_checkpoint
 from fastdino.train.config import TrainConfig
 from fastdino.train.contents import check, first_difference, odd_tensor, unwrapped
 from fastdino.train.finite import ADVICE, first_nonfinite
@@ -53,8 +53,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     dino_loss, fp16_scaler with fp16. Raises UserError where the file is missing, cannot be read, is no checkpoint, is
     damaged, or holds pickled code, which is refused and not run.
     Of `fastdino export --format safetensors`: the weights by name, and args with what its metadata tell.
+    Of the folder checkpoint.dcp that a run with --fsdp writes: the same keys, from the parts of all processes.
     """
     path = Path(path)
+    if (path / sharded_checkpoint.RUN).is_file():
+        return sharded_checkpoint.consolidated(path, load_checkpoint(path / sharded_checkpoint.RUN))
     if not path.is_file():
         is_link = path.is_symlink() and not path.exists()
         what = "a link to nothing" if is_link else "a folder" if path.is_dir() else "no file" if path.exists() else ""
@@ -146,8 +149,9 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler | None = None,
     iteration: int | None = None,
     progress: Mapping[str, Any] | None = None,
+    shards: str | None = None,
 ) -> None:
-    """Write a checkpoint with the original's keys. epoch: finished epochs.
+    """Write a checkpoint with the original's keys. epoch: finished epochs. shards: where networks in parts lie already.
 
     Keys that the original does not know, and ignores: iteration, steps done of a run stopped inside an epoch; progress,
     plain values that the run has to know besides.
@@ -156,10 +160,14 @@ def save_checkpoint(
     bare = student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
     # The original wraps the teacher, too, where there is a BatchNorm; read under other names, it would stay random.
     prefix = "module." if distributed.has_batchnorm(bare) else ""
-    content = {
+    content: dict[str, Any] = {
         "student": {f"module.{name}": value for name, value in bare.state_dict().items()},
         "teacher": {f"{prefix}{name}": value for name, value in teacher.state_dict().items()},
         "optimizer": optimizer.state_dict(),
+    }
+    if shards:
+        content = sharded_checkpoint.instead(shards, student, optimizer)
+    content |= {
         "epoch": epoch,
         "args": config.namespace(),
         "dino_loss": loss.state_dict(),

@@ -20,9 +20,20 @@ def check(config: "TrainConfig", defaults: Mapping[str, Any]) -> None:
             f"--accumulate: expected a divisor of --batch_size_per_gpu={config.batch_size_per_gpu}, "
             f"got {config.accumulate}"
         )
+    _check_fsdp(config)
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         if getattr(config, name) > config.epochs:
             raise ValueError(f"--{name}: expected at most --epochs={config.epochs}, got {getattr(config, name)}")
+
+
+def _check_fsdp(config: "TrainConfig") -> None:
+    if not config.fsdp:
+        return
+    if config.use_bn_in_head:
+        raise ValueError("--use_bn_in_head: expected false with --fsdp, whose heads are in parts, got true")
+    for name, allowed in (("optimizer", ("adamw",)), ("step", ("auto", "eager")), ("amp_dtype", ("auto", "bf16"))):
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"--{name}: expected {' or '.join(allowed)} with --fsdp, got {getattr(config, name)}")
 
 
 def in_words(values: tuple[float, ...]) -> str:

@@ -154,6 +154,9 @@ class TrainConfig:
         "auto", "Optimisation", "kernels of blocks' MLPs; auto times ours and the library's", ("auto", *WAYS)
     )
     accumulate: int = flag(1, "Optimisation", "parts that a batch is computed in, one update for all; less memory")
+    fsdp: bool = flag(
+        False, "Optimisation", "each process keeps a part of networks and optimizer (FSDP2); for models beyond one GPU"
+    )
     checkpointing: bool = flag(False, "Optimisation", "recompute activations in the backward pass; less memory")
     drop_path_mode: str = flag(
         "sample", "Optimisation", "drop-path as in the original, or on a subset (DINOv2)", ("sample", "batch")

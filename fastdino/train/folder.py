@@ -21,21 +21,24 @@ class RunFolder:
     """Where everything of a run is written.
 
     wait_s: how long a full disk is waited for, in seconds, unless `stop` comes. say: is told when that begins.
-    Attribute: holds, what of the run is on the disk, in words; for messages.
+    checkpoint: what the last one is called. Attribute: holds, what of the run is on the disk, in words; for messages.
     """
 
-    def __init__(self, path: str | Path, wait_s: float, say: Callable[[str], object], stop: Stop) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        wait_s: float,
+        say: Callable[[str], object],
+        stop: Stop,
+        checkpoint: str = "checkpoint.pth",
+    ) -> None:
         self.path = Path(path)
+        self.checkpoint = self.path / checkpoint
         self._wait_s, self._say, self._stop = wait_s, say, stop
         self._lock_file = self.path / ".lock"
         self._lock = filelock.FileLock(self._lock_file, blocking=False)
         self._is_new = True
         self.holds = "nothing was saved"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The last one."""
-        return self.path / "checkpoint.pth"
 
     def kept(self, epoch: int) -> Path:
         """The checkpoint of an epoch, counted from 0, that stays."""
@@ -78,12 +81,13 @@ class RunFolder:
     def make(self) -> None:
         """Make the folder where it is missing, lock it, and remove what killed runs left half written."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be made: {error.strerror}") from error
         self._acquire()
         self._is_new = False
-        files.remove_temporaries(self.path)
+        for folder in {self.path, self.checkpoint.parent}:
+            files.remove_temporaries(folder)
 
     def unlock(self) -> None:
         """Let other runs in. Where nothing was written, the lock's file goes, too."""

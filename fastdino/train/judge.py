@@ -57,6 +57,8 @@ class Judge:
         found: Found | None = {}
         parts = self._parts
         names = list(parts.config.evaluations) if names is None else names
+        if names:
+            parts.gather()
         if parts.process.is_main and names and parts.source.labels is not None:
             try:
                 with self._stop.interruptible():

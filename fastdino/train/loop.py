@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdino.data.loader import MAX_BAD, Batch
 from fastdino.errors import TrainingError
-from fastdino.train import distributed, memory
+from fastdino.train import distributed, memory, sharded_checkpoint
 from fastdino.train.build import Own, assemble
 from fastdino.train.config import TrainConfig
 from fastdino.train.console import Console
@@ -60,7 +60,8 @@ class Run:
         self.loggers = asked_loggers(config)
         self.console = Console(process.is_main)
         self.stop = Stop(speaks=process.is_main)
-        self.folder = RunFolder(config.output_dir, config.disk_wait * 60, self.console.say, self.stop)
+        checkpoint = f"{sharded_checkpoint.FOLDER}/{sharded_checkpoint.RUN}" if config.fsdp else "checkpoint.pth"
+        self.folder = RunFolder(config.output_dir, config.disk_wait * 60, self.console.say, self.stop, checkpoint)
         self.folder.check()
         distributed.main_first(self.folder.lock)
         try:
@@ -89,6 +90,7 @@ class Run:
                     sinks.close()
                 raise
             sinks.close()
+            self.parts.gather()
             result = TrainResult(
                 epochs=self.epochs,
                 before=self.judge.before,
@@ -112,8 +114,8 @@ class Run:
             meter = self._train_epoch(sinks)
             if self.iteration == (self.epochs + 1) * self.niter and self._finish_epoch(meter, sinks):
                 continue
-            stopped = {"meter": meter.state()}
-            distributed.main_first(partial(self.parts.save, self.epochs, self.iteration, stopped))
+            stopped, shards = {"meter": meter.state()}, self.parts.write_shards()
+            distributed.main_first(partial(self.parts.save, self.epochs, self.iteration, stopped, shards))
         if self.resumed.epoch == config.epochs:  # when nothing was left to do
             self.judge.evaluate("of the finished run")
 
@@ -216,10 +218,13 @@ class Run:
         if found is None:
             return False
         self.epochs += 1
-        distributed.main_first(partial(self._commit, meter, bad, found, sinks))
+        shards = self.parts.write_shards()
+        distributed.main_first(partial(self._commit, meter, bad, found, sinks, shards))
         return True
 
-    def _commit(self, meter: Meter, bad: Sequence[str], found: dict[str, float], sinks: Sinks) -> None:
+    def _commit(
+        self, meter: Meter, bad: Sequence[str], found: dict[str, float], sinks: Sinks, shards: str | None
+    ) -> None:
         """Save the epoch and tell of it.
 
         The checkpoint holds the epoch's line of the log: once it is written the epoch is done, and what a kill then
@@ -233,7 +238,7 @@ class Run:
         if bad:
             entry["bad_images"] = len(bad)
             self.folder.replace("bad_images.txt", "\n".join([*bad, ""]))
-        self.parts.save(self.epochs, progress={"entry": entry})
+        self.parts.save(self.epochs, progress={"entry": entry}, shards=shards)
         sinks.epoch(entry)
         self.parts.keep(self.epochs)
         remark(self.parts, meter.seconds, meter.data_wait, bad, self.console.say)

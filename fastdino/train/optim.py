@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, ScheduleTable
+from fastdino.train.sharding import is_sharded, local
 from fastdino.train.tuning import DINOS_TUNING, Tuning, column_names
 from fastdino_kernels import ClipAdamWEMA, ema_update_
 
@@ -20,7 +22,17 @@ from fastdino_kernels import ClipAdamWEMA, ema_update_
 def gradient_norms(model: nn.Module) -> Tensor:
     """(number of gradients,) the norm of each parameter's gradient, on the device."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(0)
+    return _lengths(grads) if grads else torch.zeros(0)
+
+
+def _lengths(grads: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """(len(grads),) their norms, computed in dtype; of gradients in parts, over the parts of all processes."""
+    lengths = torch.stack(torch._foreach_norm([local(grad) for grad in grads], 2, dtype))
+    if grads[0] is local(grads[0]):
+        return lengths
+    squares = lengths.square_()
+    dist.all_reduce(squares)
+    return squares.sqrt_()
 
 
 @torch.no_grad()
@@ -31,7 +43,7 @@ def clip_gradients(model: nn.Module, clip: float) -> Tensor:
     """
     norms = gradient_norms(model)
     if len(norms):
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
         torch._foreach_mul_(grads, list((clip / (norms + 1e-6)).clamp(max=1.0).unbind()))
     return norms
 
@@ -43,10 +55,10 @@ def clip_modules(modules: Sequence[Sequence[Tensor]], clip: float) -> Tensor:
     modules: the gradients of each. Returns the norms before clipping, (modules,) fp32 or more, on the device.
     """
     full = torch.promote_types(modules[0][0].dtype, torch.float32)
-    norms = [torch.stack(torch._foreach_norm(list(grads), 2, full)).norm() for grads in modules]
+    norms = [_lengths(grads, full).norm() for grads in modules]
     for grads, norm in zip(modules, norms) if clip else ():
         # In half precision a launch for each tensor: PyTorch's fast one wants the factor in their dtype, and rounded.
-        torch._foreach_mul_(list(grads), (clip / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([local(grad) for grad in grads], (clip / (norm + 1e-6)).clamp(max=1.0))
     return torch.stack(norms)
 
 
@@ -208,8 +220,8 @@ class HostUpdate:
         self.optimizer = OPTIMIZERS[optimizer]([{"params": group.params} for group in tuning.groups(student)])
         for group in self.optimizer.param_groups if "betas" in self.optimizer.defaults else ():
             group["betas"] = tuning.betas
-        self._student_params = [p.detach() for p in student.parameters()]
-        self._teacher_params = [p.detach() for p in teacher.parameters()]
+        self._student_params = [local(p.detach()) for p in student.parameters()]
+        self._teacher_params = [local(p.detach()) for p in teacher.parameters()]
 
     def __call__(self, row: Row) -> Tensor:
         """One update. Gradients come in scaled, and averaged over processes: all of them skip a step, or none."""
@@ -239,10 +251,16 @@ class HostUpdate:
         return clip_gradients(self.student, clip) if clip else gradient_norms(self.student)
 
 
-# What `--optimizer` accepts. adamw is made here for fp16's scaler alone; else the step takes FusedUpdate, whose
-# state_dict is the same.
+def _adamw(groups: list[dict[str, Any]]) -> AdamW:
+    """Learning rate and weight decay come from the schedules. Of parts PyTorch would update one after another."""
+    in_parts = any(hasattr(param, "to_local") for group in groups for param in group["params"])
+    return AdamW(groups, lr=0.0, fused=in_parts or None)
+
+
+# What `--optimizer` accepts. adamw is made here for fp16's scaler, and for networks in parts; else the step takes
+# FusedUpdate, whose state_dict is the same.
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
-    "adamw": lambda groups: AdamW(groups, lr=0.0),  # lr and weight decay come from the schedules
+    "adamw": _adamw,
     "sgd": lambda groups: SGD(groups, lr=0.0, momentum=0.9),
     "lars": LARS,
 }
@@ -275,7 +293,7 @@ def make_update(
 
     schedule: with the columns of `tuning.columns`. clip_grad: the largest norm of a gradient, 0 for none.
     """
-    if is_fused(optimizer, networks.amp_dtype):
+    if is_fused(optimizer, networks.amp_dtype) and not is_sharded(masters[0]):
         return FusedUpdate(*masters, row=schedule.row, clip_grad=clip_grad, tuning=tuning, copies=networks.copies)
     fp16 = networks.amp_dtype == torch.float16
     scaler = torch.amp.GradScaler(networks.device_type) if fp16 else None

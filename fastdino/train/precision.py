@@ -12,6 +12,7 @@ from fastdino.errors import UserError
 from fastdino.model import MultiCrop
 from fastdino.objectives import Objective
 from fastdino.train.config import TrainConfig
+from fastdino.train.sharding import is_sharded
 
 
 def amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
@@ -42,11 +43,13 @@ class Networks:
     def __init__(self, student: MultiCrop, teacher: MultiCrop, amp_dtype: torch.dtype | None, on_copies: bool) -> None:
         master = next(student.parameters())
         self.device_type, self.amp_dtype, self.dtype = master.device.type, amp_dtype, amp_dtype or master.dtype
-        self._autocasts = amp_dtype is not None and not on_copies
+        # Networks in parts compute on copies of their own, which come and go with each block.
+        casts_itself = is_sharded(student)
+        self._autocasts = amp_dtype is not None and not on_copies and not casts_itself
         self.crop_dtype = master.dtype if self._autocasts else self.dtype
         self.student, self.teacher = student, teacher
         self.copies: list[tuple[Tensor, Tensor]] = []
-        if amp_dtype is not None and on_copies:
+        if amp_dtype is not None and on_copies and not casts_itself:
             self.student, copies = low_precision_twin(student, amp_dtype)
             self.teacher, teacher_copies = low_precision_twin(teacher, amp_dtype)
             self.copies = copies + teacher_copies

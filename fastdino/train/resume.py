@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fastdino.errors import UserError, printable
+from fastdino.train import sharded_checkpoint
 from fastdino.train.checkpoint import load_checkpoint, restore
 from fastdino.train.config import TrainConfig
 from fastdino.train.contents import check
@@ -28,7 +29,7 @@ IMPOSSIBLE = {
 HARMLESS = {
     "preset", "step", "compile", "attention", "mlp", "checkpointing", "num_workers", "eval", "knn_freq", "linear_freq",
     "knn_k", "knn_images", "val_path", "eval_resize", "attention_images", "output_dir", "tensorboard", "wandb",
-    "mlflow", "saveckp_freq", "disk_wait", "resume", "device", "dist_url", "local_rank",
+    "mlflow", "saveckp_freq", "disk_wait", "fsdp", "resume", "device", "dist_url", "local_rank",
 }  # fmt: skip
 
 Changes = dict[str, tuple[Any, Any]]
@@ -95,8 +96,9 @@ def resume(config: TrainConfig, folder: RunFolder, step: TrainStep, niter: int, 
     of another run: with the reason, and with what can be used instead.
     """
     if not (config.resume and os.path.lexists(folder.checkpoint)):
+        _check_no_other(config, folder)
         return Resumed()
-    parts = {
+    parts: dict[str, Any] = {
         "student": step.student,
         "teacher": step.teacher,
         "optimizer": step.update.optimizer,
@@ -115,7 +117,10 @@ def resume(config: TrainConfig, folder: RunFolder, step: TrainStep, niter: int, 
         raise UserError(f"{cannot}it is of a run with {', '.join(other)}. --resume false starts anew")
     try:
         progress = _progress(checkpoint, step.metric_names)
-        restore(checkpoint, **parts)
+        if config.fsdp:
+            sharded_checkpoint.restore(folder.checkpoint.parent, checkpoint, **parts)
+        else:
+            restore(checkpoint, **parts)
     except UserError as error:
         since = shown(found, found.keys() - HARMLESS)
         more = f" (changed since: {', '.join(since)})" if since else ""
@@ -128,6 +133,16 @@ def resume(config: TrainConfig, folder: RunFolder, step: TrainStep, niter: int, 
         if progress.get(key, now[key]) != now[key]:
             found[name] = progress[key], now[key]
     return _where(checkpoint, folder, found, now, now | progress, notes)
+
+
+def _check_no_other(config: TrainConfig, folder: RunFolder) -> None:
+    """Raise UserError where the folder holds the checkpoint of a run that has --fsdp, and this one not, or reversed."""
+    other = folder.path / ("checkpoint.pth" if config.fsdp else f"{sharded_checkpoint.FOLDER}/{sharded_checkpoint.RUN}")
+    if config.resume and other.exists():
+        raise UserError(
+            f"cannot resume from {other}, which is of a run with --fsdp {str(not config.fsdp).lower()}: go on with "
+            "that, or --resume false starts anew"
+        )
 
 
 def _is_count(value: Any) -> bool:

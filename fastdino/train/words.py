@@ -119,7 +119,9 @@ def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
         say(f"resume with: {command_line(config, parts.process.world_size, parts.preset)}")
         return
     folder.write("attention.png", lambda path: _draw(parts, path, say))
-    held_out = parts.held_out
+    if config.fsdp:
+        folder.write("checkpoint.pth", parts.consolidate)
+    held_out, checkpoint = parts.held_out, folder.path / "checkpoint.pth"
     on = f"{len(held_out)} held-out images" if held_out else "the training images, leave-one-out"
     for name, value in after.items():
         at_first = f"{before[name]:.4f} before training, " if name in before else ""
@@ -130,10 +132,10 @@ def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
     if parts.is_built_in and config.arch.startswith(TIMM):
         say(f'use it  network = timm.create_model("{config.arch.removeprefix(TIMM)}", num_classes=0)')
         say(f'        network.load_state_dict(torch.load("{folder.path / BACKBONE}")), or')
-        say(f"        fastdino features | knn --pretrained_weights {folder.checkpoint}")
+        say(f"        fastdino features | knn --pretrained_weights {checkpoint}")
     elif parts.is_built_in:
         say(f'use it  fastdino.load_backbone("{folder.path / BACKBONE}"), or')
-        say(f"        fastdino features | knn | attention | export --pretrained_weights {folder.checkpoint}")
+        say(f"        fastdino features | knn | attention | export --pretrained_weights {checkpoint}")
 
 
 def _draw(parts: Parts, path: Path, say: Say) -> None:

@@ -1,0 +1,198 @@
+"""--fsdp: networks in parts on two and on four processes are those of one, and so is what a run leaves behind."""
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import masked_steps
+import pytest
+import torch
+from sharded_processes import SCENARIOS, steps, weights
+
+import fastdino
+from fastdino import cli, load_checkpoint
+from fastdino.errors import UserError
+from fastdino.train import sharded_checkpoint
+from fastdino.train.checkpoint import save_checkpoint
+from fastdino.train.config import TrainConfig
+
+HERE = Path(__file__).parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+FLAGS = "--epochs 2 --warmup_epochs 0 --freeze_last_layer 1 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16"
+FLAGS += " --use_bn_in_head false --drop_path_rate 0 --local_crops_number 2 --num_workers 0 --knn_freq 1"
+FLAGS += " --clip_grad 0.3 --lr 0.0005 --arch vit_nano --patch_size 12 --local_crops_size 12 --resume true"
+BATCH = 476
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_parts_learn_what_one_piece_learns(processes):
+    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*LAUNCH, f"--nproc_per_node={processes}", str(HERE / "sharded_processes.py")],
+        capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    for name, options in SCENARIOS.items():
+        step, metrics = steps(options, processes)
+        found = torch.tensor(seen[name]["weights"], dtype=torch.float64)
+        assert torch.allclose(found, weights(step)[::97], rtol=0, atol=1e-10), name
+        assert seen[name]["grad_norm"] == pytest.approx(float(metrics.grad_norm), rel=1e-10), name
+        assert seen[name]["share"] < 1.05 / processes, name  # of the weights; rows do not divide evenly
+    in_bf16, kinds = seen["bf16"], {"master": "float32", "grad": "float32", "cls": "float32", "logits": "bfloat16"}
+    assert {name: in_bf16[name] for name in kinds} == {name: f"torch.{kind}" for name, kind in kinds.items()}
+    step = masked_steps.make_step("dinov3", koleo=0.0, amp_dtype=torch.bfloat16, accumulate=processes)
+    views = [masked_steps.make_views(i, n_parts=processes) for i in range(3)]
+    assert in_bf16["losses"] == pytest.approx([float(step(x, i).loss) for i, x in enumerate(views)], rel=2e-2)
+
+
+def train(processes, folder, *flags):
+    """A run in the background, as people start it."""
+    program = ["-m", "fastdino.train", *FLAGS.split(), "--batch_size_per_gpu", str(BATCH // processes)]
+    launch = [*LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    return subprocess.Popen(
+        [*launch, *program, "--output_dir", str(folder), *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def kill(folder):
+    """All processes of the run there: those of torchrun have groups of their own."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder) in path.read_text():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path):
+    folder, one = tmp_path / "run", tmp_path / "one"
+    process, started = train(2, folder, "--fsdp", "true"), time.monotonic()
+    while not (folder / "checkpoint.dcp" / "run.pth").exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() - started < 120
+        time.sleep(0.05)
+    kill(folder)
+    process.communicate()
+    (folder / "checkpoint.dcp" / "shards-00000000").mkdir()  # of a run that was killed while it saved
+
+    runs = train(4, folder, "--fsdp", "true"), train(1, one)
+    said, in_one_piece = (run.communicate(timeout=200)[0] for run in runs)
+    assert [run.returncode for run in runs] == [0, 0], said + in_one_piece
+    assert f"resumed {folder}/checkpoint.dcp/run.pth after 1 epoch" in said
+    assert "Warning" not in said
+    expected, found = (load_checkpoint(path / "checkpoint.pth") for path in (one, folder))
+    assert expected.keys() == found.keys()
+    assert expected["optimizer"]["state"].keys() == found["optimizer"]["state"].keys()
+    for part in ("student", "teacher", "dino_loss"):
+        assert expected[part].keys() == found[part].keys()
+        for name, value in expected[part].items():
+            other = found[part][name]
+            if name.endswith("attn.qkv.bias"):  # the keys' third walks on rounding noise
+                value, other = (torch.cat([x[: len(x) // 3], x[2 * len(x) // 3 :]]) for x in (value, other))
+            assert float((other - value).abs().max()) < 2e-5, name
+    current = load_checkpoint(folder / "checkpoint.dcp" / "run.pth")["shards"]
+    assert [path.name for path in (folder / "checkpoint.dcp").glob("shards-*")] == [current]
+    names = ("checkpoint.dcp", "checkpoint.pth", "backbone.pth")
+    first, *others = (fastdino.load_backbone(folder / name).state_dict() for name in names)
+    for name, value in first.items():
+        assert all(torch.equal(value, other[name]) for other in others), name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint.dcp as one process writes it, after a step."""
+    step, folder = masked_steps.make_step(), tmp_path / "run" / "checkpoint.dcp"
+    step(masked_steps.make_views(), 0)
+    networks = {"student": step.student, "teacher": step.teacher, "optimizer": step.update.optimizer}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is one process
+        shards = sharded_checkpoint.write(folder, sharded_checkpoint.in_parts(**networks))
+    save_checkpoint(folder / "run.pth", **networks, loss=step.loss, epoch=1, config=TrainConfig(), shards=shards)
+    return folder
+
+
+def test_it_is_put_into_another_step(folder):
+    step = masked_steps.make_step()
+    parts = {"student": step.student, "teacher": step.teacher, "optimizer": step.update.optimizer, "loss": step.loss}
+    sharded_checkpoint.restore(folder, load_checkpoint(folder / "run.pth"), **parts, optimizer_name="adamw")
+    held = load_checkpoint(folder)
+    assert all(torch.equal(x, held["student"][f"module.{name}"]) for name, x in step.student.state_dict().items())
+    state = step.update.optimizer.state_dict()["state"]
+    assert state.keys() == held["optimizer"]["state"].keys()
+    assert all(torch.equal(x, held["optimizer"]["state"][i][key]) for i in state for key, x in state[i].items())
+
+
+def test_parts_of_another_model_are_refused(folder):
+    step = masked_steps.make_step(networks=masked_steps.make_networks("dinov3"))
+    parts = {"student": step.student, "teacher": step.teacher, "optimizer": step.update.optimizer, "loss": step.loss}
+    before = [p.detach().clone() for p in step.student.parameters()]
+    with pytest.raises(UserError, match="the checkpoint is of another model: student: "):
+        sharded_checkpoint.restore(folder, load_checkpoint(folder / "run.pth"), **parts, optimizer_name="adamw")
+    assert all(map(torch.equal, before, step.student.parameters()))
+
+
+def test_without_fsdp_its_folder_is_not_overwritten(folder, capsys):
+    assert cli.main(["train", *FLAGS.split(), "--output_dir", str(folder.parent)]) == 2
+    assert "which is of a run with --fsdp true: go on with that" in capsys.readouterr().err
+
+
+class Runs:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/fastdino_pickle_ran",))
+
+
+def spoil(shards, how):
+    metadata, parts = shards / ".metadata", sorted(shards.glob("*.distcp"))
+    if how == "code":
+        metadata.write_bytes(pickle.dumps(Runs()))
+    elif how == "cut metadata":
+        metadata.write_bytes(metadata.read_bytes()[:100])
+    elif how == "no metadata":
+        metadata.unlink()
+    elif how == "a part missing":
+        parts[0].unlink()
+    elif how == "a part cut":
+        parts[0].write_bytes(parts[0].read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("code", "holds pickled code, which is refused: posix.system"),
+        ("cut metadata", "cannot be read: "),
+        ("no metadata", "cannot be read: FileNotFoundError"),
+        ("a part missing", "cannot be read: FileNotFoundError"),
+        ("a part cut", "cannot be read: "),
+    ],
+)
+def test_damaged_parts_are_one_line(folder, how, words):
+    spoil(next(folder.glob("shards-*")), how)
+    with pytest.raises(UserError) as raised:
+        load_checkpoint(folder)
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not Path("/tmp/fastdino_pickle_ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("", "--fsdp: expected several processes: torchrun"),
+        ("--use_bn_in_head true", "--use_bn_in_head: expected false with --fsdp, whose heads are in parts, got true"),
+        ("--step graph", "--step: expected auto or eager with --fsdp, got graph"),
+        ("--optimizer lars", "--optimizer: expected adamw with --fsdp, got lars"),
+        ("--amp_dtype fp16", "--amp_dtype: expected auto or bf16 with --fsdp, got fp16"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(flags, words, tmp_path, capsys):
+    command = ["train", *FLAGS.split(), "--fsdp", "true", *flags.split(), "--output_dir", str(tmp_path / "run")]
+    assert cli.main(command) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
