@@ -387,7 +387,7 @@ def train(cfg, tensors, dtype):
         step.schedule.seek(i)
         metrics = step(_views(tensors, i, dtype), i)
         out["total_loss"].append(float(metrics.loss))
-        out["grad_norm"].append(step.update.module_norms)
+        out["grad_norm"].append(step.update.optimizer.grad_norms.clone())
     out["total_loss"] = torch.tensor(out["total_loss"], dtype=torch.float64)
     out["grad_norm"] = torch.stack(out["grad_norm"])
     for name, module in (("student", step.student), ("teacher", step.teacher)):

@@ -57,15 +57,14 @@ def clip_modules(modules: Sequence[Sequence[Tensor]], clip: float) -> Tensor:
     full = torch.promote_types(modules[0][0].dtype, torch.float32)
     norms = [_lengths(grads, full).norm() for grads in modules]
     for grads, norm in zip(modules, norms) if clip else ():
-        # In half precision a launch for each tensor: PyTorch's fast one wants the factor in their dtype, and rounded.
         torch._foreach_mul_([local(grad) for grad in grads], (clip / (norm + 1e-6)).clamp(max=1.0))
     return torch.stack(norms)
 
 
-def gradients_by_module(model: nn.Module, grad_of: Callable[[Tensor], Tensor | None]) -> list[list[Tensor]]:
-    """Of each direct child of the model: the gradients of its parameters, as grad_of finds them."""
-    found = ([grad_of(p) for p in child.parameters() if p.requires_grad] for child in model.children())
-    return [kept for grads in found if (kept := [grad for grad in grads if grad is not None])]
+def gradients_by_module(model: nn.Module) -> list[list[Tensor]]:
+    """Of each direct child of the model: the gradients of its parameters."""
+    found = ([p.grad for p in child.parameters() if p.grad is not None] for child in model.children())
+    return [grads for grads in found if grads]
 
 
 def cancel_last_layer_gradients(model: nn.Module) -> None:
@@ -144,10 +143,7 @@ class Update(Protocol):
 
 
 class FusedUpdate:
-    """AdamW, the clip, freezing, the EMA and the low-precision copies, in the two launches of ClipAdamWEMA.
-
-    Gradients are clipped by modules before that, in launches of their own.
-    """
+    """AdamW, the clip, freezing, the EMA and the low-precision copies, in the few launches of ClipAdamWEMA."""
 
     scaler = None
     capturable = True
@@ -162,22 +158,21 @@ class FusedUpdate:
         tuning: Tuning = DINOS_TUNING,
         copies: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> None:
-        self._student, self._clip_grad, self._tuning = student, clip_grad, tuning
         groups = tuning.groups(student)
         self.optimizer = ClipAdamWEMA(
             [{"params": group.params} for group in groups],
             lr=0.0,
             betas=tuning.betas,
-            clip_grad=0.0 if tuning.clips_modules else clip_grad,
+            clip_grad=clip_grad,
             teacher=zip(student.parameters(), teacher.parameters()),
             copies=copies,
-            track_grad_norms=not tuning.clips_modules,
+            track_grad_norms=True,
+            clip_together=[child.parameters() for child in student.children()] if tuning.clips_modules else (),
         )
         for i, group in enumerate(self.optimizer.param_groups):  # the schedules' own tensors, which change in place
             group["lr"], group["weight_decay"] = (row[name] for name in column_names(i))
         self.optimizer.momentum = row["momentum"]
         self._last_layer = [p for name, p in student.named_parameters() if "last_layer" in name and p.requires_grad]
-        self.module_norms = torch.zeros(0)
         self._is_backbone: Tensor | None = None  # (len(tensors),) bool, made on the device
         if "backbone_frozen" in row:
             self.optimizer.freeze_(p for name, p in student.named_parameters() if name.startswith("backbone."))
@@ -185,16 +180,11 @@ class FusedUpdate:
 
     def __call__(self, row: Row) -> Tensor:
         """One update; a graph reads the row again at each replay."""
-        if self._tuning.clips_modules:
-            grads = gradients_by_module(self._student, self.optimizer.grad_of)
-            self.module_norms = clip_modules(grads, self._clip_grad)
         if self._is_backbone is not None:  # all at once: it has a hundred parameters and more
             torch.logical_and(self._is_backbone, row["backbone_frozen"] > 0, out=self.optimizer.frozen)
         if "frozen" in row:
             self.optimizer.freeze_(self._last_layer, row["frozen"] > 0)
         self.optimizer.step()
-        if self._tuning.clips_modules:
-            return self.module_norms.norm()
         assert self.optimizer.grad_norms is not None
         return self.optimizer.grad_norms.norm()
 
@@ -247,7 +237,7 @@ class HostUpdate:
     def _clip(self) -> Tensor:
         clip = self._clip_grad
         if self._tuning.clips_modules:
-            return clip_modules(gradients_by_module(self.student, lambda p: p.grad), clip)
+            return clip_modules(gradients_by_module(self.student), clip)
         return clip_gradients(self.student, clip) if clip else gradient_norms(self.student)
 
 

@@ -1,6 +1,6 @@
-"""Per-tensor clip, AdamW, the teacher's EMA and low-precision copies: a model's whole update in two launches.
+"""Clip, AdamW, the teacher's EMA and low-precision copies: a model's whole update in two launches.
 
-    grad       <- grad * min(1, clip / (|grad| + 1e-6))                          |.| over one tensor, as DINO clips
+    grad       <- grad * min(1, clip / (|grad| + 1e-6))         |.| over one tensor, as DINO clips, or over a set
     exp_avg    <- beta1 * exp_avg    + (1 - beta1) * grad
     exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * grad**2
     param      <- param * (1 - lr * weight_decay)
@@ -12,7 +12,8 @@ Memory, in bytes per fp32 parameter: 4 for the norms (the gradient), then 20 rea
 and 16 written, 4 more with bf16 copies of student and teacher: 44, and 4 less where nothing asks for the norms. The
 best from libraries (fused AdamW, foreach norms and EMA, casts) moves 64 and looks at the norms one tensor at a time.
 Launch 1 sums squares per chunk and counts the steps. Launch 2 adds up the chunks of its tensor, each program for
-itself and in the same order: no atomics, the same bits on every run.
+itself and in the same order: no atomics, the same bits on every run. Where sets of tensors are clipped together, as in
+DINOv2, a launch between the two adds up the chunks of each set.
 Whatever may change from step to step is read on the device: lr and weight decay per group, momentum, step counts, and
 which tensors are frozen.
 Dtypes: params, moments and teachers in fp32; gradients and copies in fp32, bf16 or fp16; fp64 is the reference's.
@@ -49,13 +50,14 @@ FIRST_CHUNK = tl.constexpr(3)
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ = tl.constexpr(4), tl.constexpr(6), tl.constexpr(8), tl.constexpr(10)
 TEACHER, PARAM_COPY, TEACHER_COPY = tl.constexpr(12), tl.constexpr(14), tl.constexpr(16)
 STEP, LR, WEIGHT_DECAY, FROZEN, GRAD_NORM = (tl.constexpr(i) for i in range(18, 23))
-WIDTH = tl.constexpr(23)
+CLIP_SET = tl.constexpr(23)  # a number, and no address
+WIDTH = tl.constexpr(24)
 
 # Elements per program of launch 1, each with a partial sum of squares, and of launch 2, which goes through its own in
 # BLOCKs. The last layer of ViT-S, 65536 x 256, has 512 partial sums: 2 KB that a program of launch 2 reads from the L2
 # beside its 160 KB from memory.
 CHUNK, SPAN = 32768, 4096
-PARTIALS = tl.constexpr(512)  # partial sums that launch 2 reads at once
+PARTIALS = tl.constexpr(512)  # partial sums that launch 2, or the one before it, reads at once
 
 
 @triton.jit
@@ -128,6 +130,42 @@ def _grad_norm_kernel(
         tl.store(corrections_ptr + tensor * 2 + 1, tl.sqrt(correction2).to(tl.float32))
 
 
+# A program per set. Reads 24 bytes per chunk of the model, some 30 KB of ViT-S, out of the L2.
+@triton.jit
+def _set_norm_kernel(
+    rows_ptr,  # (tensors, WIDTH) int64
+    chunks_ptr,  # (chunks,) int32
+    partials_ptr,  # (chunks,) fp32
+    set_norms_ptr,  # (sets,) fp32
+    n_chunks,
+):
+    lanes = tl.arange(0, PARTIALS)
+    total = tl.zeros((PARTIALS,), tl.float32)
+    for first in range(0, n_chunks, PARTIALS):
+        left = first + lanes < n_chunks
+        tensors = tl.load(chunks_ptr + first + lanes, mask=left, other=0).to(tl.int64)
+        grads = tl.load(rows_ptr + tensors * WIDTH + GRAD, mask=left, other=0)
+        sets = tl.load(rows_ptr + tensors * WIDTH + CLIP_SET, mask=left, other=-1)
+        mine = (grads != 0) & (sets == tl.program_id(0))  # without a gradient, nothing was stored
+        total += tl.load(partials_ptr + first + lanes, mask=mine, other=0.0)
+    tl.store(set_norms_ptr + tl.program_id(0), tl.sqrt(tl.sum(total)))
+
+
+@triton.jit
+def _norm_of_tensor(row, partials_ptr, start, numel, CHUNK: tl.constexpr):
+    lanes = tl.arange(0, PARTIALS)
+    n_chunks = tl.maximum(tl.cdiv(numel, CHUNK), 1)
+    total = tl.zeros((PARTIALS,), tl.float32)
+    for chunk in range(0, n_chunks, PARTIALS):
+        chunks = tl.load(row + FIRST_CHUNK) + chunk + lanes
+        total += tl.load(partials_ptr + chunks, mask=chunk + lanes < n_chunks, other=0.0)
+    grad_norm = tl.sqrt(tl.sum(total))
+    norm_ptr = tl.load(row + GRAD_NORM).to(tl.pointer_type(tl.float32))
+    grad_norm = tl.where(tl.load(row + GRAD) != 0, grad_norm, 0.0)
+    tl.store(norm_ptr, grad_norm, mask=(tl.load(row + GRAD_NORM) != 0) & (start == 0))
+    return grad_norm
+
+
 @triton.jit
 def _update_block(
     row,
@@ -171,7 +209,7 @@ def _update_block(
 
 
 # Reads 20 bytes per parameter and writes 16, and 4 more with both bf16 copies; beside them each program reads a row of
-# 184 and its tensor's partial sums, which stay in the L2. Frozen tensors: reads 8, writes 4. Four elements per thread:
+# 192 and its tensor's partial sums, which stay in the L2. Frozen tensors: reads 8, writes 4. Four elements per thread:
 # fp32 moves 128 bits at a time and bf16 64, because with eight the nine operands spill (8 bytes of stack on sm_90).
 @triton.jit
 def _clip_adamw_ema_kernel(
@@ -180,6 +218,7 @@ def _clip_adamw_ema_kernel(
     partials_ptr,  # (chunks,) fp32
     corrections_ptr,  # (tensors, 2) fp32
     momentum_ptr,  # (), None without teachers
+    set_norms_ptr,  # (sets,) fp32, None where each tensor is clipped by itself
     clip,  # 0: off
     beta1,
     weight1,  # 1 - beta1
@@ -203,20 +242,14 @@ def _clip_adamw_ema_kernel(
 
     coefficient = 1.0
     if NORMS:
-        lanes = tl.arange(0, PARTIALS)
-        n_chunks = tl.maximum(tl.cdiv(numel, CHUNK), 1)
-        total = tl.zeros((PARTIALS,), tl.float32)
-        for chunk in range(0, n_chunks, PARTIALS):
-            chunks = tl.load(row + FIRST_CHUNK) + chunk + lanes
-            total += tl.load(partials_ptr + chunks, mask=chunk + lanes < n_chunks, other=0.0)
-        grad_norm = tl.sqrt(tl.sum(total))
+        if set_norms_ptr is not None:
+            grad_norm = tl.load(set_norms_ptr + tl.load(row + CLIP_SET))
+        else:
+            grad_norm = _norm_of_tensor(row, partials_ptr, start, numel, CHUNK)
         coefficient = clip / (grad_norm + 1e-6)
         coefficient = tl.where(
             (clip > 0) & (coefficient < 1), coefficient, 1.0
         )  # 1 where the norm is NaN, as DINO has it
-        norm_ptr = tl.load(row + GRAD_NORM).to(tl.pointer_type(tl.float32))
-        grad_norm = tl.where(tl.load(row + GRAD) != 0, grad_norm, 0.0)
-        tl.store(norm_ptr, grad_norm, mask=(tl.load(row + GRAD_NORM) != 0) & (start == 0))
 
     momentum = 1.0
     if momentum_ptr is not None:
@@ -274,6 +307,7 @@ def _clip_adamw_ema_(
     momentum: Tensor | None,
     frozen: Tensor | None,
     grad_norms: Tensor | None,
+    clip_sets: Sequence[int],  # one per param, or none
 ) -> None:
     norms_launch, launch = LAUNCH["grad_norm"], LAUNCH["clip_adamw_ema"]
     n = len(params)
@@ -298,7 +332,8 @@ def _clip_adamw_ema_(
             scalar_column([lrs[group] for group in groups], range(n), n),
             scalar_column([weight_decays[group] for group in groups], range(n), n),
             element_column(frozen, n),
-            element_column(grad_norms, n),
+            (0,) * n if clip_sets else element_column(grad_norms, n),
+            tuple(clip_sets) or (0,) * n,
         ],
     )
 
@@ -311,8 +346,11 @@ def _clip_adamw_ema_(
             rows, chunks, partials, corrections, _log(beta1), _log(beta2), grad_type, norms, CHUNK, norms_launch.block,
             num_warps=norms_launch.num_warps,
         )  # fmt: skip
+        set_norms = grad_norms if clip_sets else None
+        if set_norms is not None:
+            _set_norm_kernel[(set_norms.numel(),)](rows, chunks, partials, set_norms, chunks.numel(), num_warps=4)
         _clip_adamw_ema_kernel[(programs.numel(),)](
-            rows, programs, partials, corrections, momentum, clip, beta1, 1 - beta1, beta2, 1 - beta2, eps,
+            rows, programs, partials, corrections, momentum, set_norms, clip, beta1, 1 - beta1, beta2, 1 - beta2, eps,
             grad_type, common_type(param_copies), common_type(teacher_copies), norms, CHUNK, SPAN,
             launch.block, num_warps=launch.num_warps,
         )  # fmt: skip
@@ -362,6 +400,7 @@ def _library_update_(
     momentum: float | Tensor,
     frozen: Tensor | None,
     grad_norms: Tensor | None,
+    clip_sets: Sequence[int] = (),
 ) -> None:
     """The reference's update from PyTorch's fused and foreach calls: what a CPU, which has no Triton, does fastest.
 
@@ -376,12 +415,17 @@ def _library_update_(
     grads, updated = _present(in_full)
     wanted = grads and (clip or grad_norms is not None)
     norm_of = dict(zip(updated, torch._foreach_norm(grads))) if wanted else {}
+    if clip_sets:
+        for number in set(clip_sets):
+            members = [i for i in norm_of if clip_sets[i] == number]
+            if members:
+                norm_of |= dict.fromkeys(members, torch.stack([norm_of[i] for i in members]).norm())
     scaled = dict(zip(updated, grads))
     in_pieces: dict[int, float] = {}
     groups: dict[tuple[float, float, torch.dtype], list[int]] = {}
     for i in updated:
         if grad_norms is not None:
-            grad_norms[i] = norm_of[i]
+            grad_norms[clip_sets[i] if clip_sets else i] = norm_of[i]
         if skipped[i]:
             continue
         if clip and (coefficient := float(reference.clip_coefficient(norm_of[i], clip))) < 1:
@@ -427,6 +471,7 @@ def update_(
     momentum: float | Tensor | None,
     frozen: Tensor | None,
     grad_norms: Tensor | None,
+    clip_sets: Sequence[int] = (),
 ) -> None:
     """`clip_adamw_ema_` of checked arguments, for the optimizer, whose tensors fit each other by construction."""
     grads, updated = _present(tensors.grads)
@@ -434,9 +479,9 @@ def update_(
         momentum = 1.0 if momentum is None else momentum
         per_param = [lrs[group] for group in groups], [weight_decays[group] for group in groups]
         if on_host(tensors.params[0]):
-            _library_update_(tensors, *per_param, *betas, eps, clip, momentum, frozen, grad_norms)
+            _library_update_(tensors, *per_param, *betas, eps, clip, momentum, frozen, grad_norms, clip_sets)
         else:
-            reference.clip_adamw_ema_(*tensors, *per_param, *betas, eps, clip, momentum, frozen, grad_norms)
+            reference.clip_adamw_ema_(*tensors, *per_param, *betas, eps, clip, momentum, frozen, grad_norms, clip_sets)
         return
 
     def on_device(value: float | Tensor) -> Tensor:
@@ -447,7 +492,7 @@ def update_(
         tensors.params, grads, *states, updated,
         *_present(tensors.teachers), *_present(tensors.param_copies), *_present(tensors.teacher_copies),
         [on_device(lr) for lr in lrs], [on_device(decay) for decay in weight_decays], groups, *betas, eps, clip,
-        None if momentum is None else on_device(momentum), frozen, grad_norms,
+        None if momentum is None else on_device(momentum), frozen, grad_norms, list(clip_sets),
     )  # fmt: skip
 
 
@@ -538,6 +583,7 @@ def clip_adamw_ema_(
     teacher_copies: Sequence[Tensor | None] | None = None,
     frozen: Tensor | None = None,
     grad_norms: Tensor | None = None,
+    clip_sets: Sequence[int] | None = None,
 ) -> None:
     """One optimizer step of a whole model and of its teacher, in place: clip, AdamW, EMA, copies. Two launches.
 
@@ -548,7 +594,8 @@ def clip_adamw_ema_(
     of each param. clip_grad: the norm to which each tensor's gradient is cut; 0 or None: none is. teachers: targets of
     the EMA, in the param's dtype; momentum: float in [0, 1] or a 0-D tensor. param_copies, teacher_copies: written
     with the new values, as a rule in bf16. frozen: (n,) bool; true acts like a gradient that is None.
-    grad_norms: (n,) fp32, written with the norms before the clip, 0 where there is no gradient.
+    grad_norms: (n,) fp32, written with the norms before the clip, 0 where there is no gradient. clip_sets: the set of
+    each param, from 0 on, where the gradients of a set are cut by the norm of all of them; grad_norms is then (sets,).
     Tensors are read on the device, at each replay of a captured graph; a float costs the launch that fills it in, and
     stays what it was at the capture.
     Raises ValueError where lengths, shapes, dtypes, devices or values do not fit; nothing is modified then.
@@ -575,13 +622,19 @@ def clip_adamw_ema_(
     lrs = _per_group("lr", lr, max(groups) + 1, params[0])
     weight_decays = _per_group("weight_decay", weight_decay, max(groups) + 1, params[0])
     _check_per_tensor("frozen", frozen, len(params), torch.bool, params[0])
-    _check_per_tensor("grad_norms", grad_norms, len(params), torch.float32, params[0])
+    sets = [] if clip_sets is None else list(clip_sets)
+    if sets and (len(sets) != len(params) or min(sets) < 0):
+        raise ValueError(f"clip_sets: expected {len(params)} numbers, one per param, got {sets}")
+    n_norms = max(sets) + 1 if sets else len(params)
+    if sets and grad_norms is None:
+        grad_norms = torch.zeros(n_norms, device=params[0].device)
+    _check_per_tensor("grad_norms", grad_norms, n_norms, torch.float32, params[0])
     if momentum is not None:
         check_momentum("momentum", momentum)
         check_same_device(params=params[0], momentum=momentum)
     elif teachers:
         raise ValueError("momentum: expected a number or a 0-D tensor, because there are teachers, got None")
-    update_(tensors, lrs, weight_decays, groups, betas, eps, clip_grad or 0.0, momentum, frozen, grad_norms)
+    update_(tensors, lrs, weight_decays, groups, betas, eps, clip_grad or 0.0, momentum, frozen, grad_norms, sets)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -598,11 +651,27 @@ def aot_cases() -> Iterator[AotCase]:
             aligned=(*pointers, "chunks_ptr"),
             num_warps=norms.num_warps,
         )
-    for name, grad, copy in (
-        ("fp32", fp32, fp32),
-        ("fp32, bf16 copies", fp32, bf16),
-        ("bf16 gradients and copies", bf16, bf16),
-        ("mixed gradients and copies", None, None),
+    yield AotCase(
+        name="gradient norms, of sets",
+        kernel=_set_norm_kernel,
+        signature={
+            "rows_ptr": "*i64",
+            "chunks_ptr": "*i32",
+            "partials_ptr": "*fp32",
+            "set_norms_ptr": "*fp32",
+            "n_chunks": "i32",
+        },
+        constexprs={},
+        aligned=("rows_ptr", "chunks_ptr", "partials_ptr"),
+        num_warps=4,
+        narrow_load="four partial sums a thread, of tensors looked up one by one",
+    )
+    for name, grad, copy, sets in (
+        ("fp32", fp32, fp32, None),
+        ("fp32, bf16 copies", fp32, bf16, None),
+        ("bf16 gradients and copies", bf16, bf16, None),
+        ("mixed gradients and copies", None, None, None),
+        ("bf16, sets", bf16, bf16, "*fp32"),
     ):
         yield AotCase(
             name=f"clip + AdamW + EMA, {name}",
@@ -611,9 +680,11 @@ def aot_cases() -> Iterator[AotCase]:
                 **pointers,
                 "programs_ptr": "*i32",
                 "momentum_ptr": "*fp32",
+                **({"set_norms_ptr": sets} if sets else {}),
                 **dict.fromkeys(("clip", "beta1", "weight1", "beta2", "weight2", "eps"), "fp32"),
             },
             constexprs={
+                **({} if sets else {"set_norms_ptr": None}),
                 "GRAD_TYPE": grad,
                 "PARAM_COPY_TYPE": copy,
                 "TEACHER_COPY_TYPE": copy,

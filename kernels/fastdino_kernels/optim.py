@@ -24,13 +24,14 @@ class ClipAdamWEMA(AdamW):
     them at each replay. clip_grad: norm to which each gradient is cut; 0 or None: none is.
     teacher: pairs (student's tensor, teacher's tensor), as `zip(student.parameters(), teacher.parameters())`; the
     student's may be frozen, or missing from params. copies: pairs (tensor of either model, its copy in bf16 or fp16);
-    where a param has no gradient, its copy's is taken.
+    where a param has no gradient, its copy's is taken. clip_together: sets of params whose gradients are cut by the
+    norm of all of a set, as DINOv2 does; each param is in one of them, and the groups have the same betas and eps.
     Attributes to read and to set between steps:
       momentum: of the EMA, a float in [0, 1] or a 0-D tensor on the device.
       tensors: the params in the order of the groups, then what is only averaged.
       frozen: (len(tensors),) bool on the device; see `freeze_`.
-      grad_norms: (len(tensors),) fp32 on the device, the norms before the clip; None unless there is a clip or
-        track_grad_norms asks for them.
+      grad_norms: (len(tensors),) in the params' dtype, the norms before the clip; None unless there is a clip or
+        track_grad_norms asks for them. With clip_together (sets,), and always there.
     Raises ValueError where AdamW does, and where tensors do not fit each other.
     """
 
@@ -47,6 +48,7 @@ class ClipAdamWEMA(AdamW):
         momentum: float | Tensor = 0.996,
         copies: Iterable[tuple[Tensor, Tensor]] = (),
         track_grad_norms: bool = False,
+        clip_together: Iterable[Iterable[Tensor]] = (),
     ) -> None:
         check_hyperparameters(betas, eps, clip_grad)
         check_momentum("momentum", momentum)
@@ -54,7 +56,8 @@ class ClipAdamWEMA(AdamW):
         self.momentum = momentum
         self._teacher_of = dict(teacher)
         self._copy_of = dict(copies)
-        self._track_grad_norms = track_grad_norms or self.clip_grad > 0
+        self._set_of = {x: number for number, together in enumerate(clip_together) for x in together}
+        self._track_grad_norms = track_grad_norms or self.clip_grad > 0 or bool(self._set_of)
         check_pairs("student", list(self._teacher_of), "teacher", list(self._teacher_of.values()))
         check_pairs("tensors", list(self._copy_of), "copies", list(self._copy_of.values()))
         self.tensors: list[Tensor] = []
@@ -83,7 +86,13 @@ class ClipAdamWEMA(AdamW):
         for i, x in enumerate(self.tensors):
             if x in frozen_before:
                 self.frozen[i].copy_(frozen_before[x])
-        self.grad_norms = torch.zeros(len(self.tensors), device=device) if self._track_grad_norms else None
+        self._clip_sets = [self._set_of.get(x, 0) for x in self.tensors] if self._set_of else []
+        if self._set_of and not self._set_of.keys() >= present:
+            raise ValueError("clip_together: expected each param in one of the sets, got one in none")
+        n_norms = len(self.tensors) if not self._set_of else 1 + max(self._set_of.values())
+        self.grad_norms = (
+            torch.zeros(n_norms, dtype=self.tensors[0].dtype, device=device) if self._track_grad_norms else None
+        )
 
     def freeze_(self, params: Iterable[Tensor], frozen: bool | Tensor = True) -> None:
         """Leave params out of the next steps, as if their gradients were None; or take them in again.
@@ -121,7 +130,10 @@ class ClipAdamWEMA(AdamW):
             param_copies=[self._copy_of.get(x) for x in self.tensors],
             teacher_copies=[None if x is None else self._copy_of.get(x) for x in teachers],
         )
-        for part, betas, eps in self._parts():
+        parts = list(self._parts())
+        if self._clip_sets and len(parts) > 1:
+            raise ValueError("clip_together: expected the same betas and eps in all groups, got several")
+        for part, betas, eps in parts:
             update_(
                 everything.part(part),
                 lrs,
@@ -132,7 +144,8 @@ class ClipAdamWEMA(AdamW):
                 self.clip_grad,
                 self.momentum,
                 self.frozen[part],
-                None if self.grad_norms is None else self.grad_norms[part],
+                None if self.grad_norms is None else self.grad_norms if self._clip_sets else self.grad_norms[part],
+                self._clip_sets,
             )
         return loss
 

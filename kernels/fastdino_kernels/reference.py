@@ -175,14 +175,22 @@ def clip_adamw_ema_(
     momentum: float | Tensor,
     frozen: Tensor | None,
     grad_norms: Tensor | None,
+    clip_sets: Sequence[int] = (),
 ) -> None:
-    """Per-tensor clip, AdamW (arXiv:1711.05101, in torch.optim.AdamW's form), then the EMA; one entry per tensor.
+    """Clip, AdamW (arXiv:1711.05101, in torch.optim.AdamW's form), then the EMA; one entry per tensor.
 
+    clip_sets: the set of each, where those of a set are clipped together; else each is by itself.
     Nothing looks at a value on the device: a frozen tensor's results are computed and not taken.
     """
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+    norms = [None if grad is None else torch.linalg.vector_norm(promote(grad)) for grad in grads]
+    sets = clip_sets or range(len(params))
+    norm_of: dict[int, Tensor] = {}
+    for number in sorted(set(sets)):
+        members = [norm for norm, its in zip(norms, sets) if its == number and norm is not None]
+        norm_of[number] = torch.linalg.vector_norm(torch.stack(members)) if members else torch.zeros(())
         if grad_norms is not None:
-            grad_norms[i] = 0.0 if grad is None else torch.linalg.vector_norm(promote(grad))
+            grad_norms[number] = norm_of[number]
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if grad is not None:
             exp_avg, exp_avg_sq, step = exp_avgs[i], exp_avg_sqs[i], steps[i]
             assert exp_avg is not None
@@ -190,7 +198,7 @@ def clip_adamw_ema_(
             assert step is not None
             grad = promote(grad)
             if clip:
-                grad = grad * clip_coefficient(torch.linalg.vector_norm(grad), clip)
+                grad = grad * clip_coefficient(norm_of[sets[i]].to(grad.dtype), clip)
             new_step = step + 1
             new_avg = exp_avg.lerp(grad.to(exp_avg.dtype), 1 - beta1)
             new_avg_sq = exp_avg_sq * beta2 + (1 - beta2) * grad * grad

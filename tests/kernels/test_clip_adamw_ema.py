@@ -60,6 +60,7 @@ def plain_update_(lists: dict[str, list[Any]], **settings: Any) -> None:
     reference.clip_adamw_ema_(
         *(lists[name] for name in LISTS), *per_param, *settings.get("betas", (0.9, 0.999)), settings.get("eps", 1e-8),
         settings["clip_grad"], settings["momentum"], settings.get("frozen"), settings.get("grad_norms"),
+        settings.get("clip_sets", ()),
     )  # fmt: skip
 
 
@@ -98,6 +99,24 @@ def test_norms_of_a_tensor_of_several_chunks(device: torch.device) -> None:
     expected = torch.stack([x.double().norm() for x in lists["grads"]])
     check(lists, grad_norms=norms, clip_grad=None)
     torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("grad_dtypes", [pytest.param((fp32,), id="fp32"), pytest.param((bf16,), id="bf16")])
+def test_sets_are_clipped_together(grad_dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    """As torch.nn.utils.clip_grad_norm_ does with each of DINOv2's modules. The third set has no gradient."""
+    lists = model(device, (*SHAPES, (CHUNK + 5,)), grad_dtypes)
+    lists["grads"][2] = None
+    norms, sets = torch.full((3,), torch.nan, device=device), [0, 1, 2, 0, 1, 1, 0]
+    expected = []
+    for number in range(3):
+        holders = [torch.nn.Parameter(x.double()) for x in lists["params"]]
+        for holder, grad in zip(holders, lists["grads"]):
+            holder.grad = None if grad is None else grad.double()
+        theirs = [holder for holder, its in zip(holders, sets) if its == number]
+        expected.append(float(torch.nn.utils.clip_grad_norm_(theirs, 1.0)))
+    check(lists, n_steps=2, clip_sets=sets, grad_norms=norms)
+    torch.testing.assert_close(norms.double(), torch.tensor(expected, device=device).double(), rtol=1e-5, atol=0)
+    assert sum(norm > 1 for norm in expected) == 2  # so that the clip does something
 
 
 def test_clip_is_the_originals(device: torch.device) -> None:
@@ -244,7 +263,7 @@ def op_arguments(device: torch.device) -> tuple[Any, ...]:
         lists["params"], lists["grads"][:1], lists["exp_avgs"][:1], lists["exp_avg_sqs"][:1], lists["steps"][:1], [0],
         lists["teachers"][1:], [1], lists["param_copies"], [0, 1], [], [], [lr], [lr.clone()], [0, 0],
         0.9, 0.999, 1e-8, 1.0, torch.tensor(0.9, device=device), torch.zeros(2, dtype=torch.bool, device=device),
-        torch.zeros(2, device=device),
+        torch.zeros(2, device=device), [0, 1],
     )  # fmt: skip
 
 

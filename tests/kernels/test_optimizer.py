@@ -290,6 +290,7 @@ def test_a_step_does_not_wait_for_the_device(fakegpu: torch.device) -> None:
         ({"copies": "shape"}, "(3, 2)", "(2, 3)"),
         ({"params": "dtype"}, "float32 or float64", "bfloat16"),
         ({"params": "device"}, "cpu", "meta"),
+        ({"clip_together": "others"}, "each param in one of the sets", "one in none"),
     ],
 )
 def test_construction_refuses_what_does_not_fit(kwargs: dict, expected: str, got: str) -> None:
@@ -298,6 +299,7 @@ def test_construction_refuses_what_does_not_fit(kwargs: dict, expected: str, got
         ("teacher", "shape"): [(param, torch.zeros(2, 3))],
         ("teacher", "dtype"): [(param, torch.zeros(3, 2, dtype=torch.float64))],
         ("copies", "shape"): [(param, torch.zeros(2, 3))],
+        ("clip_together", "others"): [[torch.zeros(3)]],
         ("params", "dtype"): [torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)],
         ("params", "device"): [param, torch.zeros(3, device="meta", requires_grad=True)],
     }
