@@ -50,13 +50,19 @@ class EvalTransform:
     """PIL image -> (C, size, size) fp32, as in evaluations: bicubic resize, center crop, ImageNet's normalisation.
 
     channels: C, of a backbone that takes other than 3; images are then arrays (H, W, C), or PIL's of as many bands.
+    exif_turn: turn them as EXIF says, as `--exif_turn` of the run did.
     """
 
     def __init__(
-        self, size: int = 224, resize: int | None = None, channels: int = 3, value_range: Sequence[float] = ()
+        self,
+        size: int = 224,
+        resize: int | None = None,
+        channels: int = 3,
+        value_range: Sequence[float] = (),
+        exif_turn: bool = False,
     ) -> None:
         self.view = View(resize or round(size * 8 / 7), size)
-        self.wanted = ImageFormat(channels, tuple(value_range))
+        self.wanted = ImageFormat(channels, tuple(value_range), exif_turn)
 
     def __call__(self, image: Image.Image | NDArray[Any]) -> Tensor:
         """The view of an image of any size and mode. Raises ValueError where it cannot have so many channels."""
@@ -68,13 +74,14 @@ class EvalTransform:
     def __repr__(self) -> str:
         more = f", channels={self.wanted.channels}" if self.wanted.channels != 3 else ""
         more += f", value_range={self.wanted.value_range}" if self.wanted.value_range else ""
+        more += ", exif_turn=True" if self.wanted.exif_turn else ""
         return f"EvalTransform(size={self.view.size}, resize={self.view.resize}{more})"
 
 
 def eval_transform(weights: str | Path) -> EvalTransform:
     """The transform that fits a checkpoint: the size that it was trained for. Raises UserError as `load_backbone`."""
     _, view, wanted = _opened(weights)
-    return EvalTransform(view.size, view.resize, wanted.channels, wanted.value_range)
+    return EvalTransform(view.size, view.resize, wanted.channels, wanted.value_range, wanted.exif_turn)
 
 
 def _opened(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastdino.data.augment import by_pillow
 from fastdino.data.channels import RGB, ImageFormat, as_wanted
-from fastdino.data.decode import BadImage, decode_array, open_image
+from fastdino.data.decode import BadImage
 from fastdino.data.digits import load_digits
 from fastdino.data.sources import read_file
 from fastdino.errors import UserError, printable
@@ -46,8 +46,7 @@ def opened_images(names: list[str] | None, wanted: ImageFormat = RGB) -> list[tu
     for name in names:
         try:
             data = read_file(name)
-            pixels = as_wanted(data, wanted) if wanted.converts else decode_array(open_image(data))
-            images.append((Path(name).name, pixels))
+            images.append((Path(name).name, as_wanted(data, wanted)))
         except (OSError, BadImage) as error:
             raise UserError(f"--images: {printable(name)}: {error}") from error
     return images

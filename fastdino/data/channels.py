@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 from torch import nn
 
@@ -27,6 +27,7 @@ from fastdino.data.sources import ARRAYS, EXTENSIONS, MAX_BYTES, ImageSource, op
 from fastdino.errors import UserError
 
 MAX_CHANNELS = 16
+UPRIGHT = 1
 N_LOOKED_AT = 16  # images, spread evenly over a source, that tell what is in it
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_OF_16_BITS = (b"\x10\x02", b"\x10\x06")  # RGB and RGBA, at byte 24
@@ -36,11 +37,12 @@ PNG_OF_16_BITS = (b"\x10\x02", b"\x10\x06")  # RGB and RGBA, at byte 24
 class ImageFormat:
     """How images are read. channels: C, 1 to 16. value_range: numbers that are black and white; () for `levels`'s.
 
-    Raises ValueError for others.
+    exif_turn: turned as EXIF says. Raises ValueError for other channels and ranges.
     """
 
     channels: int = 3
     value_range: tuple[float, ...] = ()
+    exif_turn: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= MAX_CHANNELS:
@@ -55,18 +57,22 @@ class ImageFormat:
 
     @classmethod
     def of(cls, backbone: nn.Module, args: Any = None) -> "ImageFormat":
-        """What a backbone takes, as its first convolution tells. args: of its checkpoint, which tell the range."""
+        """What a backbone takes, as its first convolution tells. args: of its checkpoint, which tell the rest."""
         first = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
         told: Any = getattr(args, "value_range", ())  # anything may stand there
         is_range = isinstance(told, tuple) and len(told) == 2 and all(type(x) in (int, float) for x in told)
-        return cls(first if first <= MAX_CHANNELS else 3, told if is_range and told[0] < told[1] else ())
+        turns = getattr(args, "exif_turn", False) is True
+        return cls(first if first <= MAX_CHANNELS else 3, told if is_range and told[0] < told[1] else (), turns)
 
 
 RGB = ImageFormat()
 
 
 class Converted:
-    """A source whose items are (H, W, C) uint8, whatever the files hold; BadImage where they cannot be."""
+    """A source whose items are (H, W, C) uint8, whatever the files hold; BadImage where they cannot be.
+
+    Where no more is wanted than the turns that EXIF asks for, images that have none are left encoded.
+    """
 
     def __init__(self, source: ImageSource, wanted: ImageFormat) -> None:
         self.source, self.wanted, self.channels = source, wanted, wanted.channels
@@ -76,8 +82,11 @@ class Converted:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        return as_wanted(self.source[index], self.wanted)
+    def __getitem__(self, index: int) -> bytes | NDArray[Any]:
+        item = self.source[index]
+        if not self.wanted.converts and orientation_of(item) == UPRIGHT:
+            return item
+        return as_wanted(item, self.wanted)
 
     def name(self, index: int) -> str:
         return self.source.name(index)
@@ -88,18 +97,40 @@ class Converted:
 
 def as_wanted(item: bytes | Image.Image | NDArray[Any], wanted: ImageFormat) -> NDArray[np.uint8]:
     """An encoded image, an image or an array -> (H, W, C) uint8. Raises BadImage, with the reason."""
-    if isinstance(item, bytes):
+    if isinstance(item, bytes) and wanted.converts:
         values, bits = read_values(item, wanted.channels)
+    elif isinstance(item, bytes):
+        values, bits = decode_array(open_image(item)), 0
     elif isinstance(item, Image.Image):
         values, bits = values_of(item, wanted.channels), bits_of(item)
     else:
         values, bits = item, 0
-    return fitted(to_levels(with_channels(values), wanted.value_range, bits), wanted.channels)
+    levels = fitted(to_levels(with_channels(values), wanted.value_range, bits), wanted.channels)
+    return turned(levels, orientation_of(item)) if wanted.exif_turn else levels
+
+
+def orientation_of(item: bytes | Image.Image | NDArray[Any]) -> int:
+    """EXIF's number for how an image lies, 1 to 8; 1, upright, where nothing says otherwise."""
+    if isinstance(item, bytes):
+        try:
+            item = pillow_image(item)
+        except BadImage:
+            return UPRIGHT
+    told: Any = item.getexif().get(ExifTags.Base.Orientation) if isinstance(item, Image.Image) else None
+    return int(told) if told in range(1, 9) else UPRIGHT
+
+
+def turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """(H, W, C) as it is to be looked at: EXIF 2.3, tag 274."""
+    if orientation in (2, 4, 5, 7):  # mirrored; what is left is a rotation
+        pixels = pixels[:, ::-1]
+    n_quarters = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}[orientation]  # against the clock
+    return np.ascontiguousarray(np.rot90(pixels, n_quarters))
 
 
 def converted(source: ImageSource, wanted: ImageFormat) -> ImageSource:
     """The source as `wanted`. Raises UserError where none of the first images can be read that way."""
-    if not wanted.converts:
+    if not wanted.converts and not wanted.exif_turn:
         return source
     made, reason = Converted(source, wanted), ""
     for index in spread(source):

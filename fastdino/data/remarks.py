@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags
 
 from fastdino.data.channels import (
     PNG_OF_16_BITS,
     RGB,
     TIFF,
+    UPRIGHT,
     Converted,
     ImageFormat,
     is_read_by_pillow,
+    orientation_of,
     read_values,
     spread,
 )
@@ -81,8 +82,10 @@ class _Found(NamedTuple):
             said.append(f"{KINDS.get(self.kind, self.kind)} images: converted to RGB")
         if self.is_transparent and wanted.channels in (1, 3):
             said.append("transparency is left out")
-        if self.is_turned:
-            said.append("the turn that EXIF asks for is not made, as in the original")
+        if self.is_turned and wanted.exif_turn:
+            said.append("turned as EXIF says")
+        elif self.is_turned:
+            said.append("the turn that EXIF asks for is not made, as in the original (--exif_turn true makes it)")
         if self.pages > 1 and not wanted.converts:
             said.append("several pages or frames: the first is read (--channels N reads a TIFF of N)")
         return said
@@ -97,7 +100,7 @@ def _found(item: bytes | NDArray[Any], wanted: ImageFormat) -> _Found:
     found = _Found(
         kind=image.mode,
         is_gray=image.mode in ("L", "LA", "1") or image.mode.startswith(("I", "F")),
-        is_turned=image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+        is_turned=orientation_of(image) != UPRIGHT,
         is_transparent=image.has_transparency_data,
         pages=getattr(image, "n_frames", 1),
     )

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastdino.data.channels import RGB, ImageFormat, converted, values_of
+from fastdino.data.channels import RGB, ImageFormat, converted, orientation_of, turned, values_of
 from fastdino.data.decode import BadImage, open_image
 from fastdino.data.sources import ImageSource, kind, labels_of, read_file
 from fastdino.errors import UserError, printable
@@ -64,6 +64,8 @@ class SequenceSource:
                 item = (item * 255).round().clamp(0, 255).byte()
             return np.asarray(item)
         pixels = values_of(item, self.wanted.channels) if isinstance(item, Image.Image) else np.asarray(item)
+        if self.wanted.exif_turn:
+            pixels = turned(pixels, orientation_of(item))
         is_gray = pixels.ndim == 2 and not self.wanted.converts
         return np.repeat(pixels[..., None], 3, -1) if is_gray else pixels
 

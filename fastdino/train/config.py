@@ -195,6 +195,7 @@ class TrainConfig:
     value_range: tuple[float, ...] = flag(
         (), "Data", "numbers in the files that are black and white; without it the type's, 0 to 65535 or 0 to 1"
     )
+    exif_turn: bool = flag(False, "Data", "turn images as EXIF says and viewers show them; the original does not")
     num_workers: int = flag(10, "Data", "loading threads per GPU, at most one per core; 0 loads between the steps")
     augment: str = flag(
         "auto",
@@ -272,7 +273,7 @@ class TrainConfig:
     @property
     def image_format(self) -> ImageFormat:
         """How images are read."""
-        return ImageFormat(self.channels, tuple(float(x) for x in self.value_range))
+        return ImageFormat(self.channels, tuple(float(x) for x in self.value_range), self.exif_turn)
 
     def crops(self) -> MultiCropRecipe:
         """The crops, as `fastdino.data` wants them."""

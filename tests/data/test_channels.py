@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
+from fastdino import EvalTransform
 from fastdino.cli import main
 from fastdino.data.augment import apply_crop, apply_crop_fast
 from fastdino.data.channels import ImageFormat, as_wanted, converted, open_images, read_pixels
@@ -18,7 +19,7 @@ from fastdino.data.levels import read_npy, to_levels
 from fastdino.data.loader import CropLoader, EpochSampler
 from fastdino.data.params import CropParams, MultiCropRecipe, ViewRecipe
 from fastdino.data.remarks import remarks
-from fastdino.data.sequences import SequenceSource
+from fastdino.data.sequences import SequenceSource, dataset_source
 from fastdino.errors import UserError
 
 WHOLE = ViewRecipe(size=48, scale=(1.0, 1.0), flip=0, jitter=0, gray=0, blur=0)
@@ -183,6 +184,29 @@ def test_levels_cut_off_what_lies_outside_the_range():
     assert to_levels(np.array([-5, 0, 40, 100, 900]), (0, 100)).tolist() == [0, 0, 102, 255, 255]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("wanted", [ImageFormat(exif_turn=True), ImageFormat(1, exif_turn=True)], ids=["3", "1"])
+def test_images_are_turned_as_pillow_turns_them(photos, orientation, wanted):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = Image.fromarray(photos[0][:20, :30]).convert("L" if wanted.channels == 1 else "RGB")
+    data = encoded(image, format="PNG", exif=exif)
+    opened = Image.open(io.BytesIO(data))
+    expected = np.asarray(ImageOps.exif_transpose(opened)).reshape(*(20, 30)[:: 1 if orientation < 5 else -1], -1)
+    source = converted(SequenceSource([data]), wanted)
+    assert np.array_equal(read_pixels(source, 0), expected)
+    assert isinstance(source[0], bytes) == (orientation == 1 and wanted.channels == 3)  # upright ones stay encoded
+    assert np.array_equal(np.asarray(dataset_source([opened], "images", wanted)[0]).reshape(expected.shape), expected)
+
+
+def test_the_transform_turns_as_the_run_did(photos):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image = Image.open(io.BytesIO(encoded(Image.fromarray(photos[0][:40, :40]), format="JPEG", exif=exif)))
+    plain, turns = (EvalTransform(32, 36, exif_turn=does)(image) for does in (False, True))
+    assert torch.allclose(plain.rot90(-1, (1, 2)), turns, atol=0.05)
+
+
 def test_remarks_say_once_what_is_done(photos):
     dark = [Image.fromarray(photo[:20, :30, 0].astype(np.uint16) * 16) for photo in photos[:2]]
     said = remarks(SequenceSource([encoded(image, format="PNG") for image in dark]))
@@ -194,8 +218,9 @@ def test_remarks_say_once_what_is_done(photos):
     turned = encoded(Image.fromarray(photos[0][:20, :30]), format="JPEG", exif=exif)
     plain = encoded(Image.fromarray(photos[0][:20, :30]), format="JPEG")
     assert remarks(SequenceSource([turned, plain])) == [
-        "the turn that EXIF asks for is not made, as in the original (1 of 2 looked at)"
+        "the turn that EXIF asks for is not made, as in the original (--exif_turn true makes it) (1 of 2 looked at)"
     ]
+    assert remarks(converted(SequenceSource([turned]), ImageFormat(exif_turn=True))) == ["turned as EXIF says"]
     assert remarks(SequenceSource([plain, photos[0]])) == []
 
 
