@@ -3,6 +3,7 @@
 A library that does not import is skipped by name.
 """
 
+import argparse
 import dataclasses
 import functools
 import importlib
@@ -30,6 +31,7 @@ from fastdino.export import formats as formats_module
 from fastdino.export.check import quiet
 from fastdino.export.formats import FORMATS, Model, hf_state
 from fastdino.export.graph import AnySize, resize_weights
+from fastdino.model.archs import PUBLISHED
 from fastdino.model.vit import _resize
 from fastdino.train.checkpoint import eval_size
 
@@ -309,6 +311,46 @@ def test_positions_are_laid_out_as_the_original_interpolates_them(backbone, size
     assert laid_out.pos_embed.shape[1] == 1 + (size // PATCH) ** 2
     images = torch.randn(2, 3, size, size)
     assert torch.equal(laid_out(images), backbone(images))
+
+
+NEWER = {
+    "dinov2": ("dinov2_vits14", {"img_size": [SIDE]}),
+    "registers": ("dinov2_vits14_reg", {"img_size": [SIDE]}),
+    "dinov3": ("dinov3_vits16", {}),
+}  # fmt: skip
+
+
+@pytest.fixture(params=NEWER)
+def newer(request, here):
+    """A small backbone of a newer recipe, in newer.pth, as a run leaves it."""
+    name, options = NEWER[request.param]
+    torch.manual_seed(0)
+    vit = PUBLISHED[name](PATCH, embed_dim=96, depth=2, num_heads=3, **options)
+    for name, parameter in vit.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.1)
+    args = argparse.Namespace(global_crops_size=SIDE, num_heads=3)
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in vit.state_dict().items()}, "args": args}, "newer.pth")
+    return load_backbone("newer.pth")
+
+
+@pytest.mark.parametrize("format", [name for name, kind in FORMATS.items() if kind.takes_newer])
+@pytest.mark.parametrize("size", [None, 40])
+def test_backbones_of_dinov2_and_dinov3(format, size, newer):
+    needs(format)
+    exported = export("newer.pth", OUTPUT[format], format, size=size)
+    side = size or SIDE
+    assert_same_features(features_of(exported), newer, torch.randn(2, 3, side, side))
+    if not FORMATS[format].is_graph and size is None:
+        assert_same_features(features_of(exported), newer, torch.randn(2, 3, 48, 24))
+    namespace = {"images": torch.randn(2, 3, side, side)}
+    exec("\n".join(exported.use), namespace)
+
+
+@pytest.mark.parametrize("format", [name for name, kind in FORMATS.items() if not kind.takes_newer])
+def test_what_newer_backbones_cannot_be_is_said(format, newer):
+    needs(format)
+    with pytest.raises(fastdino.errors.UserError, match="DINOv3, which can be backbone, safetensors, onnx, pt2 so far"):
+        export("newer.pth", OUTPUT[format], format)
 
 
 # Mistakes

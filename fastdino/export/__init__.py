@@ -22,6 +22,7 @@ from fastdino.export.check import TOLERANCE, Checked, check, quiet, sample_image
 from fastdino.export.formats import FORMATS, Format, Model
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import TIMM
+from fastdino.model.inferred import vit_options
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def export(
     pictures = [_open_image(name) for name in images] or sample_images()
     with quiet():
         _check_libraries(kind, format)
-    backbone, model = _open(pretrained_weights, checkpoint_key, num_heads, size)
+    backbone, model = _open(pretrained_weights, checkpoint_key, num_heads, size, kind, format)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{files.TEMPORARY}")
     _remove_left_behind(path)
     try:
@@ -111,7 +112,9 @@ def _open_image(name: str | Path) -> Image.Image:
         raise UserError(f"--images: {printable(name)}: {error}") from error
 
 
-def _open(weights: str | Path, key: str, num_heads: int | None, size: int | None) -> tuple[VisionTransformer, Model]:
+def _open(
+    weights: str | Path, key: str, num_heads: int | None, size: int | None, kind: Format, format: str
+) -> tuple[VisionTransformer, Model]:
     """(the backbone as trained, what is written)."""
     from fastdino.train.checkpoint import backbone_of, eval_size, load_checkpoint
 
@@ -126,31 +129,28 @@ def _open(weights: str | Path, key: str, num_heads: int | None, size: int | None
             f"{error}. It was trained as {printable(arch)}, which is no Vision Transformer of ours, and cannot be "
             f"exported: its weights under {key!r} have timm's names behind 'backbone.', and timm loads them as they are"
         ) from error
-    if not backbone.is_dinos:
-        raise UserError(f"{weights} is a backbone of DINOv2 or DINOv3: only those of DINO can be exported so far")
+    if not (backbone.is_dinos or kind.takes_newer):
+        others = ", ".join(name for name, other in FORMATS.items() if other.takes_newer)
+        raise UserError(f"--format {format}: {weights} is a backbone of DINOv2 or DINOv3, which can be {others} so far")
     if (channels := backbone.patch_embed.proj.in_channels) != 3:
         raise UserError(f"{weights} takes images of {channels} channels: only those of 3 can be exported")
     side = backbone.patch_embed.img_size if size is None else size
     if not backbone.patch_embed.patch_size <= side < 2**16:
         raise UserError(f"--size: expected at least the patch size {backbone.patch_embed.patch_size}, got {side}")
     view = View(max(side, eval_size(checkpoint, side)), side)
-    return backbone, Model(laid_out_for(backbone, side), view, fixed=size is not None)
+    fixed = size is not None or (kind.is_graph and not backbone.is_dinos)
+    return backbone, Model(laid_out_for(backbone, side), view, fixed)
 
 
 def laid_out_for(backbone: VisionTransformer, size: int) -> VisionTransformer:
     """The same network, whose positions are those that the original interpolates for square images of side `size`."""
     embed = backbone.patch_embed
-    if size == embed.img_size:
+    if size == embed.img_size or backbone.rope_embed is not None:
         return backbone
-    laid_out = VisionTransformer(
-        [size],
-        embed.patch_size,
-        embed_dim=backbone.embed_dim,
-        depth=len(backbone.blocks),
-        num_heads=backbone.num_heads,
-    )
     positions = backbone.interpolate_pos_encoding(backbone.pos_embed, size, size)
-    laid_out.load_state_dict({**backbone.state_dict(), "pos_embed": positions})
+    state = {**backbone.state_dict(), "pos_embed": positions}
+    laid_out = VisionTransformer([size], num_heads=backbone.num_heads, **vit_options(state))
+    laid_out.load_state_dict(state)
     return laid_out.eval().requires_grad_(False)
 
 

@@ -23,6 +23,8 @@ from fastdino.data.views import View
 from fastdino.export.graph import AnySize
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import ARCHITECTURES
+from fastdino.model.inferred import name_of
+from fastdino.train.checkpoint import load_backbone
 from fastdino_kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 
 MEAN, STD = list(IMAGENET_MEAN), list(IMAGENET_STD)
@@ -61,6 +63,8 @@ class Model:
     @property
     def arch(self) -> str | None:
         """Its name in the table of architectures, whatever the patch; None where it has none."""
+        if not self.backbone.is_dinos:
+            return name_of(self.backbone.state_dict())
         shape = tuple(self.shape.values())[:3]
         return next((name for name, a in ARCHITECTURES.items() if (a.width, a.depth, a.heads) == shape), None)
 
@@ -90,6 +94,7 @@ class Format:
     what: a phrase for the help. suffixes: of the file; none for a folder. needs: packages, by the names they are
     imported under and installed by. write: to a path that does not exist. load: by the library, from that path.
     use: lines of Python that do so, given the path. own_positions: the library interpolates positions its own way.
+    takes_newer: backbones of DINOv2 and DINOv3, too. is_graph: of those it takes images of one size alone.
     """
 
     what: str
@@ -99,6 +104,8 @@ class Format:
     load: Callable[[Model, Path], Loaded]
     use: Callable[[Model, Path], list[str]]
     own_positions: bool = False
+    takes_newer: bool = True
+    is_graph: bool = False
 
 
 # backbone: the original's file of nothing but weights
@@ -109,6 +116,8 @@ def _write_backbone(model: Model, path: Path) -> None:
 
 
 def _load_backbone(model: Model, path: Path) -> Loaded:
+    if not model.backbone.is_dinos:
+        return Loaded(load_backbone(path, num_heads=model.backbone.num_heads))
     shape = model.shape
     backbone = VisionTransformer([shape.pop("img_size")], **shape)  # type: ignore[arg-type]
     backbone.load_state_dict(torch.load(path, weights_only=True))
@@ -116,7 +125,7 @@ def _load_backbone(model: Model, path: Path) -> Loaded:
 
 
 def _use_backbone(model: Model, path: Path) -> list[str]:
-    if model.arch is None:
+    if model.arch is None or not model.backbone.is_dinos:
         heads = model.shape["num_heads"]
         return ["import fastdino", f"backbone = fastdino.load_backbone({str(path)!r}, num_heads={heads})"]
     size = "" if model.view.size == 224 else f", img_size=[{model.view.size}]"
@@ -141,8 +150,6 @@ def _write_safetensors(model: Model, path: Path) -> None:
 
 
 def _load_safetensors(model: Model, path: Path) -> Loaded:
-    from fastdino.train.checkpoint import load_backbone
-
     return Loaded(load_backbone(path))
 
 
@@ -382,16 +389,16 @@ FORMATS = {
     ),
     "timm": Format(
         "the same file, checked with timm", (".safetensors",), ("safetensors", "timm"),
-        _write_safetensors, _load_timm, _use_timm, own_positions=True,
+        _write_safetensors, _load_timm, _use_timm, own_positions=True, takes_newer=False,
     ),
     "hf": Format(
         "a folder for transformers (AutoModel, AutoImageProcessor)", (), ("safetensors", "transformers"),
-        _write_hf, _load_hf, _use_hf, own_positions=True,
+        _write_hf, _load_hf, _use_hf, own_positions=True, takes_newer=False,
     ),
     "onnx": Format(
-        "a graph for onnxruntime and others", (".onnx",), ONNX, _write_onnx, _load_onnx, _use_onnx
+        "a graph for onnxruntime and others", (".onnx",), ONNX, _write_onnx, _load_onnx, _use_onnx, is_graph=True
     ),
     "pt2": Format(
-        "a graph for torch.export.load", (".pt2",), (), _write_pt2, _load_pt2, _use_pt2
+        "a graph for torch.export.load", (".pt2",), (), _write_pt2, _load_pt2, _use_pt2, is_graph=True
     ),
 }  # fmt: skip

@@ -3,19 +3,19 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastdino.data.channels import ImageFormat, channels_of, open_images
+from fastdino.data.channels import Converted, ImageFormat, channels_of, converted, open_images
 from fastdino.data.decode import BadImage, open_image
 from fastdino.data.sequences import dataset_source
 from fastdino.data.sources import ImageSource
 from fastdino.errors import UserError
 from fastdino.train.config import TrainConfig
-from fastdino.train.recipes import SMALL_FOLDER, from_weights, small
+from fastdino.train.recipes import SMALL, SMALL_FOLDER, from_weights, small
 
 MEASURED = 33  # images whose size is looked up, spread over all of them
 # A flag of these says what is to be learned and how: whoever gives one has a recipe of his own.
@@ -69,12 +69,14 @@ def with_preset(
     if not has_images or asked not in ("auto", "small") or (asked == "auto" and has_recipe):
         return dict(given), None
     try:
-        wanted = ImageFormat(given.get("channels", 3), tuple(given.get("value_range", ())))
+        as_given = given.get("channels", 3), tuple(given.get("value_range", ()))
+        wanted = ImageFormat(*as_given, exif_turn=given.get("exif_turn", SMALL["exif_turn"]))
     except ValueError as error:
         raise UserError(f"--{error}") from error
     source = open_images(given["data_path"], wanted) if dataset is None else dataset_source(dataset, "dataset", wanted)
     if asked == "auto" and not is_small(source):
-        return dict(given), source
+        stored = source.source if isinstance(source, Converted) else source
+        return dict(given), converted(stored, replace(wanted, exif_turn=given.get("exif_turn", False)))
     few = values(source, n_processes)
     if given.get("init"):  # whose architecture it is then
         few = {name: value for name, value in few.items() if name not in from_weights({})}

@@ -97,7 +97,9 @@ SMALL: dict[str, Any] = {
     "exif_turn": True,  # photographs as their owner sees them
     "saveckp_freq": 0,  # checkpoint.pth alone: hundreds of epochs would leave tens of copies
 }
-SMALL_BATCH, SMALL_STEPS = 32, 1500
+# At least so many steps, and so many epochs: 3,000 digits of MNIST (28 pixels) go from 0.48 to 0.67 in 1,500 steps, and
+# to 0.84 in 45 epochs, of which the last five add nothing.
+SMALL_BATCH, SMALL_STEPS, SMALL_EPOCHS = 32, 1500, 45
 SMALL_SIDES = (24, 32, 48, 64)  # of the global crops; larger ones learned no more in the same time
 
 
@@ -105,13 +107,13 @@ def small(n_images: int, side: int, n_processes: int = 1) -> dict[str, Any]:
     """`--preset small` for so many images, with short sides of about `side` pixels.
 
     The global crops are as large as the images, or the next size below, of 4 x 4 patches, the local ones of 3 x 3.
-    So many epochs that SMALL_STEPS are taken, of SMALL_BATCH images in all processes together.
+    So many epochs that SMALL_STEPS are taken, of SMALL_BATCH images in all processes together; SMALL_EPOCHS at least.
     """
     size = max((s for s in SMALL_SIDES if s <= side), default=SMALL_SIDES[0])
     return {
         **SMALL,
         "batch_size_per_gpu": max(1, SMALL_BATCH // n_processes),
-        "epochs": max(1, round(SMALL_STEPS / max(1, n_images // SMALL_BATCH))),
+        "epochs": max(SMALL_EPOCHS, round(SMALL_STEPS / max(1, n_images // SMALL_BATCH))),
         "patch_size": size // 4,
         "global_crops_size": size,
         "local_crops_size": size * 3 // 4,

@@ -2,10 +2,12 @@
 
 import json
 import shlex
+import shutil
 import signal
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 import fastdino
 from fastdino.cli import main
@@ -22,6 +24,7 @@ from fastdino.train.preset import with_preset
 def short(monkeypatch, tmp_path):
     """Flags that are no recipe's, for runs of two steps."""
     monkeypatch.setattr(recipes, "SMALL_STEPS", 2)
+    monkeypatch.setattr(recipes, "SMALL_EPOCHS", 1)
     return ["--output_dir", str(tmp_path / "run"), "--attention_images", "0", "--num_workers", "0"]
 
 
@@ -66,12 +69,34 @@ def test_crops_are_as_large_as_the_images_and_steps_as_many_for_all():
     for n_images in (100, 544, 10_000):
         values = recipes.small(n_images, 200)
         steps = values["epochs"] * (n_images // values["batch_size_per_gpu"])
-        assert recipes.SMALL_STEPS / 2 < steps < recipes.SMALL_STEPS * 2
+        assert values["epochs"] >= recipes.SMALL_EPOCHS
+        assert steps > recipes.SMALL_STEPS * 0.9
+        assert steps < recipes.SMALL_STEPS * 1.1 or values["epochs"] == recipes.SMALL_EPOCHS
     sides = [recipes.small(500, side)["global_crops_size"] for side in (0, 8, 28, 100, 4000)]
     assert sides == sorted(sides)
     assert recipes.small(500, 64, n_processes=8)["batch_size_per_gpu"] * 8 == recipes.SMALL_BATCH
     images = [np.zeros((20, 30 + i % 3, 3), np.uint8) for i in range(50)]
     assert preset.short_side(SequenceSource(images)) == 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "turned as EXIF says"),
+        (["--exif_turn", "false"], "the turn that EXIF asks for is not made, as in the original (--exif_turn true"),
+        (["--preset", "none", "--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "16", "--local_crops_size", "8", "--out_dim", "64", "--batch_size_per_gpu", "16", "--epochs", "1"], "is not made, as in the original"),
+    ],
+    ids=["preset", "preset, not turned", "no preset"],
+)  # fmt: skip
+def test_the_preset_turns_photographs(photo_folder, short, flags, words, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    shutil.copytree(photo_folder, photos)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for path in [path for path in photos.rglob("*") if path.is_file()]:
+        Image.open(path).convert("RGB").save(path.with_suffix(".jpg"), exif=exif)
+    assert main(["train", "--data_path", str(photos), *short, *flags]) == 0
+    assert words in capsys.readouterr().out
 
 
 def test_a_run_says_why_and_how_to_have_the_others(photo_folder, short, tmp_path, capsys):
