@@ -79,12 +79,16 @@ def test_crops_are_as_large_as_the_images_and_steps_as_many_for_all():
     assert preset.short_side(SequenceSource(images)) == 20
 
 
+NO_PRESET = ["--preset", "none", "--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "16"]
+NO_PRESET += ["--local_crops_size", "8", "--out_dim", "64", "--batch_size_per_gpu", "16", "--epochs", "1"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ([], "turned as EXIF says"),
         (["--exif_turn", "false"], "the turn that EXIF asks for is not made, as in the original (--exif_turn true"),
-        (["--preset", "none", "--arch", "vit_nano", "--patch_size", "8", "--global_crops_size", "16", "--local_crops_size", "8", "--out_dim", "64", "--batch_size_per_gpu", "16", "--epochs", "1"], "is not made, as in the original"),
+        (NO_PRESET, "is not made, as in the original"),
     ],
     ids=["preset", "preset, not turned", "no preset"],
 )  # fmt: skip
