@@ -26,11 +26,13 @@ from fastdino import VisionTransformer, export, load_backbone, load_checkpoint
 from fastdino.cli import main
 from fastdino.commands.export import summary
 from fastdino.data.augment import center_view, normalize
-from fastdino.export import Exported, laid_out_for
+from fastdino.export import Exported, hf, laid_out_for
 from fastdino.export import formats as formats_module
 from fastdino.export.check import quiet
-from fastdino.export.formats import FORMATS, Model, hf_state
+from fastdino.export.formats import FORMATS
 from fastdino.export.graph import AnySize, resize_weights
+from fastdino.export.hf import hf_state
+from fastdino.export.kinds import Model
 from fastdino.model.archs import PUBLISHED
 from fastdino.model.vit import _resize
 from fastdino.train.checkpoint import eval_size
@@ -204,7 +206,7 @@ def test_names_and_files_for_vit_small(format, here):
     else:
         from transformers import ViTConfig, ViTModel
 
-        theirs = ViTModel(ViTConfig(**formats_module._hf_config(model)), add_pooling_layer=False)
+        theirs = ViTModel(ViTConfig(**hf._config(model)), add_pooling_layer=False)
         assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.backbone.parameters())
 
 
@@ -224,7 +226,7 @@ def test_the_folder_for_transformers_tells_how_it_was_trained(exports):
 
 def test_queries_keys_and_values_are_parted(backbone):
     state = backbone.state_dict()
-    renamed = hf_state(state)
+    renamed = hf_state(backbone)
     parts = [renamed[f"encoder.layer.1.attention.attention.{part}.weight"] for part in ("query", "key", "value")]
     assert torch.equal(torch.cat(parts), state["blocks.1.attn.qkv.weight"])
     assert sum(value.numel() for value in renamed.values()) == sum(value.numel() for value in state.values())
@@ -316,7 +318,9 @@ def test_positions_are_laid_out_as_the_original_interpolates_them(backbone, size
 NEWER = {
     "dinov2": ("dinov2_vits14", {"img_size": [SIDE]}),
     "registers": ("dinov2_vits14_reg", {"img_size": [SIDE]}),
+    "swiglu": ("dinov2_vitg14_reg", {"img_size": [SIDE]}),
     "dinov3": ("dinov3_vits16", {}),
+    "dinov3 plus": ("dinov3_vits16plus", {}),
 }  # fmt: skip
 
 
@@ -334,22 +338,26 @@ def newer(request, here):
 
 
 @pytest.mark.parametrize("format", [name for name, kind in FORMATS.items() if kind.takes_newer])
-@pytest.mark.parametrize("size", [None, 40])
+@pytest.mark.parametrize("size", [None, 40], ids=str)
 def test_backbones_of_dinov2_and_dinov3(format, size, newer):
     needs(format)
     exported = export("newer.pth", OUTPUT[format], format, size=size)
     side = size or SIDE
     assert_same_features(features_of(exported), newer, torch.randn(2, 3, side, side))
-    if not FORMATS[format].is_graph and size is None:
+    if not (FORMATS[format].is_graph or FORMATS[format].own_positions) and size is None:
         assert_same_features(features_of(exported), newer, torch.randn(2, 3, 48, 24))
     namespace = {"images": torch.randn(2, 3, side, side)}
     exec("\n".join(exported.use), namespace)
+    if "features" in namespace:
+        assert tuple(np.shape(namespace["features"])) == (2, 96)
 
 
 @pytest.mark.parametrize("format", [name for name, kind in FORMATS.items() if not kind.takes_newer])
 def test_what_newer_backbones_cannot_be_is_said(format, newer):
     needs(format)
-    with pytest.raises(fastdino.errors.UserError, match="DINOv3, which can be backbone, safetensors, onnx, pt2 so far"):
+    with pytest.raises(
+        fastdino.errors.UserError, match="DINOv3, which can be backbone, safetensors, hf, onnx, pt2 so far"
+    ):
         export("newer.pth", OUTPUT[format], format)
 
 

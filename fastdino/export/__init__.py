@@ -19,7 +19,8 @@ from fastdino.data.sources import read_file
 from fastdino.data.views import View
 from fastdino.errors import ExportError, UserError, printable, reason
 from fastdino.export.check import TOLERANCE, Checked, check, quiet, sample_images
-from fastdino.export.formats import FORMATS, Format, Model
+from fastdino.export.formats import FORMATS
+from fastdino.export.kinds import Format, Model
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import TIMM
 from fastdino.model.inferred import vit_options

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdino.data.augment import center_view, normalize
 from fastdino.data.views import View
-from fastdino.export.formats import Loaded, Model
+from fastdino.export.kinds import Loaded, Model
 from fastdino.model import VisionTransformer
 from fastdino_kernels.augment import IMAGENET_STD
 

@@ -6,106 +6,22 @@ Axes: B images of 3 channels, D features.
 import io
 import json
 import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fastdino import files
-from fastdino.data.views import View
 from fastdino.export.graph import AnySize
+from fastdino.export.hf import load_hf, use_hf, write_hf
+from fastdino.export.kinds import MEAN, STD, Format, Loaded, Model
 from fastdino.model import VisionTransformer
-from fastdino.model.archs import ARCHITECTURES
-from fastdino.model.inferred import name_of
 from fastdino.train.checkpoint import load_backbone
-from fastdino_kernels.augment import IMAGENET_MEAN, IMAGENET_STD
 
-MEAN, STD = list(IMAGENET_MEAN), list(IMAGENET_STD)
 IMAGES, FEATURES = "images", "features"  # names of a graph's input and output
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is exported.
-
-    backbone: frozen, in eval mode, on the CPU; its positions are laid out for view.size. fixed: a graph takes images of
-    that size alone.
-    """
-
-    backbone: VisionTransformer
-    view: View
-    fixed: bool
-
-    @property
-    def patch_size(self) -> int:
-        """In pixels."""
-        return self.backbone.patch_embed.patch_size
-
-    @property
-    def shape(self) -> dict[str, int]:
-        """Of the network, under the names that VisionTransformer and timm have for it."""
-        backbone = self.backbone
-        return {
-            "embed_dim": backbone.embed_dim,
-            "depth": len(backbone.blocks),
-            "num_heads": backbone.num_heads,
-            "patch_size": self.patch_size,
-            "img_size": self.view.size,
-        }
-
-    @property
-    def arch(self) -> str | None:
-        """Its name in the table of architectures, whatever the patch; None where it has none."""
-        if not self.backbone.is_dinos:
-            return name_of(self.backbone.state_dict())
-        shape = tuple(self.shape.values())[:3]
-        return next((name for name, a in ARCHITECTURES.items() if (a.width, a.depth, a.heads) == shape), None)
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What the weights do not tell, for a file's metadata: text alone, as safetensors has it."""
-        facts = {"arch": self.arch or "", **self.shape, "resize": self.view.resize, "mean": MEAN, "std": STD}
-        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A written file in the hands of its library.
-
-    features: normalised images (B, 3, H, W) -> (B, D). view: the library's own preprocessing, of an image to
-    (3, size, size), where the file has one.
-    """
-
-    features: Callable[[Tensor], Tensor]
-    view: Callable[[Image.Image], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Format:
-    """One way to write a backbone.
-
-    what: a phrase for the help. suffixes: of the file; none for a folder. needs: packages, by the names they are
-    imported under and installed by. write: to a path that does not exist. load: by the library, from that path.
-    use: lines of Python that do so, given the path. own_positions: the library interpolates positions its own way.
-    takes_newer: backbones of DINOv2 and DINOv3, too. is_graph: of those it takes images of one size alone.
-    """
-
-    what: str
-    suffixes: tuple[str, ...]
-    needs: tuple[str, ...]
-    write: Callable[[Model, Path], None]
-    load: Callable[[Model, Path], Loaded]
-    use: Callable[[Model, Path], list[str]]
-    own_positions: bool = False
-    takes_newer: bool = True
-    is_graph: bool = False
 
 
 # backbone: the original's file of nothing but weights
@@ -206,110 +122,6 @@ def _use_timm(model: Model, path: Path) -> list[str]:
     ]
 
 
-# hf: a folder that transformers reads
-
-# Names in the order they are looked for; those of transformers 4, which 5 reads, too.
-HF_NAMES = {
-    r"^cls_token$": "embeddings.cls_token",
-    r"^pos_embed$": "embeddings.position_embeddings",
-    r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
-    r"^norm\.": "layernorm.",
-    r"^blocks\.(\d+)\.norm1\.": r"encoder.layer.\1.layernorm_before.",
-    r"^blocks\.(\d+)\.norm2\.": r"encoder.layer.\1.layernorm_after.",
-    r"^blocks\.(\d+)\.attn\.qkv\.": r"encoder.layer.\1.attention.attention.{}.",
-    r"^blocks\.(\d+)\.attn\.proj\.": r"encoder.layer.\1.attention.output.dense.",
-    r"^blocks\.(\d+)\.mlp\.fc1\.": r"encoder.layer.\1.intermediate.dense.",
-    r"^blocks\.(\d+)\.mlp\.fc2\.": r"encoder.layer.\1.output.dense.",
-}
-
-
-def hf_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's weights under the names of transformers' ViTModel, which has queries, keys and values apart."""
-    renamed: dict[str, Tensor] = {}
-    for name, value in state.items():
-        pattern = next(pattern for pattern in HF_NAMES if re.match(pattern, name))
-        new = re.sub(pattern, HF_NAMES[pattern], name)
-        parts = ("query", "key", "value") if "{}" in new else ("",)
-        renamed |= {new.format(part): chunk.clone() for part, chunk in zip(parts, value.chunk(len(parts)))}
-    return renamed
-
-
-def _hf_config(model: Model) -> dict[str, Any]:
-    shape = model.shape
-    return {
-        "architectures": ["ViTModel"],
-        "model_type": "vit",
-        "hidden_size": shape["embed_dim"],
-        "num_hidden_layers": shape["depth"],
-        "num_attention_heads": shape["num_heads"],
-        "intermediate_size": model.backbone.blocks[0].mlp.fc1.out_features,  # type: ignore[union-attr]
-        "image_size": shape["img_size"],
-        "patch_size": shape["patch_size"],
-        "num_channels": 3,
-        "qkv_bias": True,
-        "hidden_act": "gelu",
-        "layer_norm_eps": model.backbone.norm.eps,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-
-
-def _hf_preprocessor(model: Model) -> dict[str, Any]:
-    return {
-        "image_processor_type": "BitImageProcessor",  # ViT's own cannot crop
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": model.view.resize},
-        "resample": int(Image.Resampling.BICUBIC),
-        "do_center_crop": True,
-        "crop_size": {"height": model.view.size, "width": model.view.size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": MEAN,
-        "image_std": STD,
-    }
-
-
-def _write_hf(model: Model, path: Path) -> None:
-    import safetensors.torch
-
-    path.mkdir()
-    weights = safetensors.torch.save(hf_state(model.backbone.state_dict()), {"format": "pt"})
-    files.replace(path / "model.safetensors", lambda file: file.write(weights))
-    configs = {"config.json": _hf_config(model), "preprocessor_config.json": _hf_preprocessor(model)}
-    for name, content in configs.items():
-        text = json.dumps(content, indent=2) + "\n"
-        files.replace(path / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
-
-
-def _load_hf(model: Model, path: Path) -> Loaded:
-    from transformers import AutoImageProcessor, AutoModel
-
-    network, told = AutoModel.from_pretrained(
-        path, add_pooling_layer=False, output_loading_info=True, local_files_only=True
-    )
-    processor = AutoImageProcessor.from_pretrained(path, local_files_only=True)
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if told.get(what):
-            raise ValueError(f"{what}: {sorted(map(str, told[what]))[0]}")
-    network.eval()
-
-    def features(images: Tensor) -> Tensor:
-        return network(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state[:, 0]
-
-    return Loaded(features, lambda image: processor(image, return_tensors="pt")["pixel_values"][0])
-
-
-def _use_hf(model: Model, path: Path) -> list[str]:
-    return [
-        "from transformers import AutoImageProcessor, AutoModel",
-        f"processor = AutoImageProcessor.from_pretrained({str(path)!r})",
-        f"model = AutoModel.from_pretrained({str(path)!r}, add_pooling_layer=False)  # DINO has no pooler",
-        "features = model(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state[:, 0]",
-    ]
-
-
 # onnx, pt2: the network as a graph
 
 
@@ -393,7 +205,7 @@ FORMATS = {
     ),
     "hf": Format(
         "a folder for transformers (AutoModel, AutoImageProcessor)", (), ("safetensors", "transformers"),
-        _write_hf, _load_hf, _use_hf, own_positions=True, takes_newer=False,
+        write_hf, load_hf, use_hf, own_positions=True,
     ),
     "onnx": Format(
         "a graph for onnxruntime and others", (".onnx",), ONNX, _write_onnx, _load_onnx, _use_onnx, is_graph=True
