@@ -98,7 +98,7 @@ class Parts:
     @property
     def backbone(self) -> nn.Module:
         """The teacher's: what is evaluated, and what people take away."""
-        backbone: nn.Module = self.whole or self.step.teacher.backbone
+        backbone: nn.Module = self.step.teacher.backbone if self.whole is None else self.whole
         return backbone
 
     def gather(self) -> None:

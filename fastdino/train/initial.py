@@ -83,7 +83,7 @@ def _weights(config: TrainConfig, folder: RunFolder) -> Initial:
     if not (config.resume and os.path.lexists(folder.checkpoint)):
         return _initial(config)
     try:
-        return _own(config, folder.checkpoint)
+        return _own(config, folder.checkpoint.parent if config.fsdp else folder.checkpoint)
     except UserError as damaged:
         try:
             return _initial(config)  # `resume` says what is wrong with the checkpoint, and what can be used instead

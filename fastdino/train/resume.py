@@ -110,7 +110,7 @@ def resume(config: TrainConfig, folder: RunFolder, step: TrainStep, niter: int, 
     try:
         checkpoint = load_checkpoint(folder.checkpoint)
     except UserError as error:
-        raise UserError(f"cannot resume: {error}. {_instead(folder.path, parts)}--resume false starts anew") from error
+        raise UserError(f"cannot resume: {error}. {_instead(folder, parts)}--resume false starts anew") from error
     if has_args := isinstance(args := checkpoint.get("args"), argparse.Namespace):
         found = changes(args, config)
     if other := shown(found, IMPOSSIBLE):
@@ -124,7 +124,7 @@ def resume(config: TrainConfig, folder: RunFolder, step: TrainStep, niter: int, 
     except UserError as error:
         since = shown(found, found.keys() - HARMLESS)
         more = f" (changed since: {', '.join(since)})" if since else ""
-        instead = _instead(folder.path, parts)
+        instead = _instead(folder, parts)
         raise UserError(f"{cannot}{error}{more}. {instead}--resume false starts anew") from error
     step.run.refresh()
     notes = [] if has_args else ["its arguments are not in it: what has changed since cannot be told"]
@@ -198,9 +198,12 @@ def _where(
     return Resumed(epoch, first + steps, found, meter=then.get("meter"), notes=notes)
 
 
-def _instead(folder: Path, parts: Mapping[str, Any]) -> str:
+def _instead(folder: RunFolder, parts: Mapping[str, Any]) -> str:
     """What else could be resumed from: the newest kept checkpoint that this run can go on from."""
-    numbered = [(re.fullmatch(r"checkpoint(\d{4,})\.pth", path.name), path) for path in folder.glob("checkpoint*.pth")]
+    if folder.checkpoint.parent != folder.path:  # kept ones are in one piece, the run's is in parts
+        return ""
+    kept = folder.path.glob("checkpoint*.pth")
+    numbered = [(re.fullmatch(r"checkpoint(\d{4,})\.pth", path.name), path) for path in kept]
     for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True):
         with suppress(UserError):
             checkpoint = load_checkpoint(path)
