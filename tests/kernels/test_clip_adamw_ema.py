@@ -339,7 +339,9 @@ def test_update_refuses_what_does_not_fit(change: dict[str, Any], expected: str,
 @pytest.mark.gpu
 def test_update_of_a_whole_model_on_the_gpu() -> None:
     block = ((1152, 384), (1152,), (384, 384), (384,), (1536, 384), (1536,), (384, 1536))
-    check(model(torch.device("cuda"), ((65536, 256), *block * 12, (1, 197, 384)), (bf16,)), n_steps=2)
+    shapes = ((65536, 256), *block * 12, (1, 197, 384))
+    check(model(torch.device("cuda"), shapes, (bf16,)), n_steps=2)
+    check(model(torch.device("cuda"), shapes, (bf16,)), n_steps=2, clip_sets=[0] + [1] * (len(shapes) - 1))
 
 
 @pytest.mark.gpu
