@@ -43,8 +43,19 @@ _OF_METADATA = {
 }  # fmt: skip
 
 
+def _member(of: Any, name: str) -> Any:
+    """What getattr would return for the one enumeration: so early versions of Python 3.11 pickle its members."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    if of is not _MEM_FORMAT_ENCODING:
+        raise UserError("it holds pickled code, which is refused: builtins.getattr")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _OF_METADATA.get(module, ()):
             raise UserError(f"it holds pickled code, which is refused: {printable(f'{module}.{name}')}")
         return super().find_class(module, name)

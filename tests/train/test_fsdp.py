@@ -1,6 +1,7 @@
 """--fsdp: networks in parts on two and on four processes are those of one, and so is what a run leaves behind."""
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import masked_steps
 import pytest
 import torch
 from sharded_processes import SCENARIOS, steps, weights
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 import fastdino
 from fastdino import cli, load_checkpoint
@@ -106,8 +108,12 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     """A checkpoint.dcp as one process writes it, after a step."""
+    if fake := getattr(
+        torch, torch._C._get_privateuse1_backend_name(), None
+    ):  # other tests' device, which has no streams
+        monkeypatch.setattr(fake, "is_available", lambda: False, raising=False)
     step, folder = masked_steps.make_step(), tmp_path / "run" / "checkpoint.dcp"
     step(masked_steps.make_views(), 0)
     networks = {"student": step.student, "teacher": step.teacher, "optimizer": step.update.optimizer}
@@ -141,6 +147,30 @@ def test_parts_of_another_model_are_refused(folder):
 def test_without_fsdp_its_folder_is_not_overwritten(folder, capsys):
     assert cli.main(["train", *FLAGS.split(), "--output_dir", str(folder.parent)]) == 2
     assert "which is of a run with --fsdp true: go on with that" in capsys.readouterr().err
+
+
+class Pickled:
+    """Is read back by calling a function."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def read_metadata(content):
+    return sharded_checkpoint._MetadataUnpickler(io.BytesIO(pickle.dumps(content))).load()
+
+
+def test_members_of_an_enumeration_are_read_as_any_python_writes_them():
+    """Python 3.11.2 writes getattr(class, name)."""
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert read_metadata(Pickled(getattr, (_MEM_FORMAT_ENCODING, member.name))) is member
+    assert read_metadata(Pickled(_MEM_FORMAT_ENCODING, (member.value,))) is member
+    for of, name in ((torch.Size, "mro"), (_MEM_FORMAT_ENCODING, "mro")):
+        with pytest.raises((UserError, KeyError)):
+            read_metadata(Pickled(getattr, (of, name)))
 
 
 class Runs:
