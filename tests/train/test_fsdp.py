@@ -110,9 +110,8 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A checkpoint.dcp as one process writes it, after a step."""
-    if fake := getattr(
-        torch, torch._C._get_privateuse1_backend_name(), None
-    ):  # other tests' device, which has no streams
+    # Other tests' device has no streams, for which DCP asks whatever accelerator there is.
+    if fake := getattr(torch, torch._C._get_privateuse1_backend_name(), None):
         monkeypatch.setattr(fake, "is_available", lambda: False, raising=False)
     step, folder = masked_steps.make_step(), tmp_path / "run" / "checkpoint.dcp"
     step(masked_steps.make_views(), 0)
