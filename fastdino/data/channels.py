@@ -10,6 +10,7 @@ left out that is not asked for. No other channel is made up or dropped.
 import io
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,11 @@ def as_wanted(item: bytes | Image.Image | NDArray[Any], wanted: ImageFormat) -> 
 
 def orientation_of(item: bytes | Image.Image | NDArray[Any]) -> int:
     """EXIF's number for how an image lies, 1 to 8; 1, upright, where nothing says otherwise."""
-    if isinstance(item, bytes):
-        try:
-            item = pillow_image(item)
-        except BadImage:
-            return UPRIGHT
-    told: Any = item.getexif().get(ExifTags.Base.Orientation) if isinstance(item, Image.Image) else None
-    return int(told) if told in range(1, 9) else UPRIGHT
+    told: Any = None
+    with suppress(Exception):  # damaged EXIF makes Pillow raise nearly anything; what else is wrong, the decoder says
+        image = pillow_image(item) if isinstance(item, bytes) else item
+        told = image.getexif().get(ExifTags.Base.Orientation) if isinstance(image, Image.Image) else None
+    return int(told) if isinstance(told, int) and told in range(1, 9) else UPRIGHT
 
 
 def turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

@@ -78,10 +78,7 @@ def check(
     optimizer_name: of OPTIMIZERS. Raises UserError, naming the first key, for a checkpoint of another model or another
     optimizer, and for numbers that are not finite.
     """
-    for key, number in (("epoch", checkpoint.get("epoch")), ("iteration", checkpoint.get("iteration", 0))):
-        if type(number) is not int or not 0 <= number < 2**63:
-            expected = "expected a whole number, 0 or more"
-            raise UserError(f"the checkpoint's {key} is {_brief(number)}, {expected}")
+    check_counts(checkpoint)
     modules = {"student": student, "teacher": teacher, "dino_loss": loss}
     states = {key: unwrapped(_part(checkpoint, key)) for key in modules}
     for key, module in modules.items():
@@ -100,6 +97,13 @@ def check(
         raise UserError(f"the checkpoint's fp16_scaler {problem}")
     state, scale = {"state": moments, "param_groups": groups}, checkpoint.get("fp16_scaler") or None
     return Contents(states["student"], states["teacher"], states["dino_loss"], state, scale)
+
+
+def check_counts(checkpoint: Mapping[str, Any]) -> None:
+    """Raises UserError where the numbers of epochs and iterations are none."""
+    for key, number in (("epoch", checkpoint.get("epoch")), ("iteration", checkpoint.get("iteration", 0))):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise UserError(f"the checkpoint's {key} is {_brief(number)}, expected a whole number, 0 or more")
 
 
 def _part(checkpoint: Mapping[str, Any], key: str) -> State:

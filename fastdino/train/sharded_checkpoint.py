@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from fastdino.errors import TrainingError, UserError, printable, reason
 from fastdino.train import distributed
-from fastdino.train.contents import first_difference
+from fastdino.train.contents import check_counts, first_difference
 from fastdino.train.finite import ADVICE, first_nonfinite
 from fastdino.train.optim import state_names
 from fastdino.train.sharding import local
@@ -138,7 +138,13 @@ def _described(shards: Path) -> dict[str, Tensor]:
         metadata = _reader(shards).read_metadata().state_dict_metadata
         if not all(isinstance(x, TensorStorageMetadata) for x in metadata.values()):
             raise ValueError("it holds what is no tensor")
-        return {str(name): torch.empty(x.size, dtype=x.properties.dtype, device="meta") for name, x in metadata.items()}
+        found = {
+            str(name): torch.empty(x.size, dtype=x.properties.dtype, device="meta") for name, x in metadata.items()
+        }
+        n_bytes = sum(x.numel() * x.element_size() for x in found.values())
+        if n_bytes > sum(path.stat().st_size for path in shards.iterdir()):
+            raise ValueError(f"the {n_bytes:,} bytes that it claims are not there")
+        return found
     except Exception as error:  # a damaged pickle makes the loader raise nearly anything
         raise UserError(f"{shards} cannot be read: {reason(error)}") from error
 
@@ -158,6 +164,7 @@ def restore(
 
     run: what run.pth holds. Raises UserError where names or shapes are of another run; nothing is changed then.
     """
+    check_counts(run)
     shards = _shards(folder, run)
     found = _described(shards)
     for of, module in (("student", student), ("teacher", teacher)):
@@ -217,7 +224,9 @@ def consolidated(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
-    names = run["optimizer"]["names"]
+    optimizer = run.get("optimizer")
+    if not isinstance(optimizer, dict) or not isinstance(names := optimizer.get("names"), list):
+        raise UserError(f"{folder / RUN} does not name the optimizer's parameters")
     keys = {name.split(".")[1] for name in tensors if name.startswith("optimizer.")}
     moments = {key: part(f"optimizer.{key}.") for key in sorted(keys)}
     state = {i: {key: of[name] for key, of in moments.items() if name in of} for i, name in enumerate(names)}
@@ -227,6 +236,6 @@ def consolidated(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
         "teacher": part("teacher."),
         "optimizer": {
             "state": {i: held for i, held in state.items() if held},
-            "param_groups": run["optimizer"]["param_groups"],
+            "param_groups": optimizer.get("param_groups"),
         },
     }

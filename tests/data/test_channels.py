@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from fastdino import EvalTransform
 from fastdino.cli import main
 from fastdino.data.augment import apply_crop, apply_crop_fast
-from fastdino.data.channels import ImageFormat, as_wanted, converted, open_images, read_pixels
+from fastdino.data.channels import ImageFormat, as_wanted, converted, open_images, orientation_of, read_pixels
 from fastdino.data.decode import BadImage
 from fastdino.data.levels import read_npy, to_levels
 from fastdino.data.loader import CropLoader, EpochSampler
@@ -197,6 +197,18 @@ def test_images_are_turned_as_pillow_turns_them(photos, orientation, wanted):
     assert np.array_equal(read_pixels(source, 0), expected)
     assert isinstance(source[0], bytes) == (orientation == 1 and wanted.channels == 3)  # upright ones stay encoded
     assert np.array_equal(np.asarray(dataset_source([opened], "images", wanted)[0]).reshape(expected.shape), expected)
+
+
+def test_damaged_exif_turns_nothing_and_ends_no_run(photos):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = encoded(Image.fromarray(photos[0][:20, :30]), format="JPEG", exif=exif)
+    start, rng = data.index(b"Exif"), np.random.default_rng(0)
+    for _ in range(300):
+        broken = bytearray(data)
+        for at in rng.integers(start, start + 60, 4):
+            broken[at] = rng.integers(256)
+        assert orientation_of(bytes(broken)) in range(1, 9)
 
 
 def test_the_transform_turns_as_the_run_did(photos):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import masked_steps
@@ -172,15 +173,10 @@ def test_members_of_an_enumeration_are_read_as_any_python_writes_them():
             read_metadata(Pickled(getattr, (of, name)))
 
 
-class Runs:
-    def __reduce__(self):
-        return (os.system, ("touch /tmp/fastdino_pickle_ran",))
-
-
 def spoil(shards, how):
     metadata, parts = shards / ".metadata", sorted(shards.glob("*.distcp"))
     if how == "code":
-        metadata.write_bytes(pickle.dumps(Runs()))
+        metadata.write_bytes(pickle.dumps(Pickled(os.system, (f"touch {shards.parent / 'ran'}",))))
     elif how == "cut metadata":
         metadata.write_bytes(metadata.read_bytes()[:100])
     elif how == "no metadata":
@@ -189,6 +185,8 @@ def spoil(shards, how):
         parts[0].unlink()
     elif how == "a part cut":
         parts[0].write_bytes(parts[0].read_bytes()[:1000])
+    elif how == "a part overwritten":
+        parts[0].write_bytes(b"junk" * (parts[0].stat().st_size // 4))
 
 
 @pytest.mark.parametrize(
@@ -197,8 +195,9 @@ def spoil(shards, how):
         ("code", "holds pickled code, which is refused: posix.system"),
         ("cut metadata", "cannot be read: "),
         ("no metadata", "cannot be read: FileNotFoundError"),
-        ("a part missing", "cannot be read: FileNotFoundError"),
-        ("a part cut", "cannot be read: "),
+        ("a part missing", "bytes that it claims are not there"),
+        ("a part cut", "bytes that it claims are not there"),
+        ("a part overwritten", "cannot be read: "),
     ],
 )
 def test_damaged_parts_are_one_line(folder, how, words):
@@ -207,7 +206,31 @@ def test_damaged_parts_are_one_line(folder, how, words):
         load_checkpoint(folder)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert not Path("/tmp/fastdino_pickle_ran").exists()
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shards": "../elsewhere"}, "names no parts"),
+        ({"shards": None}, "names no parts"),
+        ({"optimizer": None}, "does not name the optimizer's parameters"),
+        ({"epoch": "three"}, "the checkpoint's epoch is 'three', expected a whole number"),
+        ({"dino_loss": []}, "the checkpoint is of another model: dino_loss"),
+    ],
+    ids=str,
+)
+def test_an_odd_run_pth_is_one_line(folder, change, words):
+    run = load_checkpoint(folder / "run.pth") | change
+    torch.save(run, folder / "run.pth")
+    step = masked_steps.make_step()
+    parts = {"student": step.student, "teacher": step.teacher, "optimizer": step.update.optimizer, "loss": step.loss}
+    reads = partial(sharded_checkpoint.restore, folder, run, **parts, optimizer_name="adamw")
+    if "optimizer" in change:
+        reads = partial(load_checkpoint, folder)
+    with pytest.raises(UserError) as raised:
+        reads()
+    assert words in str(raised.value)
 
 
 @pytest.mark.parametrize(
