@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from fastdino.data.channels import ImageFormat, converted
 from fastdino.data.decode import BadImage, decode
 from fastdino.data.loader import useful_workers
 from fastdino.data.remarks import remarks
@@ -24,6 +25,7 @@ from fastdino.train.build import Own, Parts, assemble
 from fastdino.train.config import TrainConfig
 from fastdino.train.folder import RunFolder
 from fastdino.train.interrupt import Stop
+from fastdino.train.recipes import SMALL
 
 PACKAGES = ("fastdino", "torch", "triton", "xformers", "numpy", "pillow", "simplejpeg")
 DEMO = "fastdino train  (the digits, made for a CPU)"
@@ -253,9 +255,10 @@ def examine(path: str | None) -> list[tuple[str, str]]:
     if path is None:
         return [*lines, *advice]
     source = open_source(path)
-    lines += _loading(source)
     if preset.is_small(source):
         advice = advice_for_few(source)
+        source = converted(source, ImageFormat(exif_turn=SMALL["exif_turn"]))  # as such a run reads them
+    lines += _loading(source)
     own = [(what, said.replace("FOLDER", shlex.quote(path))) for what, said in advice if said != DEMO]
     config = TrainConfig.from_flags({**preset.values(source), "preset": "small", "data_path": path})
     return [*lines, *own, *measured_run(config, source)]

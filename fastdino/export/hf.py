@@ -17,7 +17,7 @@ from fastdino.model import VisionTransformer
 
 
 @dataclass(frozen=True)
-class Kind:
+class HfModel:
     """A model of transformers. names: pattern of ours -> theirs, in the order in which they are looked for.
 
     Those of transformers 4, which 5 reads, too. {} stands for each of the parts that a tensor of ours is cut into.
@@ -35,7 +35,7 @@ _EMBEDDINGS = {
     r"^mask_token$": "embeddings.mask_token",
     r"^(register|storage)_tokens$": "embeddings.register_tokens",
 }
-VIT = Kind(
+VIT = HfModel(
     "vit",
     "ViTModel",
     {
@@ -62,9 +62,9 @@ _DINOV2_NAMES = {
     r"^blocks\.(\d+)\.mlp\.w12\.": r"encoder.layer.\1.mlp.weights_in.",
     r"^blocks\.(\d+)\.mlp\.w3\.": r"encoder.layer.\1.mlp.weights_out.",
 }
-DINOV2 = Kind("dinov2", "Dinov2Model", _DINOV2_NAMES)
-DINOV2_REGISTERS = Kind("dinov2_with_registers", "Dinov2WithRegistersModel", _DINOV2_NAMES)
-DINOV3 = Kind(
+DINOV2 = HfModel("dinov2", "Dinov2Model", _DINOV2_NAMES)
+DINOV2_REGISTERS = HfModel("dinov2_with_registers", "Dinov2WithRegistersModel", _DINOV2_NAMES)
+DINOV3 = HfModel(
     "dinov3_vit",
     "DINOv3ViTModel",
     {
@@ -85,7 +85,7 @@ DINOV3 = Kind(
 _LEFT_OUT = re.compile(r"^rope_embed\.|\.bias_mask$|^local_cls_norm\.")
 
 
-def kind_of(backbone: VisionTransformer) -> Kind:
+def hf_model_of(backbone: VisionTransformer) -> HfModel:
     """Which of transformers' models it is. Raises ExportError where it is none."""
     if backbone.cls_norm is not None:
         raise ExportError("transformers has no model whose CLS token has a last norm of its own")
@@ -98,7 +98,7 @@ def kind_of(backbone: VisionTransformer) -> Kind:
 
 def hf_state(backbone: VisionTransformer) -> dict[str, Tensor]:
     """A backbone's weights under the names of transformers' model, which has queries, keys and values apart."""
-    kind, state, renamed = kind_of(backbone), backbone.state_dict(), dict[str, Tensor]()
+    kind, state, renamed = hf_model_of(backbone), backbone.state_dict(), dict[str, Tensor]()
     if kind is not VIT:  # their LayerScale is always there
         for i in range(len(backbone.blocks)):
             for n in (1, 2):
@@ -119,7 +119,7 @@ def hf_state(backbone: VisionTransformer) -> dict[str, Tensor]:
 
 
 def _config(model: Model) -> dict[str, Any]:
-    shape, kind, state = model.shape, kind_of(model.backbone), model.backbone.state_dict()
+    shape, kind, state = model.shape, hf_model_of(model.backbone), model.backbone.state_dict()
     config: dict[str, Any] = {
         "architectures": [kind.architecture],
         "model_type": kind.model_type,
@@ -175,7 +175,7 @@ def _preprocessor(model: Model) -> dict[str, Any]:
 
 
 def write_hf(model: Model, path: Path) -> None:
-    """config.json, preprocessor_config.json and model.safetensors. Raises ExportError as `kind_of`."""
+    """config.json, preprocessor_config.json and model.safetensors. Raises ExportError as `hf_model_of`."""
     import safetensors.torch
 
     path.mkdir()
@@ -191,7 +191,7 @@ def load_hf(model: Model, path: Path) -> Loaded:
     """By transformers. Raises ValueError where a weight is missing there, or left over."""
     from transformers import AutoImageProcessor, AutoModel
 
-    kind = kind_of(model.backbone)
+    kind = hf_model_of(model.backbone)
     made = {"add_pooling_layer": False} if kind is VIT else {}  # DINO has no pooler
     called = {"interpolate_pos_encoding": True} if kind is VIT else {}
     network, told = AutoModel.from_pretrained(path, output_loading_info=True, local_files_only=True, **made)
@@ -209,7 +209,7 @@ def load_hf(model: Model, path: Path) -> Loaded:
 
 def use_hf(model: Model, path: Path) -> list[str]:
     """Lines that load the folder with transformers and compute features."""
-    is_vit = kind_of(model.backbone) is VIT
+    is_vit = hf_model_of(model.backbone) is VIT
     made, called = (", add_pooling_layer=False", ", interpolate_pos_encoding=True") if is_vit else ("", "")
     return [
         "from transformers import AutoImageProcessor, AutoModel",

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from fastdino.train.sharding import is_in_parts
+
 BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's
 ALIGNMENT = 16  # bytes: each gradient begins where the optimizer's kernel can load 128 bits
 
@@ -68,7 +70,7 @@ class GradientAverager:
         self._op = dist.ReduceOp.SUM if self._divides else dist.ReduceOp.AVG
         pending: dict[torch.dtype, list[Tensor]] = {}
         # FSDP averages those of networks in parts. Reversed, because that is about the order in which gradients come.
-        for p in reversed([p for p in params if p.requires_grad and not hasattr(p, "to_local")]):
+        for p in reversed([p for p in params if p.requires_grad and not is_in_parts(p)]):
             group = pending.setdefault(p.dtype, [])
             group.append(p)
             if sum(x.numel() * x.element_size() for x in group) >= BUCKET_BYTES:

@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, ScheduleTable
-from fastdino.train.sharding import is_sharded, local
+from fastdino.train.sharding import is_in_parts, is_sharded, local
 from fastdino.train.tuning import DINOS_TUNING, Tuning, column_names
 from fastdino_kernels import ClipAdamWEMA, ema_update_
 
@@ -28,7 +28,7 @@ def gradient_norms(model: nn.Module) -> Tensor:
 def _lengths(grads: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """(len(grads),) their norms, computed in dtype; of gradients in parts, over the parts of all processes."""
     lengths = torch.stack(torch._foreach_norm([local(grad) for grad in grads], 2, dtype))
-    if grads[0] is local(grads[0]):
+    if not is_in_parts(grads[0]):
         return lengths
     squares = lengths.square_()
     dist.all_reduce(squares)
@@ -243,7 +243,7 @@ class HostUpdate:
 
 def _adamw(groups: list[dict[str, Any]]) -> AdamW:
     """Learning rate and weight decay come from the schedules. Of parts PyTorch would update one after another."""
-    in_parts = any(hasattr(param, "to_local") for group in groups for param in group["params"])
+    in_parts = any(is_in_parts(param) for group in groups for param in group["params"])
     return AdamW(groups, lr=0.0, fused=in_parts or None)
 
 

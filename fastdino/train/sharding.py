@@ -38,12 +38,17 @@ def shard(network: MultiCrop, process: Process, dtype: torch.dtype | None) -> No
 
 def is_sharded(network: nn.Module) -> bool:
     """Whether it has been through `shard`."""
-    return any(hasattr(param, "to_local") for param in network.parameters())
+    return any(map(is_in_parts, network.parameters()))
+
+
+def is_in_parts(x: Any) -> bool:
+    """Whether a tensor is."""
+    return hasattr(x, "to_local")
 
 
 def local(x: Any) -> Tensor:
     """This process's part of a tensor; a tensor that is not in parts as it is."""
-    part: Tensor = x.to_local() if hasattr(x, "to_local") else x
+    part: Tensor = x.to_local() if is_in_parts(x) else x
     return part
 
 
@@ -52,6 +57,6 @@ def gather_into(network: nn.Module, whole: nn.Module | None) -> None:
     """Copy a network in parts into one in a piece, on the processes that have such a one. All take part."""
     target = {} if whole is None else whole.state_dict()
     for name, value in network.state_dict().items():
-        full = value.full_tensor() if hasattr(value, "full_tensor") else value
+        full = value.full_tensor() if is_in_parts(value) else value
         if name in target:
             target[name].copy_(full)
