@@ -26,6 +26,7 @@ from fastdino.train import distributed, memory
 from fastdino.train.optim import Update
 from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, ScheduleTable
+from fastdino_kernels.fusion import JoinResiduals
 
 MODES = ("eager", "compiled", "graph")
 # What `--compile` accepts, and what PyTorch calls it. max: Inductor times matrix products of its own, with what follows
@@ -112,12 +113,12 @@ class Modes:
             # next block, and drop-path is drawn in launches of its own. A step of ViT-S with 64 images moves 2.8 GB
             # more, of 62, in 207 launches more; without drop-path 1.8 GB in 57. As nested regions of one graph, without
             # drop-path: half the time, 1.7 GB in 44. Counted in what PyTorch 2.14 generates, November 2026.
-            how: dict[str, Any] = {"mode": self._effort}
+            options = torch._inductor.list_mode_options(self._effort or "default")
+            options["post_grad_custom_pre_pass"] = JoinResiduals()
             if self._step.replays:  # a compiler's own generator draws other numbers than the eager first pass
-                options = torch._inductor.list_mode_options(self._effort or "default")
-                how = {"options": options | {"fallback_random": True}}
+                options["fallback_random"] = True
             forward = self._step.forward
-            self._forward = torch.compile(forward, fullgraph=not norms, dynamic=False, **how)
+            self._forward = torch.compile(forward, fullgraph=not norms, dynamic=False, options=options)
 
     def __call__(self, crops: Sequence[Tensor]) -> None:
         """One iteration."""

@@ -6,6 +6,7 @@ from fastdino_kernels.center import batch_center, center_ema_, center_update_
 from fastdino_kernels.clip_adamw_ema import clip_adamw_ema_
 from fastdino_kernels.dino_loss import DINOLossStats, dino_loss, dino_loss_and_grad_, dino_loss_with_stats
 from fastdino_kernels.ema import ema_update_
+from fastdino_kernels.layer_norm import layer_norm
 from fastdino_kernels.mlp import linear_gelu, mlp
 from fastdino_kernels.optim import ClipAdamWEMA
 from fastdino_kernels.patch_loss import patch_loss, patch_loss_and_grad_
@@ -27,6 +28,7 @@ __all__ = [
     "dino_loss_and_grad_",
     "dino_loss_with_stats",
     "ema_update_",
+    "layer_norm",
     "linear_gelu",
     "mlp",
     "multi_crop_augment",

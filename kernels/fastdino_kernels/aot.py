@@ -26,6 +26,8 @@ ROOMS = (
     "clip_adamw_ema",
     "attention",
     "mlp",
+    "layer_norm",
+    "column_sums",
     "augment.resize",
     "augment.color",
     "augment.blur",
@@ -64,12 +66,15 @@ def compile_case(case: AotCase, arch: int) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    position = {name: i for i, name in enumerate(case.kernel.arg_names)}
+    places = {}  # of an argument, or of all that a tuple holds
+    for i, name in enumerate(case.kernel.arg_names):
+        kind = case.signature.get(name)
+        places[name] = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
     source = ASTSource(
         fn=case.kernel,
         signature={name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names},
         constexprs=dict(case.constexprs),
-        attrs={(position[name],): [["tt.divisibility", 16]] for name in case.aligned if name in position},
+        attrs={place: [["tt.divisibility", 16]] for name in case.aligned for place in places.get(name, ())},
     )
     options = {
         "num_warps": case.num_warps,

@@ -87,13 +87,14 @@ def _short_attention_fwd_kernel(
 
 # Keys along the rows, queries along the columns: scores need no exchange to be the left operands of the products with
 # grad and q, and an image of 197 tokens wastes 27 queries of the last block, not 59.
-# Reads 4*M*H*D + M*H fp32, writes 3*M*H*D.
+# Reads 4*M*H*D + M*H fp32, writes 3*M*H*D; with SUMS 3*H*D fp32 a tile: what a bias of qkv's linear map needs.
 @triton.jit
 def _short_attention_bwd_kernel(
     grad_ptr,  # (M, H, D)
     qkv_ptr,  # (M, 3, H, D)
     lse_ptr,  # (H, M) fp32
     grad_qkv_ptr,  # (M, 3, H, D)
+    part_ptr,  # (tiles, 3, H, D) fp32, or not written: grad_qkv, summed over a tile's tokens
     n_tokens,
     first_row,
     n_images,
@@ -103,6 +104,7 @@ def _short_attention_bwd_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     start, rows = _tile(first_row, n_images, H, N, BLOCK)
     head, d, keys = tl.program_id(0) % H, tl.arange(0, D), tl.arange(0, BLOCK)
@@ -110,10 +112,12 @@ def _short_attention_bwd_kernel(
     grad_qkv_ptr += start * (3 * H * D) + head * D
     grad_ptr += start * (H * D) + head * D
     lse_ptr += tl.cast(head, tl.int64) * n_tokens + start
+    part_ptr += tl.cast(tl.program_id(0) // H, tl.int64) * (3 * H * D) + head * D + d
     key_at = keys[:, None] * (3 * H * D) + d[None, :]
     k = tl.load(qkv_ptr + H * D + key_at, mask=(keys < rows)[:, None], other=0.0)
     v = tl.load(qkv_ptr + 2 * H * D + key_at, mask=(keys < rows)[:, None], other=0.0)
     grad_k, grad_v = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
+    sum_q = tl.zeros((D, BLOCK_Q), tl.float32)
     for first in range(0, rows, BLOCK_Q):
         queries = first + tl.arange(0, BLOCK_Q)
         mask = queries < rows
@@ -131,8 +135,15 @@ def _short_attention_bwd_kernel(
         grad_k = tl.dot(grad_scores, q, grad_k, input_precision="ieee")
         grad_q = tl.dot(tl.trans(k), grad_scores, input_precision="ieee") * scale  # (D, BLOCK_Q)
         tl.store(grad_qkv_ptr + queries[None, :] * (3 * H * D) + d[:, None], grad_q, mask=mask[None, :])
-    tl.store(grad_qkv_ptr + H * D + key_at, grad_k * scale, mask=(keys < rows)[:, None])
+        if SUMS:
+            sum_q += grad_q
+    grad_k *= scale
+    tl.store(grad_qkv_ptr + H * D + key_at, grad_k, mask=(keys < rows)[:, None])
     tl.store(grad_qkv_ptr + 2 * H * D + key_at, grad_v, mask=(keys < rows)[:, None])
+    if SUMS:  # in all three the rows behind the last are zeros
+        tl.store(part_ptr, tl.sum(sum_q, axis=1))
+        tl.store(part_ptr + H * D, tl.sum(grad_k, axis=0))
+        tl.store(part_ptr + 2 * H * D, tl.sum(grad_v, axis=0))
 
 
 # Of CLS alone as a query: keys N, those behind the last at zero.
@@ -168,7 +179,7 @@ def _cls_attention_fwd_kernel(
     tl.store(out_ptr + q_at, tl.sum(probs[:, None] * v.to(tl.float32), axis=0))
 
 
-# Reads 2*M*H*D, writes 2*M*H*D; the probabilities are computed again.
+# Reads 2*M*H*D, writes 2*M*H*D; the probabilities are computed again. SUMS: as above.
 @triton.jit
 def _cls_attention_bwd_kernel(
     grad_ptr,  # (n, H, D)
@@ -176,6 +187,7 @@ def _cls_attention_bwd_kernel(
     kv_ptr,  # (M, 2, H, D)
     grad_q_ptr,  # (n, H, D)
     grad_kv_ptr,  # (M, 2, H, D)
+    part_ptr,  # (n, 2, H, D) fp32, or not written: grad_kv, summed over an image's tokens
     first_row,
     first_image,
     scale,
@@ -183,6 +195,7 @@ def _cls_attention_bwd_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     image, head = tl.cast(tl.program_id(0) // H, tl.int64), tl.program_id(0) % H
     d, keys = tl.arange(0, D), tl.arange(0, BLOCK)
@@ -198,6 +211,10 @@ def _cls_attention_bwd_kernel(
     grad_scores = probs * (grad_probs - tl.sum(probs * grad_probs, axis=0)) * scale
     tl.store(grad_kv_ptr + at, grad_scores[:, None] * q[None, :], mask=mask)
     tl.store(grad_kv_ptr + H * D + at, probs[:, None] * grad[None, :], mask=mask)
+    if SUMS:
+        part_ptr += (first_image + image) * (2 * H * D) + head * D + d
+        tl.store(part_ptr, tl.sum(grad_scores, axis=0) * q)
+        tl.store(part_ptr + H * D, tl.sum(probs, axis=0) * grad)
     tl.store(grad_q_ptr + q_at, tl.sum(grad_scores[:, None] * k.to(tl.float32), axis=0))
 
 
@@ -221,7 +238,7 @@ class _Group:
 
     @property
     def n_tiles(self) -> int:
-        return triton.cdiv(self.n_images, self.block // self.n_tokens)
+        return -(-self.n_images // (self.block // self.n_tokens))
 
 
 def _groups(flat: Sequence[int]) -> Iterator[_Group]:
@@ -231,6 +248,10 @@ def _groups(flat: Sequence[int]) -> Iterator[_Group]:
         if n_images:
             yield _Group(row, image, n_images, n_tokens)
         row, image = row + n_images * n_tokens, image + n_images
+
+
+def _n_tiles(groups: Sequence[int]) -> int:
+    return sum(group.n_tiles for group in _groups(groups))
 
 
 def _launch(op: str, n_tokens: int, head_dim: int, arch: int) -> Launch:
@@ -272,23 +293,32 @@ def _(qkv: Tensor, groups: Sequence[int], scale: float) -> tuple[Tensor, Tensor]
 
 @torch.library.custom_op("fastdino::short_attention_backward", mutates_args=())
 @on_own_device
-def _short_attention_backward(grad: Tensor, qkv: Tensor, lse: Tensor, groups: Sequence[int], scale: float) -> Tensor:
+def _short_attention_backward(
+    grad: Tensor, qkv: Tensor, lse: Tensor, groups: Sequence[int], scale: float, with_sums: bool = False
+) -> tuple[Tensor, Tensor]:
+    """grad_qkv, (M, 3, H, D), and its sums over each tile's tokens, (tiles, 3, H, D) fp32; else (0, 3, H, D)."""
     grad, qkv = grad.contiguous(), qkv.contiguous()
     n_tokens, _, n_heads, head_dim = qkv.shape
     grad_qkv = torch.empty_like(qkv)
+    part = qkv.new_empty(_n_tiles(groups) if with_sums else 0, 3, n_heads, head_dim, dtype=torch.float32)
+    first_tile = 0
     for group in _groups(groups):
         launch = _launch("short_attention_bwd", group.n_tokens, head_dim, _arch(qkv.device))
         _short_attention_bwd_kernel[(group.n_tiles * n_heads,)](
-            grad, qkv, lse, grad_qkv, n_tokens, group.first_row, group.n_images, scale,
-            group.n_tokens, n_heads, head_dim, group.block, launch.block,
+            grad, qkv, lse, grad_qkv, part[first_tile:], n_tokens, group.first_row, group.n_images, scale,
+            group.n_tokens, n_heads, head_dim, group.block, launch.block, with_sums,
             num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip
-    return grad_qkv
+        first_tile += group.n_tiles
+    return grad_qkv, part
 
 
 @_short_attention_backward.register_fake
-def _(grad: Tensor, qkv: Tensor, lse: Tensor, groups: Sequence[int], scale: float) -> Tensor:
-    return qkv.new_empty(qkv.shape)
+def _(
+    grad: Tensor, qkv: Tensor, lse: Tensor, groups: Sequence[int], scale: float, with_sums: bool = False
+) -> tuple[Tensor, Tensor]:
+    part = qkv.new_empty(_n_tiles(groups) if with_sums else 0, *qkv.shape[1:], dtype=torch.float32)
+    return qkv.new_empty(qkv.shape), part
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -301,7 +331,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
     if grad is None:
         return None, None, None
-    return _short_attention_backward(grad, *ctx.saved_tensors, ctx.groups, ctx.scale), None, None
+    return _short_attention_backward(grad, *ctx.saved_tensors, ctx.groups, ctx.scale)[0], None, None
 
 
 _short_attention.register_autograd(_backward, setup_context=_keep)
@@ -329,22 +359,27 @@ def _(q: Tensor, kv: Tensor, groups: Sequence[int], scale: float) -> Tensor:
 @torch.library.custom_op("fastdino::cls_attention_backward", mutates_args=())
 @on_own_device
 def _cls_attention_backward(
-    grad: Tensor, q: Tensor, kv: Tensor, groups: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, q: Tensor, kv: Tensor, groups: Sequence[int], scale: float, with_sums: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_q, (n, H, D), grad_kv, (M, 2, H, D), and its sums over each image's, (n, 2, H, D) fp32; else of none."""
     grad, q, kv = grad.contiguous(), q.contiguous(), kv.contiguous()
-    grad_q, grad_kv, (_, n_heads, head_dim) = torch.empty_like(q), torch.empty_like(kv), q.shape
+    grad_q, grad_kv, (n_images, n_heads, head_dim) = torch.empty_like(q), torch.empty_like(kv), q.shape
+    part = kv.new_empty(n_images if with_sums else 0, 2, n_heads, head_dim, dtype=torch.float32)
     for group in _groups(groups):
         launch = LAUNCH[f"cls_attention_{group.block}"]
         _cls_attention_bwd_kernel[(group.n_images * n_heads,)](
-            grad, q, kv, grad_q, grad_kv, group.first_row, group.first_image, scale,
-            group.n_tokens, n_heads, head_dim, group.block, num_warps=launch.num_warps,
+            grad, q, kv, grad_q, grad_kv, part, group.first_row, group.first_image, scale,
+            group.n_tokens, n_heads, head_dim, group.block, with_sums, num_warps=launch.num_warps,
         )  # fmt: skip
-    return grad_q, grad_kv
+    return grad_q, grad_kv, part
 
 
 @_cls_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, kv: Tensor, groups: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), kv.new_empty(kv.shape)
+def _(
+    grad: Tensor, q: Tensor, kv: Tensor, groups: Sequence[int], scale: float, with_sums: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    part = kv.new_empty(q.shape[0] if with_sums else 0, *kv.shape[1:], dtype=torch.float32)
+    return q.new_empty(q.shape), kv.new_empty(kv.shape), part
 
 
 def _keep_cls(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -353,7 +388,7 @@ def _keep_cls(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_cls(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *_cls_attention_backward(grad, *ctx.saved_tensors, ctx.groups, ctx.scale), None, None
+    return *_cls_attention_backward(grad, *ctx.saved_tensors, ctx.groups, ctx.scale)[:2], None, None
 
 
 _cls_attention.register_autograd(_backward_cls, setup_context=_keep_cls)
@@ -422,7 +457,7 @@ def cls_attention(q: Tensor, kv: Tensor, groups: Sequence[tuple[int, int]], scal
 def aot_cases() -> Iterator[AotCase]:
     """ViT-S/16 at 224 and 96 pixels; B and L have the same heads, and more of them. 110 tokens: 168 pixels."""
     sizes = dict.fromkeys(("n_tokens", "first_row", "first_image", "n_images"), "i32")
-    names = ["qkv", "out", "grad", "grad_qkv", "q", "kv", "grad_q", "grad_kv", "lse"]
+    names = ["qkv", "out", "grad", "grad_qkv", "q", "kv", "grad_q", "grad_kv", "lse", "part"]
     pointers = tuple(f"{name}_ptr" for name in names)
     kernels = {
         "short_attention_fwd": _short_attention_fwd_kernel,
@@ -436,11 +471,12 @@ def aot_cases() -> Iterator[AotCase]:
         of_archs = {arch: _launch(name, n_tokens, head_dim, arch) for arch in ARCHS}
         for launch in dict.fromkeys(of_archs.values()):
             constants = {"N": n_tokens, "H": 6, "D": head_dim, "BLOCK": _block(n_tokens), "BLOCK_Q": launch.block}
+            types = {**{name: f"*{dtype}" for name in pointers}, **dict.fromkeys(("lse_ptr", "part_ptr"), "*fp32")}
             yield AotCase(
                 name=f"{op} {dtype} D{head_dim} N{n_tokens}",
                 kernel=kernel,
-                signature={**{name: f"*{dtype}" for name in pointers}, "lse_ptr": "*fp32", **sizes, "scale": "fp32"},
-                constexprs={name: x for name, x in constants.items() if name in kernel.arg_names},
+                signature={**types, **sizes, "scale": "fp32"},
+                constexprs={name: x for name, x in (constants | {"SUMS": True}).items() if name in kernel.arg_names},
                 aligned=(*pointers, "n_tokens", "first_row", "first_image", "n_images"),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,

@@ -106,6 +106,12 @@ LAUNCH = {
     "column_exps": Launch(block=64, num_warps=4),
     "row_norm": Launch(block=1, num_warps=4),
     "column_probs": Launch(block=64, num_warps=8),
+    # Predicted, 2026-11-28, M 44160, bf16, % of a copy on H200 / H100: D 384 100 / 100, 192 97 / 100, with 4 warps 768
+    # 97 / 100 and 1024 99 / 100. Tried at D 384: nothing ahead 55 / 72; two ahead 95 / 99; four rows at once, a
+    # warp each, 58 / 81; two 84 / 98; 64 rows a program 91 / 100. D 768: one warp 86 / 95, two 90 / 97.
+    "layer_norm_bwd": Launch(block=1, num_warps=1, num_stages=3),
+    "layer_norm_bwd_wide": Launch(block=1, num_warps=4, num_stages=3),
+    "column_sums": Launch(block=8, num_warps=8),  # predicted, (1380, 1152): 4.1 us; 16 columns 6.4, 32 columns 12
     "batch_center": Launch(block=64, num_warps=4),  # predicted 73 / 83; 256 columns with 8 warps 40 / 57
     "center_ema": Launch(block=1024, num_warps=4),
     "ema": Launch(block=2048, num_warps=8),
@@ -142,8 +148,9 @@ class AotCase:
     """A row's title in the report: op, kernel, dtype."""
     kernel: Any
     """The `@triton.jit` function."""
-    signature: Mapping[str, str]
-    """Runtime argument to type: "*bf16", "*fp32", "i32". May name arguments of the room's other kernels too."""
+    signature: Mapping[str, str | tuple[str, ...]]
+    """Runtime argument to type: "*bf16", "*fp32", "i32", or a tuple of them. May name arguments of the room's other
+    kernels too."""
     constexprs: Mapping[str, Any]
     """The `tl.constexpr` arguments."""
     aligned: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastdino_kernels import reference
 from fastdino_kernels.checks import check_floating, check_same_device, check_shape
+from fastdino_kernels.column_sums import column_sums
 from fastdino_kernels.launch import INTERPRETED, AotCase, on_own_device, tl, triton, use_triton
 
 KERNEL_DTYPES = {torch.bfloat16, torch.float16}  # a set, so that the tests can add fp32, which shows more digits
@@ -378,7 +379,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: None) -> tuple[Tensor | None, 
     x, w1, w2, hidden = ctx.saved_tensors
     grad_y = grad_y.contiguous()
     act, grad, part = _linear_gelu_backward(grad_y, w2, hidden)
-    return grad @ w1, grad.t() @ x, part.sum(0).to(hidden.dtype), grad_y.t() @ act, grad_y.sum(0)
+    return grad @ w1, grad.t() @ x, column_sums(part, hidden.dtype), grad_y.t() @ act, grad_y.sum(0)
 
 
 _mlp.register_autograd(_backward, setup_context=_keep)

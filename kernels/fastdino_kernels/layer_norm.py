@@ -1,0 +1,229 @@
+"""LayerNorm, whose backward pass makes all that a residual stream asks for while it has the numbers in hand.
+
+    y = n * weight + bias        n = (x - mean) / std
+    d x = (g - mean(g) - n * mean(g * n)) / std        g = weight * d y
+    d weight = column sums of n * d y        d bias = column sums of d y
+
+Layer Normalization (arXiv:1607.06450), equation 3, over the last axis. Axes: M tokens, D channels.
+In a pre-norm block the norm reads a stream to which branches are added. Its gradient is then added to the stream's,
+scaled for the branch before it (drop-path), and summed over tokens for that branch's bias. One launch does all of it,
+and a small one joins what its programs have summed; PyTorch reads the result again for each. `fusion.JoinResiduals`
+finds the addition, the scale and the sum in a compiler's graph.
+Memory, in units of M*D: reads d y, x and the stream's gradient, writes d x, and once more where it is scaled.
+Dtypes: bf16, fp16 and fp32, x's and the weight's each their own; statistics and sums in fp32. No atomics.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdino_kernels.checks import check_floating, check_same_device, check_shape
+from fastdino_kernels.column_sums import column_sums
+from fastdino_kernels.launch import LAUNCH, AotCase, Launch, on_own_device, tl, triton, use_triton
+
+# Of a program, unless there are more than PROGRAMS times as many; what a program has summed is 3 * D words.
+ROWS, PROGRAMS = 32, 1536
+
+
+# A program walks down its rows, one at a time, the next ones under way, and keeps its sums in registers.
+# Reads 2*M*D, and M*D with ADD; writes M*D, M*D with SCALE, and 3*D fp32 a program.
+@triton.jit
+def _layer_norm_bwd_kernel(
+    grad_y_ptr,  # (M, D)
+    x_ptr,  # (M, D)
+    mean_ptr,  # (M,) fp32
+    rstd_ptr,  # (M,) fp32
+    weight_ptr,  # (D,)
+    stream_ptr,  # (M, D), or not read
+    scale_ptr,  # (M,), or not read
+    grad_x_ptr,  # (M, D)
+    branch_ptr,  # (M, D), or not written
+    part_ptr,  # (programs, 3, D) fp32: sums for weight, bias and the branch
+    n_tokens,
+    n_rows,  # of a program
+    D: tl.constexpr,
+    ADD: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    first = tl.program_id(0) * n_rows
+    cols = tl.arange(0, BLOCK)
+    mask = cols < D
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    grad_weight, grad_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    grad_branch = tl.zeros((BLOCK,), tl.float32)
+    for row in tl.range(first, tl.minimum(first + n_rows, n_tokens), num_stages=STAGES):
+        at = tl.cast(row, tl.int64) * D + cols
+        grad_y = tl.load(grad_y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        normed = (x - tl.load(mean_ptr + row)) * rstd
+        grad = grad_y * weight
+        along = tl.sum(grad * normed, axis=0) * (1 / D)
+        level = tl.sum(grad, axis=0) * (1 / D)
+        grad_x = (grad - level - normed * along) * rstd
+        if ADD:
+            grad_x += tl.load(stream_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + at, grad_x, mask=mask)
+        if SCALE:
+            grad_x *= tl.load(scale_ptr + row).to(tl.float32)
+            tl.store(branch_ptr + at, grad_x, mask=mask)
+        grad_weight += normed * grad_y
+        grad_bias += grad_y
+        grad_branch += grad_x
+    part_ptr += tl.cast(tl.program_id(0), tl.int64) * (3 * D) + cols
+    tl.store(part_ptr, grad_weight, mask=mask)
+    tl.store(part_ptr + D, grad_bias, mask=mask)
+    tl.store(part_ptr + 2 * D, grad_branch, mask=mask)
+
+
+def _programs(n_tokens: int) -> tuple[int, int]:
+    """Rows of a program, and how many programs there are."""
+    n_rows = max(ROWS, -(-n_tokens // PROGRAMS))
+    return n_rows, -(-n_tokens // n_rows)
+
+
+def _launch(n_channels: int) -> Launch:
+    return LAUNCH["layer_norm_bwd" if n_channels <= 512 else "layer_norm_bwd_wide"]
+
+
+@torch.library.custom_op("fastdino::layer_norm_backward", mutates_args=())
+@on_own_device
+def _layer_norm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    stream: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d x with the stream's gradient (M, D) added, that times scale (M,), and the programs' sums (P, 3, D) in fp32.
+
+    The second is empty without a scale. Sums are for weight, bias and branch: of the second, or without it the first.
+    """
+    (n_tokens, n_channels), launch = x.shape, _launch(x.shape[1])
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    branch = x.new_empty(0) if scale is None else torch.empty_like(grad_x)
+    n_rows, n_programs = _programs(n_tokens)
+    part = x.new_empty(n_programs, 3, n_channels, dtype=torch.float32)
+    if x.numel() > 0:
+        _layer_norm_bwd_kernel[(n_programs,)](
+            grad_y.contiguous(), x.contiguous(), mean, rstd, weight,
+            grad_x if stream is None else stream.contiguous(), mean if scale is None else scale.contiguous(),
+            grad_x, branch, part, n_tokens, n_rows,
+            D=n_channels, ADD=stream is not None, SCALE=scale is not None,
+            BLOCK=triton.next_power_of_2(n_channels), STAGES=launch.num_stages, num_warps=launch.num_warps,
+        )  # fmt: skip
+    return grad_x, branch, part
+
+
+@_layer_norm_backward.register_fake
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    stream: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = x.new_empty(x.shape)
+    part = x.new_empty(_programs(x.shape[0])[1], 3, x.shape[1], dtype=torch.float32)
+    return grad_x, x.new_empty(0 if scale is None else x.shape), part
+
+
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`_layer_norm` in single operations, for a compiler, which joins them with what is before and after."""
+    full = x.float()
+    var, mean = torch.var_mean(full, dim=1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    y = (full - mean) * rstd * weight.float() + bias.float()
+    return y.to(weight.dtype), mean.squeeze(1), rstd.squeeze(1)
+
+
+@torch.library.custom_op("fastdino::layer_norm", mutates_args=())
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y (M, D) in the weight's dtype, mean (M,) and 1 / std (M,) in fp32."""
+    if not x.is_cuda:
+        return plain_layer_norm(x, weight, bias, eps)
+    y, mean, rstd = torch.native_layer_norm(x, x.shape[1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    return y.to(weight.dtype), mean.flatten(), rstd.flatten()
+
+
+@_layer_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=weight.dtype), mean, rstd
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, _, _ = inputs
+    ctx.save_for_backward(x, *output[1:], weight)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return None, None, None, None
+    grad_x, _, part = _layer_norm_backward(grad_y, *ctx.saved_tensors)
+    sums = column_sums(part, ctx.saved_tensors[-1].dtype)
+    return grad_x, sums[0], sums[1], None
+
+
+_layer_norm.register_autograd(_backward, setup_context=_keep)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, with a backward pass of two launches.
+
+    x: (..., D). weight, bias: (D,), of one dtype. Returns (..., D) in the weight's dtype, computed in fp32 (fp64 for
+    fp64). Raises ValueError where shapes, dtypes or devices do not fit.
+    Source: Layer Normalization (arXiv:1607.06450), equation 3.
+    """
+    for name, value in {"x": x, "weight": weight, "bias": bias}.items():
+        check_floating(name, value)
+    if x.ndim == 0:
+        raise ValueError("x: expected at least one axis, got a 0-D tensor")
+    check_shape("weight", weight, x.shape[-1:])
+    check_shape("bias", bias, weight.shape)
+    check_same_device(x=x, weight=weight, bias=bias)
+    if bias.dtype != weight.dtype:
+        raise ValueError(f"bias: expected {weight.dtype} like weight, got {bias.dtype}")
+    if not use_triton(x, weight):
+        full = torch.promote_types(x.dtype, weight.dtype)
+        return F.layer_norm(x.to(full), weight.shape, weight.to(full), bias.to(full), eps).to(weight.dtype)
+    return _layer_norm(x.reshape(-1, x.shape[-1]), weight.contiguous(), bias, eps)[0].view(x.shape)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """The norms of ViT-S/B/L: with a stream, with drop-path, and the first of a network; a stream in fp32."""
+    halves = ("grad_y_ptr", "x_ptr", "weight_ptr", "stream_ptr", "scale_ptr", "grad_x_ptr", "branch_ptr")
+    full = ("mean_ptr", "rstd_ptr", "part_ptr")
+    streams = ("x_ptr", "stream_ptr", "scale_ptr", "grad_x_ptr", "branch_ptr")
+    for n_channels, title, add, scale in (
+        *((d, " stream", True, False) for d in (192, 384, 768, 1024)),
+        (384, " stream and scale", True, True),
+        (384, "", False, False),
+        (384, " stream in fp32", True, False),
+    ):
+        launch = _launch(n_channels)
+        types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(full, "*fp32")
+        if "fp32" in title:
+            types |= dict.fromkeys(streams, "*fp32")
+        yield AotCase(
+            name=f"layer_norm_bwd bf16 D={n_channels}{title}",
+            kernel=_layer_norm_bwd_kernel,
+            signature={**types, "n_tokens": "i32", "n_rows": "i32"},
+            constexprs={
+                "D": n_channels, "ADD": add, "SCALE": scale, "BLOCK": triton.next_power_of_2(n_channels),
+                "STAGES": launch.num_stages,
+            },
+            aligned=(*halves, *full, "n_tokens", "n_rows"),
+            num_warps=launch.num_warps,
+        )  # fmt: skip
