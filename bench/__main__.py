@@ -1,4 +1,4 @@
-"""python -m bench PART [--quick] [--continue] [--out DIR] [-k WORDS] | report DIR | counted FILE [RUN].
+"""python -m bench PART [--quick] [--continue] [--out DIR] [-k WORDS] | report DIR.
 
 Parts: ops, attention, step, pipeline, or all of them. Each record is on disk the moment it is known,
 and pytest-benchmark saves each run in DIR, for its own `pytest-benchmark compare`.
@@ -11,8 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench import counted
-from bench.records import append, read
+from bench.records import read
 from bench.report import PARTS, report
 
 HERE = Path(__file__).parent
@@ -46,12 +45,6 @@ def _measure(args: argparse.Namespace) -> int:
     return min(int(code), 1)
 
 
-def _counted(args: argparse.Namespace) -> None:
-    if args.run_prefix:
-        append(args.file, counted.count(args.run_prefix, args.facts, args.predicted))
-    print(counted.table(read(args.file)))
-
-
 def main() -> int:
     """The exit code. 1: a check failed, 2: a wrong command, 5: nothing chosen, 130: stopped."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -68,12 +61,6 @@ def main() -> int:
     shown.add_argument("folder", type=Path, metavar="DIR")
     shown.add_argument("--readme", type=Path, metavar="FILE", help="put the summary into this file, too")
     shown.set_defaults(run=lambda args: print(report(read(args.folder), args.folder, args.readme)))
-    shown = commands.add_parser("counted", help="counted figures of a step side by side, nothing timed")
-    shown.add_argument("file", type=Path, help="of JSON lines")
-    shown.add_argument("run_prefix", nargs="?", metavar="RUN", help=counted.RUN)
-    shown.add_argument("facts", nargs="*", metavar="NAME=VALUE", help="what RUN does not say: commit=4918220")
-    shown.add_argument("--predicted", nargs=2, type=float, metavar="MS", help="not measured: ideal, expected")
-    shown.set_defaults(run=_counted)
     args = parser.parse_args()
     try:
         return args.run(args) or 0

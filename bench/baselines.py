@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastdino import MultiCropWrapper, get_params_groups
+from fastdino import DINOHead, MultiCropWrapper, get_params_groups
+from fastdino.model.archs import ARCHITECTURES
 from fastdino.objectives import DINOLoss
 from fastdino.train.schedules import Schedules
 
@@ -115,6 +117,26 @@ def plain_logits(network: MultiCropWrapper, crops: Sequence[Tensor], fused: bool
     head, last = network.head, network.head.last_layer
     bottleneck = head.mlp(features if features.dtype == torch.float64 else features.float())
     return F.linear(F.normalize(bottleneck, dim=-1), torch._weight_norm(last.weight_v, last.weight_g, 0))
+
+
+def step_flops(arch: str, batch: int, n_local: int = 8, out_dim: int = 65536) -> int:
+    """Of a step with two crops of 224 pixels and n_local of 96; a FLOP is one multiplication or one addition.
+
+    PyTorch counts the products of `plain_logits`, also those that `fastdino.model` leaves out (most of the last block's
+    patches, a 16th of a 12-block backbone). Norms, GELU, loss and optimizer are bound by memory and count nothing. A
+    student's crop counts three forwards (forward, gradients by input and by weight), a teacher's one.
+    """
+    with torch.device("meta"):  # shapes alone
+        backbone = ARCHITECTURES[arch]()
+        network = MultiCropWrapper(backbone, DINOHead(backbone.embed_dim, out_dim))
+        crops = [torch.empty(batch, 3, side, side) for side in (224, 224, *[96] * n_local)]
+
+    def forward_flops(crops: Sequence[Tensor]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            plain_logits(network, crops, fused=False)
+        return counter.get_total_flops()
+
+    return 3 * forward_flops(crops) + forward_flops(crops[:2])
 
 
 class PlainStep:

@@ -4,7 +4,6 @@ Every provider gets q, k, v as the model has them, one (M, 3, H, D).
 Axes: M tokens of all images, N tokens of an image, H heads, D channels of a head.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import DEVICE, ON_GPU
-from bench.test_ops import DTYPE, MAIN, check, compiled
+from bench.test_ops import DTYPE, MAIN, Way, check, compiled, with_gradients
 from fastdino.model import attention
 from fastdino.model.attention import Packing
 from fastdino.model.attention_choice import why_not
@@ -29,19 +28,13 @@ def plain(qkv: Tensor, scale: float, images: Packing) -> list[Tensor]:
     return [out.transpose(1, 2).flatten(0, 1) for out in outputs]
 
 
-def both_ways(provider: str, batch: int, heads: int, dtype: torch.dtype = DTYPE) -> Callable[[], list[Tensor]]:
+def both_ways(provider: str, batch: int, heads: int, dtype: torch.dtype = DTYPE) -> Way:
     """Outputs in parts, and the gradient of q, k, v."""
     torch.manual_seed(0)
     op = plain if provider == "plain" else attention.BACKENDS[provider.removeprefix("ours ")].run
     images = Packing(((2 * batch, 197), (N_LOCAL * batch, 37)))
-    qkv = torch.randn(sum(images.sizes), 3, heads, HEAD_DIM, device=DEVICE).to(DTYPE).to(dtype).requires_grad_()
-    upstream = torch.ones_like(qkv[:, 0])
-
-    def run() -> list[Tensor]:
-        parts = op(qkv, HEAD_DIM**-0.5, images)
-        return [*parts, *torch.autograd.grad(parts, qkv, upstream.split([len(part) for part in parts]))]
-
-    return run
+    qkv = torch.randn(sum(images.sizes), 3, heads, HEAD_DIM, device=DEVICE).to(DTYPE).to(dtype)
+    return with_gradients(lambda: op(qkv, HEAD_DIM**-0.5, images), [qkv], torch.ones_like(qkv[:, 0]))
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda n: f"B{BATCH} 2x197+{N_LOCAL}x37 H{n}")
@@ -58,20 +51,14 @@ def test_crops(provider: str, heads: int, timed: Any) -> None:
     timed(both_ways(provider, BATCH, heads), n_bytes=n_bytes, n_flops=n_flops, dtype=MAIN.dtype)
 
 
-def mlp_both_ways(provider: str, batch: int, width: int, dtype: torch.dtype = DTYPE) -> Callable[[], list[Tensor]]:
+def mlp_both_ways(provider: str, batch: int, width: int, dtype: torch.dtype = DTYPE) -> Way:
     """y, and the gradients of x and of both maps' weights and biases."""
     torch.manual_seed(0)
     op = {"ours": mlp, "plain": reference.mlp}.get(provider) or compiled(reference.mlp)
     shapes = (batch * (2 * 197 + N_LOCAL * 37), width), (4 * width, width), (4 * width,), (width, 4 * width), (width,)
     values = [torch.randn(shape, device=DEVICE) * shape[-1] ** -0.5 for shape in shapes]
-    inputs = [x.to(DTYPE).to(dtype).requires_grad_() for x in values]
-    upstream = torch.ones_like(inputs[0])
-
-    def run() -> list[Tensor]:
-        y = op(*inputs)
-        return [y, *torch.autograd.grad(y, inputs, upstream)]
-
-    return run
+    inputs = [x.to(DTYPE).to(dtype) for x in values]
+    return with_gradients(lambda: [op(*inputs)], inputs, torch.ones_like(inputs[0]))
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda n: f"B{BATCH} 2x197+{N_LOCAL}x37 D{n * HEAD_DIM}")

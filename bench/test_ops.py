@@ -55,25 +55,37 @@ def check(ours: list[Tensor], truth: list[Tensor], plain: list[Tensor]) -> None:
         require(error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}")
 
 
-def logits(n_images: int, dtype: torch.dtype = DTYPE) -> tuple[Tensor, Tensor, Tensor]:
+def with_gradients(op: Callable[[], list[Tensor]], wanted: list[Tensor], upstream: Tensor | None = None) -> Way:
+    """What an op makes, in parts, and the gradients of `wanted`. upstream: the parts' own, joined; a loss has 1."""
+    for x in wanted:
+        x.requires_grad_()
+
+    def run() -> list[Tensor]:
+        parts = op()
+        given = None if upstream is None else upstream.split([len(part) for part in parts])
+        return [*(part.detach() for part in parts), *torch.autograd.grad(parts, wanted, given)]
+
+    return run
+
+
+def logits(*shapes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's and the teacher's, (*shape, K), and a center."""
     torch.manual_seed(0)
-    student, teacher = (torch.randn(n, n_images, K, device=DEVICE).to(DTYPE).to(dtype) for n in (N_STUDENT, N_TEACHER))
+    student, teacher = (torch.randn(*shape, K, device=DEVICE).to(DTYPE).to(dtype) for shape in shapes)
     return student, teacher, 0.1 * torch.randn(K, device=DEVICE).to(torch.promote_types(dtype, torch.float32))
 
 
 def loss_way(provider: str, n_images: int, dtype: torch.dtype = DTYPE) -> Way:
-    student, teacher, center = logits(n_images, dtype)
+    student, teacher, center = logits((N_STUDENT, n_images), (N_TEACHER, n_images), dtype=dtype)
     if provider == "ours, in place":
         return lambda: [dino_loss_and_grad_(student, teacher, center, *TEMPS), student]
     known = {"ours": dino_loss, "plain": baselines.plain_loss, "reference": reference.dino_loss}
     function = known.get(provider) or compiled(reference.dino_loss)
-    student.requires_grad_()
 
-    def run() -> list[Tensor]:
-        loss = function(student.float() if function is baselines.plain_loss else student, teacher, center, *TEMPS)
-        return [loss.detach(), *torch.autograd.grad(loss, student)]
+    def loss() -> list[Tensor]:
+        return [function(student.float() if provider == "plain" else student, teacher, center, *TEMPS)]
 
-    return run
+    return with_gradients(loss, [student])
 
 
 @pytest.mark.parametrize("n_images", BATCHES, ids=lambda n: f"B{n} K{K}")
@@ -86,11 +98,9 @@ def test_dino_loss(provider: str, n_images: int, timed: Any) -> None:
 
 
 def patches(n_images: int, dtype: torch.dtype = DTYPE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    student, teacher = (torch.randn(MASKED * n_images, K, device=DEVICE).to(DTYPE).to(dtype) for _ in range(2))
-    wide = torch.promote_types(dtype, torch.float32)
-    weights = torch.full((len(student),), 1 / len(student), device=DEVICE).to(wide)
-    return student, teacher, 0.1 * torch.randn(K, device=DEVICE).to(wide), weights
+    n = MASKED * n_images
+    student, teacher, center = logits((n,), (n,), dtype=dtype)
+    return student, teacher, center, torch.full((n,), 1 / n, device=DEVICE).to(center.dtype)
 
 
 def patch_way(provider: str, n_images: int, dtype: torch.dtype = DTYPE) -> Way:
@@ -99,13 +109,7 @@ def patch_way(provider: str, n_images: int, dtype: torch.dtype = DTYPE) -> Way:
         return lambda: [patch_loss_and_grad_(student, *others, *TEMPS), student]
     known = {"ours": patch_loss, "plain": baselines.plain_patch_loss, "reference": reference.patch_loss}
     function = known.get(provider) or compiled(baselines.plain_patch_loss)
-    student.requires_grad_()
-
-    def run() -> list[Tensor]:
-        loss = function(student, *others, *TEMPS)
-        return [loss.detach(), *torch.autograd.grad(loss, student)]
-
-    return run
+    return with_gradients(lambda: [function(student, *others, *TEMPS)], [student])
 
 
 @pytest.mark.parametrize("n_images", BATCHES[:1], ids=lambda n: f"B{n} K{K}")
@@ -135,7 +139,7 @@ def center_way(provider: str, n_images: int, dtype: torch.dtype = DTYPE) -> Way:
     def plain(center: Tensor, teacher: Tensor, momentum: Tensor) -> None:
         reference.center_ema_(center, reference.batch_center(teacher), momentum)
 
-    _, teacher, center = logits(n_images, dtype)
+    _, teacher, center = logits((0,), (N_TEACHER, n_images), dtype=dtype)
     momentum = torch.tensor(0.9, device=DEVICE, dtype=center.dtype)
     update = {"ours": center_update_, "plain": plain}.get(provider) or compiled(plain)
 

@@ -98,19 +98,24 @@ def albumentations_crops() -> Callable[[int, Any], list[Any]]:
     return lambda _, image: [transform(image=image)["image"] for transform in views]
 
 
-class _Dataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """The original's way: an image's crops in a worker process, and over to the trainer."""
+class _Dataset(torch.utils.data.Dataset[Any]):
+    """The original's way: an image at a time in a worker process, and over to the trainer."""
 
-    def __init__(self, source: Sequence[bytes], crops: Callable[[int, Any], list[Any]]) -> None:
-        self.source, self.crops = source, crops
+    def __init__(self, source: Sequence[bytes], made_of: Callable[[int, bytes], Any]) -> None:
+        self.source, self.made_of = source, made_of
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        crops = self.crops(index, decode_array(open_image(self.source[index])))
-        large, small = (torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).contiguous() for x in (crops[:2], crops[2:]))
-        return large, small
+    def __getitem__(self, index: int) -> Any:
+        return self.made_of(index, self.source[index])
+
+
+def stacked(crops_of: Callable[[int, Any], list[Any]], index: int, data: bytes) -> tuple[Tensor, Tensor]:
+    """The crops of an image by size."""
+    crops = crops_of(index, decode_array(open_image(data)))
+    large, small = (torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).contiguous() for x in (crops[:2], crops[2:]))
+    return large, small
 
 
 @pytest.mark.parametrize("workers", sorted({0, CORES}), ids=lambda n: f"{n} worker{'' if n == 1 else 's'}")
@@ -122,31 +127,23 @@ def test_loader(provider: str, workers: int, timed: Any, encoded: list[bytes]) -
         sampler, augment = EpochSampler(N_IMAGES, BATCH, 0), provider.split()[1]
         loader: Any = CropLoader(source, RECIPE, sampler, num_workers=workers, augment=augment)
         index, batch = next(iter(sampler))[0][1], next(iter(loader))
-        exact = _Dataset(source, pillow_crops)[index][0].int()
+        exact = stacked(pillow_crops, index, source[index])[0].int()
         off = (batch.global_crops[:, 0].int() - exact).abs().float().mean()
         assert not batch.bad
         require(off <= (0 if augment == "exact" else 4), f"{off:.2f} levels off")
     else:
         crops = pillow_crops if provider == "Pillow" else albumentations_crops()
         options = {"num_workers": workers, "persistent_workers": workers > 0, "drop_last": True}
-        loader = torch.utils.data.DataLoader(_Dataset(source, crops), BATCH, **options)
+        loader = torch.utils.data.DataLoader(_Dataset(source, partial(stacked, crops)), BATCH, **options)
     run = partial(deque, loader, 0)  # from the first batch to the last
     timed(run, n_images=N_IMAGES, times=times_ms(run, BUDGET_MS, on_host=True))
     if isinstance(loader, CropLoader):
         loader.close()
 
 
-class _Views(torch.utils.data.Dataset[Tensor]):
-    """As evaluations are written with torchvision: an image at a time, normalised in a worker process."""
-
-    def __init__(self, source: Sequence[bytes]) -> None:
-        self.source, self.transform = source, EvalTransform(224)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.transform(Image.open(BytesIO(self.source[index])))
+def normalised(transform: EvalTransform, _: int, data: bytes) -> Tensor:
+    """As evaluations are written with torchvision."""
+    return transform(Image.open(BytesIO(data)))
 
 
 @pytest.mark.parametrize("provider", ["ours", "plain"])
@@ -155,7 +152,8 @@ def test_features(provider: str, timed: Any, encoded: list[bytes]) -> None:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     backbone = (vit_small if ON_GPU else vit_tiny)().to(DEVICE, dtype).eval()
-    loader = torch.utils.data.DataLoader(_Views(encoded), BATCH, num_workers=CORES, persistent_workers=True)
+    views = _Dataset(encoded, partial(normalised, EvalTransform(224)))
+    loader = torch.utils.data.DataLoader(views, BATCH, num_workers=CORES, persistent_workers=True)
 
     def ours() -> Tensor:
         batches = stream(
@@ -165,7 +163,7 @@ def test_features(provider: str, timed: Any, encoded: list[bytes]) -> None:
 
     @torch.no_grad()
     def plain() -> Tensor:
-        return torch.cat([backbone(views.to(DEVICE, dtype)).float() for views in loader])
+        return torch.cat([backbone(batch.to(DEVICE, dtype)).float() for batch in loader])
 
     run = ours if provider == "ours" else plain
     off = (run() - plain()).abs().max() / plain().abs().max()

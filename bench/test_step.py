@@ -16,9 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.baselines import CarefulStep, PlainStep
+from bench.baselines import CarefulStep, PlainStep, step_flops
 from bench.measure import DEVICE, ON_GPU, QUICK, require
-from bench.model import step_flops
 from bench.records import Record
 from fastdino import DINOHead, DINOLoss, MultiCropWrapper
 from fastdino.model.archs import ARCHITECTURES as NETWORKS
@@ -184,15 +183,8 @@ def test_profile(provider: str, case: Case, step: Step, timed: Any) -> None:
 def test_recipe(provider: str, case: Case, timed: Any) -> None:
     """A whole step of a newer recipe, with masks. tests/test_v2_golden.py holds its numbers to the originals'."""
     gc.collect()
-    config = TrainConfig.from_flags(
-        {
-            "recipe": provider.removeprefix("ours "),
-            "arch": case.arch,
-            "batch_size_per_gpu": case.batch,
-            "device": str(DEVICE),
-            "data_path": "photos/",
-        }
-    )
+    flags = {"recipe": provider.removeprefix("ours "), "arch": case.arch, "batch_size_per_gpu": case.batch}
+    config = TrainConfig.from_flags(flags | {"device": str(DEVICE), "data_path": "photos/"})
     networks = build_networks(config)
     step, masks = build_step(config, start(str(DEVICE), "env://"), NITER_PER_EP, networks, print), build_masks(config)
     assert masks is not None

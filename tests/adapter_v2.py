@@ -8,13 +8,14 @@ from fastdino.data.masks import BlockMasks
 from fastdino.data.masks import mask_batch as draw_masks
 from fastdino.model.archs import CONVNEXTS, PUBLISHED
 from fastdino.model.attention import Packing
+from fastdino.model.block import Block
 from fastdino.model.convnext import ConvNeXt
 from fastdino.model.drop_path import Path as DropPath
 from fastdino.model.drop_path import of_images
 from fastdino.model.layers import NORMS, layer_norm
 from fastdino.model.masked import MaskedMultiCrop
+from fastdino.model.patches import Interpolation
 from fastdino.model.rope import Draw, RopeEmbed
-from fastdino.model.vit import Block, Interpolation
 from fastdino.objectives import DINOv2Loss, DINOv2Weights, GramTeacher
 from fastdino.train.iteration_schedules import LR_SCALES, IterationSchedules, warmup_cosine_constant
 from fastdino.train.step import TrainStep

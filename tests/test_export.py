@@ -34,7 +34,7 @@ from fastdino.export.graph import AnySize, resize_weights
 from fastdino.export.hf import hf_state
 from fastdino.export.kinds import Model
 from fastdino.model.archs import PUBLISHED
-from fastdino.model.vit import _resize
+from fastdino.model.patches import resize
 from fastdino.train.checkpoint import eval_size
 
 SIDE, PATCH = 32, 8
@@ -289,7 +289,7 @@ def test_the_graphs_interpolation_is_pytorchs(side, n):
     index = torch.arange(n, dtype=torch.float64)
     weights = resize_weights(index, torch.arange(side).double(), torch.arange(-1.0, 3.0).double())
     identity = torch.eye(side * side, dtype=torch.float64)
-    expected = _resize(identity[None], n, n)[0]
+    expected = resize(identity[None], n, n)[0]
     torch.testing.assert_close(torch.kron(weights, weights), expected, rtol=0, atol=1e-6)  # the scale is fp32 there
 
 

@@ -123,7 +123,7 @@ def run_command(command, folder, monkeypatch, capsys):
     words = shlex.split(command)
     if words[0] == "fastdino":
         monkeypatch.chdir(folder)
-        monkeypatch.setattr("fastdino.commands.linear.SWEEP_STEPS", 10)
+        monkeypatch.setattr("fastdino.commands.linear_probe.SWEEP_STEPS", 10)
         if "--help" in words:
             with pytest.raises(SystemExit) as end:
                 main(words[1:])

@@ -1,7 +1,7 @@
 """The backbone as a graph that takes images of any size, for torch.export and ONNX.
 
-The original interpolates positions with scale factors of (rows + 0.1) / side (`vit._resize`). A tracer makes constants
-of such factors, and the graph is of one size. Bicubic interpolation is linear, and so it is two matrix products, of a
+The original interpolates positions with scale factors of (rows + 0.1) / side (`patches`). A tracer makes constants of
+such factors, and the graph is of one size. Bicubic interpolation is linear, and so it is two matrix products, of a
 weight for each row and each old row, and of the same for columns; the weights are computed from the number of rows by
 operations that a tracer keeps (R. Keys, Cubic convolution interpolation for digital image processing, 1981, with the
 a = -0.75 that PyTorch has). Equal to `F.interpolate` up to rounding.

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from fastdino.model.layers import NORMS
-from fastdino.model.vit import Interpolation, VisionTransformer
+from fastdino.model.patches import Interpolation
+from fastdino.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

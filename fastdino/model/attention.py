@@ -65,6 +65,12 @@ class Packing(NamedTuple):
         return torch.cat([x[:, None].expand(group).flatten() for x, group in zip(parts, self.groups)])[:, None]
 
 
+def packed(groups: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+    """(n, N, ...) of each group -> the tokens of all, (M, ...), and where they lie."""
+    packing = Packing(tuple((group.shape[0], group.shape[1]) for group in groups))
+    return torch.cat([group.flatten(0, 1) for group in groups]), packing
+
+
 # qkv (M, 3, H, D), scale, packing -> (M, H, D) in parts, as they were computed
 AttentionOp = Callable[[Tensor, float, Packing], list[Tensor]]
 # The same of CLS alone: q (images, H, D), kv (M, 2, H, D), scale, packing -> (images, H, D)

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdino.model.layers import layer_norm
-from fastdino.model.vit import init_linear
+from fastdino.model.layers import init_linear, layer_norm
 
 
 class _NormOfChannels(nn.LayerNorm):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdino.model.vit import init_linear
+from fastdino.model.layers import init_linear
 
 
 def promote(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Small layers of a block: norms, LayerScale, the linear map whose keys have no bias. Axes: D channels."""
+"""Small layers of a block, and how weights start: norms, LayerScale, linear maps. Axes: D channels."""
 
 from collections.abc import Callable
 
@@ -115,3 +115,14 @@ class QkvWithoutKeyBias(nn.Linear):
     def masked_bias(self) -> Tensor:
         """(3 * D,)."""
         return self.bias * self.bias_mask.to(self.bias.dtype)  # of a low-precision copy, too
+
+
+def init_linear(module: nn.Module, std: float = 0.02) -> None:
+    """Weights from a normal of deviation `std` cut at +-2, biases zero, norms at one; convolutions keep PyTorch's."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

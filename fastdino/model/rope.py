@@ -119,6 +119,14 @@ class RopeEmbed(nn.Module):
         angles = (2 * math.pi * coords[:, :, None] / self.periods).flatten(1).tile(2)  # (N, D): rows, columns, twice
         return Rotation(angles.sin(), angles.cos())
 
+    def of_blocks(self, n_blocks: int, grids: Sequence[tuple[int, int]], n_before: int) -> list[list[Rotation]]:
+        """For each block those of every (rows, columns), after so many tokens: drawn anew where training draws."""
+
+        def made() -> list[Rotation]:
+            return [self(*grid).after(n_before) for grid in grids]
+
+        return [made() for _ in range(n_blocks)] if self.draws else [made()] * n_blocks
+
 
 def rotated(x: Tensor, rotations: Sequence[Rotation], packing: Packing | None) -> Tensor:
     """(M, ..., D) of packed images, or without a packing (n, N, ..., D), each token turned; the same shape and dtype.

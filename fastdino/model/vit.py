@@ -3,268 +3,28 @@
 ViT (arXiv:2010.11929) as DeiT (arXiv:2012.12877) trains it. One tensor of images goes through the blocks as in the
 textbook, (B, N, D). Images of several resolutions go through together: their tokens are rows of one matrix (M, D), and
 attention alone looks at where an image ends (`attention.Packing`).
-Axes: B images, N tokens (1 + patches), M tokens of all images, H heads, D channels.
+Axes: B images, N tokens (1 + patches), M tokens of all images, D channels.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from operator import index
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdino.model.attention import Packing, attention, attention_of_cls
-from fastdino.model.drop_path import MODES, Path, draw, of_rows
-from fastdino.model.layers import QkvWithoutKeyBias, in_dtype_of, layer_norm, layer_scale
-from fastdino.model.mlp import feed_forward
+from fastdino.model.attention import Packing, packed
+from fastdino.model.block import Attention, Block
+from fastdino.model.drop_path import MODES
+from fastdino.model.layers import in_dtype_of, init_linear, layer_norm
+from fastdino.model.patches import DINOS_INTERPOLATION, Interpolation, PatchEmbed, resize
 from fastdino.model.recompute import keep_recipes
-from fastdino.model.rope import RopeEmbed, Rotation, rotated
+from fastdino.model.rope import RopeEmbed, Rotation
 
-
-def _cls(tokens: Tensor, packing: Packing | None) -> Tensor:
-    """The CLS tokens of packed tokens (M, D) -> (images, D), or of one resolution (B, N, D) -> (B, 1, D)."""
-    return tokens[:, :1] if packing is None else packing.cls(tokens)
-
-
-def _packed(groups: Sequence[Tensor]) -> tuple[Tensor, Packing]:
-    """(B, N, D) of each group -> the tokens of all, (M, D), and where they lie."""
-    packing = Packing(tuple((group.shape[0], group.shape[1]) for group in groups))
-    return torch.cat([group.flatten(0, 1) for group in groups]), packing
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention. mask_k_bias: the keys have no bias, as in DINOv3."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        proj_bias: bool = True,
-        mask_k_bias: bool = False,
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.qkv = QkvWithoutKeyBias(dim) if mask_k_bias and qkv_bias else nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        packing: Packing | None = None,
-        cls_only: bool = False,
-        with_map: bool = True,
-        rotations: Sequence[Rotation] | None = None,
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, N, D) -> (B, N, D), and the probabilities (B, H, N, N).
-
-        with_map=False: None in their place, because the fused kernels never write them down; x may be packed, (M, D).
-        cls_only: what CLS attends to, (B, 1, D) or (images, D). rotations: of queries and keys, for each group.
-        rows: of packed tokens, (m,) those whose result is wanted, (m, D).
-        """
-        # not somebody's own in its place
-        if cls_only and not with_map and type(self.qkv) in (nn.Linear, QkvWithoutKeyBias):
-            return self.proj(self._attended_by_cls(x, packing, rotations)), None
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (..., 3, H, D / H)
-        if rotations is not None:
-            qk, v = qkv.split((2, 1), dim=-3)
-            qkv = torch.cat((rotated(qk, rotations, packing), v), dim=-3)
-        probs = None
-        if with_map:
-            q, k, v = qkv.unbind(-3)
-            probs = torch.einsum("bqhd,bkhd->bhqk", q * self.scale, k).softmax(-1)
-            attended = torch.einsum("bhqk,bkhd->bqhd", probs, v).flatten(-2)
-        else:
-            attended = attention(qkv, self.scale, packing)
-        if rows is not None:
-            return self.proj(attended.index_select(0, rows)), probs
-        return self.proj(_cls(attended, packing) if cls_only else attended), probs
-
-    def _attended_by_cls(
-        self, x: Tensor, packing: Packing | None, rotations: Sequence[Rotation] | None = None
-    ) -> Tensor:
-        """What CLS attends to, (images, D) or (B, 1, D); the patches make no queries, and CLS is not rotated."""
-        images = packing or Packing(((x.shape[0], x.shape[1]),))
-        tokens, sizes = x.flatten(0, -2), (x.shape[-1], 2 * x.shape[-1])
-        to_q, to_kv = self.qkv.weight.split(sizes)
-        bias = self.qkv.masked_bias if isinstance(self.qkv, QkvWithoutKeyBias) else self.qkv.bias
-        bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
-        q = F.linear(images.cls(tokens), to_q, bias_q).unflatten(-1, (self.num_heads, -1))
-        kv = F.linear(tokens, to_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
-        if rotations is not None:
-            k, v = kv.split(1, dim=-3)
-            kv = torch.cat((rotated(k, rotations, images), v), dim=-3)
-        attended = attention_of_cls(q, kv, self.scale, images)
-        return attended if packing else attended[:, None]
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block. drop_path: the probability that training leaves an image out of a branch.
-
-    ffn: of `mlp.FEED_FORWARDS`. init_values: where LayerScale starts; None for none.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = False,
-        drop_path: float = 0.0,
-        norm_layer: Callable[[int], nn.Module] = layer_norm,
-        *,
-        ffn: str = "mlp",
-        proj_bias: bool = True,
-        ffn_bias: bool = True,
-        mask_k_bias: bool = False,
-        init_values: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, mask_k_bias)
-        self.ls1 = layer_scale(dim, init_values)
-        self.drop_path = drop_path
-        self.norm2 = norm_layer(dim)
-        self.mlp = feed_forward(ffn, dim, int(dim * mlp_ratio), ffn_bias)
-        self.ls2 = layer_scale(dim, init_values)
-
-    def paths(self, x: Tensor, packing: Packing | None, mode: str, cls_only: bool = False) -> tuple[Path, Path]:
-        """What `forward` goes by: paths through attention and MLP, drawn anew."""
-        drop_prob, after = self.drop_path if self.training else 0.0, packing.of_cls if packing and cls_only else packing
-        return draw(mode, drop_prob, packing, after, x), draw(mode, drop_prob, after, after, x)
-
-    def forward(
-        self,
-        x: Tensor,
-        return_attention: bool = False,
-        *,
-        packing: Packing | None = None,
-        paths: tuple[Path, Path] | None = None,
-        cls_only: bool = False,
-        rotations: Sequence[Rotation] | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """(B, N, D) -> (B, N, D), or with a packing (M, D) -> (M, D).
-
-        return_attention: the probabilities (B, H, N, N) alone. paths: None draws them. cls_only: CLS alone, (B, 1, D)
-        or (images, D), so that projection and MLP skip the patches. rotations: of each group of the packing. rows: (m,)
-        of packed tokens, the only ones that are wanted, (m, D); paths are then those of `drop_path.of_rows`.
-        """
-        if return_attention:
-            return cast(Tensor, self.attn(self.norm1(x), rotations=rotations)[1])
-        to_attn, to_mlp = paths or self.paths(x, packing, "sample", cls_only)
-        attended, _ = self.attn(self.norm1(to_attn.take(x)), to_attn.packing, cls_only, False, rotations, rows)
-        x = _cls(x, packing) if cls_only else x if rows is None else x.index_select(0, rows)
-        x = to_attn.add(x, self.ls1(attended))
-        return to_mlp.add(x, self.ls2(self.mlp(self.norm2(to_mlp.take(x)))))
-
-
-class PatchEmbed(nn.Module):
-    """(B, 3, H, W) -> (B, H//p * W//p, D): one linear map per p x p patch; what is left of the sides is not read."""
-
-    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768) -> None:
-        super().__init__()
-        self.img_size = img_size
-        self.patch_size = patch_size
-        self.num_patches = (img_size // patch_size) ** 2
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of patches in an image of this many pixels; of overlapping ones under a smaller stride."""
-        stride = self.proj.stride
-        down, right = (stride, stride) if isinstance(stride, int) else stride
-        return (height - self.patch_size) // down + 1, (width - self.patch_size) // right + 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.proj.stride != self.proj.kernel_size:  # somebody made the patches overlap
-            return self.proj(x).flatten(2).transpose(1, 2)
-        # A convolution whose stride is its size is one matrix product over the patches, and faster as such.
-        size, (height, width) = self.patch_size, x.shape[2:]
-        x = x[:, :, : height // size * size, : width // size * size]
-        patches = x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
-
-
-class Interpolation(NamedTuple):
-    """How a table of positions is made to fit other sizes, bicubic.
-
-    offset: added to rows and columns before they become scale factors; with 0 they are the size itself. antialias: as
-    in models with registers. in_fp32: also where the table is in half precision.
-    """
-
-    # Not `size=(rows, cols)`: the original passes scale factors with 0.1 added against rounding, and the bicubic
-    # grid follows the factor. At 96 pixels the two differ by 28% RMS, and published weights were trained with this.
-    offset: float = 0.1
-    antialias: bool = False
-    in_fp32: bool = False
-
-
-DINOS_INTERPOLATION = Interpolation()
-
-
-def _resize(positions: Tensor, rows: int, cols: int, how: Interpolation = DINOS_INTERPOLATION) -> Tensor:
-    """(1, side * side, D) -> (1, rows * cols, D), bicubic."""
-    side = math.isqrt(positions.shape[1])
-    factors = ((rows + how.offset) / side, (cols + how.offset) / side)
-    full = torch.promote_types(positions.dtype, torch.float32) if how.in_fp32 else positions.dtype
-    resized = F.interpolate(
-        positions.to(full).unflatten(1, (side, side)).permute(0, 3, 1, 2),
-        size=None if how.offset else (rows, cols),
-        scale_factor=factors if how.offset else None,
-        mode="bicubic",
-        antialias=how.antialias,
-    )
-    return resized.flatten(2).transpose(1, 2).to(positions.dtype)
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """In an object: Dynamo takes several tensors that one function returned for one."""
-
-    values: Tensor
-
-
-@torch.compiler.assume_constant_result
-def _resize_matrix(
-    side: int, rows: int, cols: int, how: Interpolation, dtype: torch.dtype, device: torch.device
-) -> _Matrix:
-    """`_resize` is linear: its matrix, (rows * cols, side * side), is what it makes of the identity.
-
-    A constant to a compiler, which runs this while it traces.
-    """
-    with torch.inference_mode(False):  # an inference tensor could not be kept for a backward pass
-        identity = torch.eye(side * side, dtype=dtype, device=device)
-        return _Matrix(_resize(identity[None], rows, cols, how)[0].contiguous())
-
-
-def _resize_by_matrix(positions: Tensor, rows: int, cols: int, how: Interpolation) -> Tensor:
-    """`_resize` as one product, in fp32 where positions are half precision: for a compiler, which would make some 25
-    launches of an interpolation, and add up its gradient atomically, with other bits each time.
-    """
-    side, full = math.isqrt(positions.shape[1]), torch.promote_types(positions.dtype, torch.float32)
-    matrix = _resize_matrix(side, rows, cols, how, full, positions.device).values
-    device_type = positions.device.type
-    with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
-        return (matrix @ positions.to(full)).to(positions.dtype)
-
-
-def init_linear(module: nn.Module, std: float = 0.02) -> None:
-    """Weights from a normal of deviation `std` cut at +-2, biases zero, norms at one; convolutions keep PyTorch's."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=std)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
+__all__ = ["Attention", "Block", "PatchEmbed", "VisionTransformer"]  # the original has them in one file
 
 
 class VisionTransformer(nn.Module):
@@ -407,7 +167,6 @@ class VisionTransformer(nn.Module):
         if rows == cols == side and w == h:
             return self.pos_embed
         cls_pos, patch_pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        resize = _resize_by_matrix if torch.compiler.is_dynamo_compiling() else _resize
         return torch.cat((cls_pos, resize(patch_pos, rows, cols, self.interpolation)), dim=1)
 
     def prepare_tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -432,17 +191,12 @@ class VisionTransformer(nn.Module):
         registers = [part.expand(x.shape[0], -1, -1).to(tokens.dtype) for part in self._register_tokens()]
         return torch.cat((tokens[:, :1], *registers, tokens[:, 1:]), dim=1)
 
-    def _rotations(self, sides: Sequence[Sequence[int]]) -> list[list[Rotation] | None]:
+    def _rotations(self, sides: Sequence[Sequence[int]]) -> Sequence[list[Rotation] | None]:
         """Of images of so many pixels, for each block: drawn anew where training draws. None without them."""
-        rope = self.rope_embed
-        if rope is None:
+        if self.rope_embed is None:
             return [None] * len(self.blocks)
         grids = [self.patch_embed.grid(height, width) for height, width in sides]
-
-        def made() -> list[Rotation]:
-            return [rope(*grid).after(self.num_prefix_tokens) for grid in grids]
-
-        return [made() for _ in self.blocks] if rope.draws else [made()] * len(self.blocks)
+        return self.rope_embed.of_blocks(len(self.blocks), grids, self.num_prefix_tokens)
 
     def _norm_of_cls(self, is_local: bool) -> nn.Module:
         """The last norm of CLS and registers."""
@@ -504,7 +258,7 @@ class VisionTransformer(nn.Module):
         if isinstance(x, Tensor):
             tokens, sides = self.prepare_tokens(x), [x.shape[-2:]]
         else:
-            tokens, packing = _packed([self.prepare_tokens(images) for images in x])
+            tokens, packing = packed([self.prepare_tokens(images) for images in x])
             sides = [images.shape[-2:] for images in x]
         to_cls = packing is not None or not self._last_is_watched()
         rotations = self._rotations(sides)
@@ -527,7 +281,7 @@ class VisionTransformer(nn.Module):
         """
         masks = masks or [None] * len(images)
         groups = [self.prepare_tokens(x, mask) for x, mask in zip(images, masks, strict=True)]
-        tokens, packing = _packed(groups)
+        tokens, packing = packed(groups)
         with keep_recipes():
             for block, rotations in zip(self.blocks, self._rotations([x.shape[-2:] for x in images])):
                 tokens = self._run(block, tokens, packing, rotations=rotations)
@@ -543,7 +297,7 @@ class VisionTransformer(nn.Module):
         images, masks: as of `forward_features`, masks of the first group alone. indices: (M,) among its B * N patches.
         The last block's projection and MLP skip the patches that are not asked for.
         """
-        tokens, packing = _packed([self.prepare_tokens(x, masks if i == 0 else None) for i, x in enumerate(images)])
+        tokens, packing = packed([self.prepare_tokens(x, masks if i == 0 else None) for i, x in enumerate(images)])
         n_tokens = packing.groups[0][1]
         n_patches = n_tokens - self.num_prefix_tokens
         image = indices // n_patches
@@ -554,23 +308,11 @@ class VisionTransformer(nn.Module):
         with keep_recipes():
             for block, turned in zip(others, rotations):
                 tokens = self._run(block, tokens, packing, rotations=turned)
-            tokens = self._run_last(cast(Block, last), tokens, packing, rows, image_of_row, rotations[-1])
+            paths = cast(Block, last).paths_of_rows(tokens, packing, self.drop_path_mode, image_of_row)
+            call = partial(last, packing=packing, paths=paths, rotations=rotations[-1], rows=rows)
+            tokens = self._called(call, tokens)
         cls, patches = tokens.split([packing.n_images, len(indices)])
         return self._normed_cls(cls, packing), in_dtype_of(patches, self.norm)
-
-    def _run_last(
-        self,
-        block: Block,
-        x: Tensor,
-        packing: Packing,
-        rows: Tensor,
-        image_of_row: Tensor,
-        rotations: Sequence[Rotation] | None,
-    ) -> Tensor:
-        """(M, D) -> (m, D), the block for these rows alone."""
-        drop_prob = block.drop_path if self.training else 0.0
-        paths = [of_rows(self.drop_path_mode, drop_prob, packing, image_of_row, x) for _ in range(2)]
-        return self._called(partial(block, packing=packing, paths=paths, rotations=rotations, rows=rows), x)
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, heads, N, N) attention probabilities of the last block."""

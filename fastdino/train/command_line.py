@@ -7,7 +7,8 @@ from dataclasses import Field, fields, replace
 from typing import Any
 
 from fastdino.train.checks import in_words
-from fastdino.train.config import TrainConfig, choices_of
+from fastdino.train.config import TrainConfig
+from fastdino.train.fields import GROUPS, choices_of
 
 
 def boolean(text: str) -> bool:
@@ -37,16 +38,13 @@ def _shown(default: Any) -> str:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per field, in its group; flags not given leave nothing behind."""
-    groups: dict[str, Any] = {}
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for f in fields(TrainConfig):
-        title = f.metadata["group"]
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
         default = "" if f.default in (None, ()) else f" [{_shown(f.default)}]"
         text, choices = f.metadata["help"], choices_of(f)
         text += "" if all(name in text for name in choices) else f" ({', '.join(choices)})"
         names = [f"--{f.name}"] + (["--local-rank"] if f.name == "local_rank" else [])
-        group.add_argument(
+        groups[f.metadata["group"]].add_argument(
             *names,
             dest=f.name,
             default=argparse.SUPPRESS,

@@ -4,9 +4,8 @@ The original's names and defaults (main_dino.py) come first in each group; what 
 """
 
 import argparse
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fastdino.data.channels import ImageFormat
@@ -17,6 +16,8 @@ from fastdino.model.attention import BACKENDS
 from fastdino.model.mlp import FEED_FORWARDS, WAYS
 from fastdino.objectives.dinov2 import CENTERINGS
 from fastdino.train.checks import check
+from fastdino.train.fields import check_value, flag
+from fastdino.train.loggers import LoggerFlags
 from fastdino.train.recipes import (
     AUGMENTATIONS,
     OF_THE_WEIGHTS,
@@ -51,15 +52,8 @@ def _efforts() -> Sequence[str]:
     return list(EFFORTS)
 
 
-def flag(
-    default: Any, group: str, meaning: str, choices: Sequence[str] | Callable[[], Sequence[str]] | None = None
-) -> Any:
-    """A field that is also a command-line flag: `--name`, shown under `group`, explained by `meaning`."""
-    return field(default=default, metadata={"group": group, "help": meaning, "choices": choices})
-
-
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(LoggerFlags):
     """A training run. Raises ValueError, naming flag, expected and got, for values that cannot work together."""
 
     # Recipe
@@ -221,9 +215,6 @@ class TrainConfig:
 
     # Run
     output_dir: str = flag(".", "Run", "folder for checkpoints, log and pictures")
-    tensorboard: bool = flag(False, "Run", "write event files for TensorBoard into output_dir, too")
-    wandb: str | None = flag(None, "Run", "project of Weights & Biases that is told the numbers, too")
-    mlflow: str | None = flag(None, "Run", "experiment of MLflow that is told the numbers, too")
     saveckp_freq: int = flag(20, "Run", "epochs between the checkpoints that are kept; 0 keeps the last only")
     disk_wait: float = flag(10.0, "Run", "minutes that a full disk is waited for before the run ends")
     resume: bool = flag(True, "Run", "go on from output_dir/checkpoint.pth where there is one")
@@ -239,14 +230,7 @@ class TrainConfig:
         except ValueError as error:
             raise ValueError(f"--arch: {error}") from error
         for f in fields(self):
-            choices, value = choices_of(f), getattr(self, f.name)
-            if not _is_a(value, f):
-                raise ValueError(f"--{f.name}: expected {_kind(f)}, got {value!r}")
-            if choices and value not in choices:
-                raise ValueError(f"--{f.name}: expected one of {', '.join(choices)}, got {value!r}")
-            numbers = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
-                raise ValueError(f"--{f.name}: expected a finite number, got {value}")
+            check_value(f, getattr(self, f.name))
         check(self, {f.name: f.default for f in fields(self)})
 
     @property
@@ -326,26 +310,3 @@ class TrainConfig:
         if is_number and temps not in given and values.get(temps, 0) > epochs:
             values[temps] = 3 * epochs // 10
         return cls(**values)
-
-
-def _kind(f: Field[Any]) -> str:
-    """What a flag takes, in words."""
-    if isinstance(f.default, tuple):
-        return "numbers"
-    kinds: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
-    return kinds.get(f.type, "a text")
-
-
-def _is_a(value: Any, f: Field[Any]) -> bool:
-    """Whether a caller in Python gave what the command line would have parsed."""
-    if isinstance(f.default, tuple):
-        return isinstance(value, tuple) and all(isinstance(x, (int, float)) for x in value)
-    if f.type in (int, float):
-        return isinstance(value, f.type if f.type is int else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, bool if f.type is bool else (str, type(f.default)))
-
-
-def choices_of(f: Field[Any]) -> Sequence[str]:
-    """The names that a flag takes; none where it takes anything."""
-    choices = f.metadata["choices"] or ()
-    return list(choices() if callable(choices) else choices)

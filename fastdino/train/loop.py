@@ -20,10 +20,11 @@ from fastdino.train.finite import ADVICE, nonfinite_metric
 from fastdino.train.folder import RunFolder
 from fastdino.train.interrupt import Interrupted, Stop
 from fastdino.train.judge import Judge
+from fastdino.train.loggers import asked_loggers
 from fastdino.train.meter import Meter
 from fastdino.train.result import TrainResult
 from fastdino.train.resume import arguments
-from fastdino.train.sinks import Curves, LogFile, Sinks, asked_loggers
+from fastdino.train.sinks import Curves, LogFile, Sinks
 from fastdino.train.watch import Watch
 from fastdino.train.words import conclude, introduce, remark
 

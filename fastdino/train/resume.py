@@ -17,6 +17,7 @@ from fastdino.train.checkpoint import load_checkpoint, restore
 from fastdino.train.config import TrainConfig
 from fastdino.train.contents import check
 from fastdino.train.folder import RunFolder
+from fastdino.train.loggers import LOGGERS
 from fastdino.train.meter import Meter
 from fastdino.train.step import TrainStep
 
@@ -28,8 +29,8 @@ IMPOSSIBLE = {
 }  # fmt: skip
 HARMLESS = {
     "preset", "step", "compile", "attention", "mlp", "checkpointing", "num_workers", "eval", "knn_freq", "linear_freq",
-    "knn_k", "knn_images", "val_path", "eval_resize", "attention_images", "output_dir", "tensorboard", "wandb",
-    "mlflow", "saveckp_freq", "disk_wait", "fsdp", "resume", "device", "dist_url", "local_rank",
+    "knn_k", "knn_images", "val_path", "eval_resize", "attention_images", "output_dir",
+    "saveckp_freq", "disk_wait", "fsdp", "resume", "device", "dist_url", "local_rank", *LOGGERS,
 }  # fmt: skip
 
 Changes = dict[str, tuple[Any, Any]]

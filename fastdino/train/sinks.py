@@ -1,24 +1,21 @@
-"""Where a run's numbers go: log.txt, curves.png, TensorBoard, Weights & Biases, MLflow, callbacks; `console`, too.
+"""Where a run's numbers go: log.txt, curves.png, callbacks; `console` and `loggers`, too.
 
 The loop tells all of them the same: an entry every few steps, one at the end of each epoch. Only the main process has
 any.
 """
 
-import importlib.util
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastdino import files
-from fastdino.errors import TrainingError, UserError
+from fastdino.errors import TrainingError
 from fastdino.eval import EVALUATIONS
 from fastdino.eval.pictures import save_figure
-from fastdino.train.config import TrainConfig
 from fastdino.train.folder import RunFolder
 
 Entry = dict[str, Any]
@@ -153,109 +150,3 @@ class Curves(Sink):
         figure = draw_curves(self._entries, self._out_dim)
         self._folder.write("curves.png", lambda path: save_figure(path, figure))
         self._drawn_at = time.monotonic()
-
-
-def numbers(entry: Mapping[str, Any]) -> dict[str, float]:
-    """What of an entry is a number to plot; its place in the run is not."""
-    return {
-        key: float(value)
-        for key, value in entry.items()
-        if isinstance(value, (int, float)) and key not in ("iteration", "epoch")
-    }
-
-
-class Logger(Sink):
-    """Sends every number under train/ or epoch/, both over iterations. Made when the run begins to write."""
-
-    def __init__(self, config: TrainConfig, niter_per_ep: int) -> None:
-        self._niter_per_ep = niter_per_ep
-        self.open(config)
-
-    def open(self, config: TrainConfig) -> None:
-        """Begin the run."""
-        raise NotImplementedError
-
-    def log(self, values: dict[str, float], iteration: int) -> None:
-        """Keep some numbers."""
-        raise NotImplementedError
-
-    def step(self, entry: Entry) -> None:
-        """Under train/."""
-        self.log({f"train/{name}": x for name, x in numbers(entry).items()}, entry["iteration"])
-
-    def epoch(self, entry: Entry) -> None:
-        """Under epoch/."""
-        iteration = (entry["epoch"] + 1) * self._niter_per_ep
-        self.log({f"epoch/{name}": x for name, x in numbers(entry).items()}, iteration)
-
-
-class TensorBoard(Logger):
-    """Event files in the output folder: `tensorboard --logdir FOLDER`."""
-
-    def open(self, config: TrainConfig) -> None:
-        """Begin a file."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(config.output_dir)
-
-    def log(self, values: dict[str, float], iteration: int) -> None:
-        """A point in each curve."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, iteration)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """End the file."""
-        self._writer.close()
-
-
-class WandB(Logger):
-    """A run in a project of Weights & Biases."""
-
-    def open(self, config: TrainConfig) -> None:
-        """Begin the run; wandb asks for an account where it needs one."""
-        import wandb
-
-        self._run = wandb.init(project=config.wandb, dir=config.output_dir, config=asdict(config))
-
-    def log(self, values: dict[str, float], iteration: int) -> None:
-        """Send some numbers."""
-        self._run.log(values, step=iteration)
-
-    def close(self) -> None:
-        """Send what is left."""
-        self._run.finish()
-
-
-class MLflow(Logger):
-    """A run in an experiment of MLflow."""
-
-    def open(self, config: TrainConfig) -> None:
-        """Begin the run, where MLFLOW_TRACKING_URI says."""
-        import mlflow
-
-        self._mlflow = mlflow
-        mlflow.set_experiment(config.mlflow)
-        mlflow.start_run()
-        mlflow.log_params(asdict(config))
-
-    def log(self, values: dict[str, float], iteration: int) -> None:
-        """Send some numbers."""
-        self._mlflow.log_metrics(values, step=iteration)
-
-    def close(self) -> None:
-        """End the run."""
-        self._mlflow.end_run()
-
-
-# Flags that open a logger, where they are given.
-LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-
-
-def asked_loggers(config: TrainConfig) -> list[type[Logger]]:
-    """The loggers that a run asks for. Raises UserError where one is not installed."""
-    asked = {flag: logger for flag, logger in LOGGERS.items() if getattr(config, flag)}
-    for flag in asked:
-        if importlib.util.find_spec(flag) is None:
-            raise UserError(f"--{flag}: {flag} is not installed: pip install {flag}")
-    return list(asked.values())

@@ -15,6 +15,7 @@ from torch.utils.data import DistributedSampler
 from fastdino import vit_nano
 from fastdino.cli import main
 from fastdino.commands import linear as command
+from fastdino.commands import linear_probe
 from fastdino.data.augment import apply_crop, center_view, normalize
 from fastdino.data.decode import decode, decode_array, open_image
 from fastdino.data.params import ViewRecipe, crop_params, draw_crops
@@ -243,7 +244,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("flags", [["--train_view", "random"], ["--train_view", "center"], ["--sweep"]], ids=str)
 def test_a_killed_run_goes_on_to_the_same_numbers(weights, photos_and_val, tmp_path, monkeypatch, capsys, flags):
-    monkeypatch.setattr(command, "SWEEP_STEPS", 5)
+    monkeypatch.setattr(linear_probe, "SWEEP_STEPS", 5)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = [*flags, "--epochs", 4]
     assert linear(weights, photos_and_val, whole, *flags) == 0
@@ -287,7 +288,7 @@ def test_evaluate_tests_the_classifier_that_was_trained(weights, photos_and_val,
 
 
 def test_the_sweep_names_the_best_of_52_heads(weights, photos_and_val, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "SWEEP_STEPS", 20)
+    monkeypatch.setattr(linear_probe, "SWEEP_STEPS", 20)
     assert linear(weights, photos_and_val, tmp_path / "out", "--sweep", "--train_view", "center", "--epochs", 2) == 0
     found = result(capsys)
     assert len(found["heads"]) == 52

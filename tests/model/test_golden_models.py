@@ -13,7 +13,7 @@ from fastdino import DINOHead, MultiCropWrapper, VisionTransformer, get_params_g
 from fastdino.model import ARCHITECTURES, recompute
 from fastdino.model import vit as vit_module
 from fastdino.model.attention import Packing
-from fastdino.model.vit import Block
+from fastdino.model.block import Block
 
 BUDGET = {"fp64": 1e-10, "fp32": 1e-5}
 
