@@ -26,7 +26,6 @@ from fastdino.train import distributed, memory
 from fastdino.train.optim import Update
 from fastdino.train.precision import Networks
 from fastdino.train.schedules import Row, ScheduleTable
-from fastdino_kernels.fusion import JoinResiduals
 
 MODES = ("eager", "compiled", "graph")
 # What `--compile` accepts, and what PyTorch calls it. max: Inductor times matrix products of its own, with what follows
@@ -113,6 +112,8 @@ class Modes:
             # next block, and drop-path is drawn in launches of its own. A step of ViT-S with 64 images moves 2.8 GB
             # more, of 62, in 207 launches more; without drop-path 1.8 GB in 57. As nested regions of one graph, without
             # drop-path: half the time, 1.7 GB in 44. Counted in what PyTorch 2.14 generates, November 2026.
+            from fastdino_kernels.fusion import JoinResiduals  # a second of imports that eager runs do without
+
             options = torch._inductor.list_mode_options(self._effort or "default")
             options["post_grad_custom_pre_pass"] = JoinResiduals()
             if self._step.replays:  # a compiler's own generator draws other numbers than the eager first pass

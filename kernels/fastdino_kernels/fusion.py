@@ -90,7 +90,7 @@ def _is_result(node: Node) -> bool:
     return all(user.op == "output" or (user.target in views and _is_result(user)) for user in node.users)
 
 
-class JoinResiduals(CustomGraphPass):  # type: ignore[misc]
+class JoinResiduals(CustomGraphPass):
     """A pass of Inductor: the backward passes of `layer_norm` and of attention take in what follows them.
 
     Attributes: n_streams, n_scales, n_sums, how many additions to a stream's gradient, scales of it and sums over
@@ -103,7 +103,7 @@ class JoinResiduals(CustomGraphPass):  # type: ignore[misc]
     def uuid(self) -> bytes:
         """What compiled graphs are kept by: this pass's text, and that of the ops."""
         rooms = ("fusion", "layer_norm", "attention", "column_sums")
-        return cast(bytes, get_hash_for_files(tuple(str(Path(__file__).with_name(f"{room}.py")) for room in rooms)))
+        return get_hash_for_files(tuple(str(Path(__file__).with_name(f"{room}.py")) for room in rooms))
 
     def __call__(self, graph: Graph) -> None:
         """Change a graph in place."""

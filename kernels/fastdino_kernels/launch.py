@@ -109,8 +109,9 @@ LAUNCH = {
     # Predicted, 2026-11-28, M 44160, bf16, % of a copy on H200 / H100: D 384 100 / 100, 192 97 / 100, with 4 warps 768
     # 97 / 100 and 1024 99 / 100. Tried at D 384: nothing ahead 55 / 72; two ahead 95 / 99; four rows at once, a
     # warp each, 58 / 81; two 84 / 98; 64 rows a program 91 / 100. D 768: one warp 86 / 95, two 90 / 97.
-    "layer_norm_bwd": Launch(block=1, num_warps=1, num_stages=3),
-    "layer_norm_bwd_wide": Launch(block=1, num_warps=4, num_stages=3),
+    "layer_norm_bwd_512": Launch(block=1, num_warps=1, num_stages=3),
+    "layer_norm_bwd_2048": Launch(block=1, num_warps=4, num_stages=3),
+    "layer_norm_bwd_wider": Launch(block=1, num_warps=16, num_stages=3),
     "column_sums": Launch(block=8, num_warps=8),  # predicted, (1380, 1152): 4.1 us; 16 columns 6.4, 32 columns 12
     "batch_center": Launch(block=64, num_warps=4),  # predicted 73 / 83; 256 columns with 8 warps 40 / 57
     "center_ema": Launch(block=1024, num_warps=4),
@@ -118,10 +119,13 @@ LAUNCH = {
     "grad_norm": Launch(block=2048, num_warps=8),
     "clip_adamw_ema": Launch(block=1024, num_warps=8),
     # block: queries at once. By rows of a tile; an architecture's own entry comes first. Predicted, 2026-11-28, ViT-S,
-    # B 64, % of a copy on H200 / H100: forward 86 / 92 at 37 tokens and 57 / 70 at 197, backward 83 / 93 and 31 / 40.
+    # B 64, % of a copy on H200 / H100: forward 86 / 92 at 37 tokens and 57 / 70 at 197, backward 83 / 93 and 31 / 40,
+    # with sums 70 / 89 and 30 / 40: 12 us of a block's backward pass for what another pass over memory takes 28.
     # Tried: 128 rows for 37 tokens 57 / 73 and 36 / 46; both lengths in one launch, whose registers are then those of
     # 197, the same; forward of 197 without a cap on registers 43 / 55; its backward with keys in parts of 128 and the
     # output read instead of a second sum, 89 us instead of 107, but 32 bytes of stack and gradients added up in bf16.
+    # Keys of 197 in parts of 128, 64 and 16, a fifth fewer: forward 48 us instead of 32, for registers. Backward, other
+    # blocks, warps and stages: 113 us to 151. Sums of 37 by the upstream gradient, its key's as zero: 38 us, not 40.
     "short_attention_fwd_64": Launch(block=64, num_warps=4, num_stages=1),
     "short_attention_fwd_128": Launch(block=64, num_warps=4, num_stages=1),
     "short_attention_fwd_256": Launch(block=64, num_warps=4, num_stages=1),
@@ -129,6 +133,7 @@ LAUNCH = {
     "short_attention_bwd_64": Launch(block=64, num_warps=4, num_stages=1),
     "short_attention_bwd_128": Launch(block=16, num_warps=4, num_stages=1),
     "short_attention_bwd_256": Launch(block=32, num_warps=8, num_stages=4),
+    "short_attention_bwd_256_sm100": Launch(block=16, num_warps=8, num_stages=4),  # 32 queries with sums spill
     "short_attention_bwd_256_sm80": Launch(block=16, num_warps=8, num_stages=2),
     "cls_attention_64": Launch(block=1, num_warps=2),
     "cls_attention_128": Launch(block=1, num_warps=4),

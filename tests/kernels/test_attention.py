@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import assert_within_budget
+from budget import assert_error_at_most, assert_within_budget
 from fake_device import run_launcher
 from torch import Tensor
 
@@ -157,6 +157,26 @@ def test_strided_inputs_and_upstream(device):
     assert torch.equal(strided.grad, leaf.grad)
 
 
+@pytest.mark.parametrize("groups", [case(groups) for groups in GROUPS])
+def test_sums_over_tokens_are_those_of_the_gradient_before_it_is_rounded(groups, device):
+    """Of each tile: the gradient itself does not change, and the sums of all tiles are its sum to fp32."""
+    flat = [x for group in groups for x in group]
+    qkv = packed(groups, 3, fp32 if INTERPRETED else fp16, device)
+    out, lse = _short_attention(qkv, flat, SCALE)
+    grad, none = _short_attention_backward(out, qkv, lse, flat, SCALE)
+    same, part = _short_attention_backward(out, qkv, lse, flat, SCALE, True)
+    assert torch.equal(same, grad)
+    assert len(none) == 0
+    q, kv = qkv[: sum(n for n, _ in groups), 0].contiguous(), qkv[:, 1:].contiguous()
+    grads, sums = [grad], [part]
+    for with_sums in (False, True):
+        _, of_kv, part = _cls_attention_backward(q, q, kv, flat, SCALE, with_sums)
+        grads, sums = (grads, [*sums, part]) if with_sums else ([*grads, of_kv], sums)
+    for gradient, part in zip(grads, sums):
+        rounding = 4 * torch.finfo(gradient.dtype).eps * gradient.abs().double().sum(0).max().item()
+        assert_error_at_most("sums", part.double().sum(0), gradient.double().sum(0), rounding)
+
+
 def test_same_bits_on_every_run(device):
     groups = [(2, 150), (3, 37)]
     inputs = (packed(groups, 3, EXACT, device),)
@@ -171,9 +191,11 @@ def test_opcheck(device):
     out, lse = _short_attention(qkv.detach(), flat, SCALE)
     torch.library.opcheck(_short_attention, (qkv, flat, SCALE))
     torch.library.opcheck(_short_attention_backward, (out, qkv.detach(), lse, flat, SCALE))
+    torch.library.opcheck(_short_attention_backward, (out, qkv.detach(), lse, flat, SCALE, True))
     q, kv = out[:3].clone().requires_grad_(), packed(groups, 2, fp32, device).requires_grad_()
     torch.library.opcheck(_cls_attention, (q, kv, flat, SCALE))
     torch.library.opcheck(_cls_attention_backward, (out[:3], q.detach(), kv.detach(), flat, SCALE))
+    torch.library.opcheck(_cls_attention_backward, (out[:3], q.detach(), kv.detach(), flat, SCALE, True))
 
 
 def test_compiled_fullgraph_equals_eager(device):
@@ -197,9 +219,12 @@ def test_neither_ops_nor_launchers_synchronise(fakegpu):
     assert qkv.grad.shape == qkv.shape
     qkv, kv = qkv.detach(), kv.detach()
     out, lse = run_launcher(_short_attention, qkv, flat, 0.125)
-    assert run_launcher(_short_attention_backward, out, qkv, lse, flat, 0.125).shape == qkv.shape
     assert run_launcher(_cls_attention, q, kv, flat, 0.125).shape == q.shape
-    run_launcher(_cls_attention_backward, q, q, kv, flat, 0.125)
+    for with_sums in (False, True):
+        grads = run_launcher(_short_attention_backward, out, qkv, lse, flat, 0.125, with_sums)
+        assert [len(x) for x in grads] == [505, 5 * with_sums]  # an image is a tile
+        grads = run_launcher(_cls_attention_backward, q, q, kv, flat, 0.125, with_sums)
+        assert [len(x) for x in grads] == [5, 505, 5 * with_sums]
 
 
 @pytest.mark.parametrize(

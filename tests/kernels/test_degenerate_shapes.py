@@ -25,6 +25,10 @@ CATCH = """
     from fastdino_kernels import launch
     from fastdino_kernels.aot import compile_case
 
+    def type_and_address(value):
+        address = value if isinstance(value, int) else value.data_ptr()
+        return ("i32" if address < 2**31 else "i64") if isinstance(value, int) else TYPES[value.dtype], address
+
     TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
     launch.TRITON_DEVICES.add("cpu")
     caught = {}
@@ -39,10 +43,10 @@ CATCH = """
             if isinstance(value, float):
                 types[parameter.name] = "fp32"
                 continue
-            address = value if isinstance(value, int) else value.data_ptr()
-            integer = "i32" if address < 2**31 else "i64"
-            types[parameter.name] = integer if isinstance(value, int) else TYPES[value.dtype]
-            aligned += [parameter.name] if address % 16 == 0 else []
+            several = isinstance(value, tuple)
+            found, addresses = zip(*map(type_and_address, value if several else [value]))
+            types[parameter.name] = found if several else found[0]
+            aligned += [parameter.name] if not any(address % 16 for address in addresses) else []
         case = launch.AotCase(name=kernel.__name__, kernel=kernel, signature=types, constexprs=constexprs,
                               aligned=tuple(aligned), num_warps=num_warps, num_stages=num_stages,
                               max_registers=maxnreg)
@@ -73,6 +77,12 @@ CATCH = """
         q, kv = qkv.detach()[:n, 0].requires_grad_(), qkv.detach()[:, 1:].requires_grad_()
         fk.cls_attention(q, kv, [(n, size)]).backward(torch.zeros_like(q))
 
+    def norm(m, d, dtype):
+        x, weight, scale = torch.zeros(m, d, dtype=dtype), torch.zeros(d, dtype=dtype), torch.zeros(m, dtype=dtype)
+        fk.layer_norm(x.requires_grad_(), weight, weight).backward(x)
+        numbers = torch.zeros(m)
+        torch.ops.fastdino.layer_norm_backward(x.detach(), x.detach(), numbers, numbers, weight, x.detach(), scale)
+
     def mlp(m, d, h, dtype):
         x, w1, w2 = (torch.zeros(shape, dtype=dtype) for shape in ((m, d), (h, d), (d, h)))
         fk.mlp(x, w1, w1[:, 0].contiguous(), w2, w2[:, 0].contiguous())
@@ -93,7 +103,8 @@ PATCH_LOSS = tuple(f"_patch_loss_{part}_kernel" for part in ("fwd", "sum", "bwd"
 SINKHORN = ("_column_exps_kernel", "_row_norm_kernel", "_column_probs_kernel")
 CENTER = ("_batch_center_kernel", "_center_update_kernel", "_center_ema_kernel")
 ATTENTION = tuple(f"_{op}_attention_{way}_kernel" for op in ("short", "cls") for way in ("fwd", "bwd"))
-MLP = ("_linear_gelu_kernel", "_linear_gelu_kernel", "_linear_gelu_bwd_kernel")
+MLP = ("_linear_gelu_kernel", "_linear_gelu_kernel", "_linear_gelu_bwd_kernel", "_column_sums_kernel")
+NORM = ("_layer_norm_bwd_kernel", "_column_sums_kernel", "_layer_norm_bwd_kernel")
 CALLS = {
     "loss 2 1 1 1 float32": LOSS,  # V, T, B, K: everything is 1
     "loss 13 3 2 17 bfloat16": LOSS,  # a program per student view
@@ -110,6 +121,8 @@ CALLS = {
     "attention 1 1 1 16 bfloat16": ATTENTION,  # images, tokens, heads, channels of a head
     "attention 1 256 1 64 float16": ATTENTION,
     "attention 3 129 5 32 bfloat16": ATTENTION,
+    "norm 1 1 float32": NORM,  # M, D
+    "norm 33 4095 bfloat16": NORM,  # wider than any model's
     "mlp 1 1 1 bfloat16": MLP,  # M, D, H
     "mlp 37 33 129 float16": MLP,  # tails everywhere, and nothing is aligned
     "mlp 130 384 1536 bfloat16": MLP,  # ViT-S, and two tokens in the last tile

@@ -85,6 +85,14 @@ def check_mlp(scope: dict[str, Any]) -> None:
     torch.testing.assert_close(scope["tokens"].grad, leaf.grad)
 
 
+def check_layer_norm(scope: dict[str, Any]) -> None:
+    leaf = scope["tokens"].detach().requires_grad_()
+    expected = leaf + scope["fc"](scope["norm"](leaf))
+    expected.sum().backward()
+    torch.testing.assert_close(scope["y"], expected)
+    torch.testing.assert_close(scope["tokens"].grad, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
 def check_loop(scope: dict[str, Any]) -> None:
     assert scope["loss"].isfinite()
     assert scope["center"].any()
@@ -103,6 +111,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "The crops": check_crops,
     "Attention": check_attention,
     "The MLP": check_mlp,
+    "LayerNorm": check_layer_norm,
     "In a DINOv2-style loop": check_loop,
 }
 

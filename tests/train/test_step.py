@@ -15,6 +15,7 @@ from fastdino.model import attention
 from fastdino.train.modes import MODES
 from fastdino.train.precision import low_precision_twin
 from fastdino.train.schedules import ScheduleTable
+from fastdino_kernels.fusion import JoinResiduals
 
 OPTIONS = [{}, {"amp_dtype": torch.bfloat16}, {"accumulate": 2}, {"checkpointing": True, "drop_path_rate": 0.3}]
 OPTIONS += [{"drop_path_rate": 0.3, "drop_path_mode": "batch"}, {"freeze_backbone": 2}]
@@ -44,7 +45,7 @@ def test_compiled_is_one_graph_for_all_iterations(monkeypatch, capsys):
     """fullgraph refuses graph breaks; the backend counts what it is given to compile."""
     graphs = []
 
-    def counting(graph, inputs):
+    def counting(graph, inputs, options):
         graphs.append(len(graph.graph.nodes))
         return graph.forward
 
@@ -65,11 +66,13 @@ def test_compiled_is_one_graph_for_all_iterations(monkeypatch, capsys):
 def test_the_compiler_is_told_how_hard_to_try(monkeypatch, effort, mode):
     """By a name that this PyTorch knows, and without graphs of its own, which would be inside of ours."""
     seen = []
-    monkeypatch.setattr(torch, "compile", lambda f, **options: seen.append(options["mode"]) or f)
+    monkeypatch.setattr(torch, "compile", lambda f, **how: seen.append(how["options"]) or f)
     make_step(mode="compiled", effort=effort)
-    assert seen == [mode]
-    assert not list_mode_options().get(mode, {}).get("triton.cudagraphs")
-    assert mode is None or list_mode_options()[mode]["max_autotune"]
+    (options,) = seen
+    assert isinstance(options.pop("post_grad_custom_pre_pass"), JoinResiduals)
+    assert options == list_mode_options().get(mode, {})
+    assert not options.get("triton.cudagraphs")
+    assert mode is None or options["max_autotune"]
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"accumulate": 4}, {"checkpointing": True}], ids=str)
