@@ -31,8 +31,7 @@ class TrainStep:
     which prototypes, or backbone, have no gradient. tuning: of DINOv2's recipe. amp_dtype: bf16 computes on copies of
     the weights (adamw) or under autocast (sgd, lars), fp16 under autocast with a GradScaler. mode: see `modes`.
     accumulate: parts of a batch, one update for all. attention_backend, mlp: of attention.BACKENDS and mlp.WAYS, or
-    auto. effort: of modes.EFFORTS. say: hears fallbacks. Processes average their gradients before the clip.
-    Raises ValueError for a mode, a backend, an effort or a number of parts that cannot be.
+    auto. effort: of modes.EFFORTS. say: hears fallbacks. Raises ValueError for what of these cannot be.
     """
 
     def __init__(
