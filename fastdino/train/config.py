@@ -240,8 +240,8 @@ class TrainConfig(LoggerFlags):
 
     @property
     def evaluations(self) -> dict[str, int]:
-        """Name -> epochs between evaluations, of those that are made."""
-        freqs = {name: int(getattr(self, f"{name}_freq")) for name in self.eval_names}
+        """Name -> epochs between evaluations, of those that are made; one without a flag comes with k-NN."""
+        freqs = {name: int(getattr(self, f"{name}_freq", self.knn_freq)) for name in self.eval_names}
         return {name: freq for name, freq in freqs.items() if freq}
 
     @property
