@@ -24,10 +24,11 @@ from fastdino.data.views import View
 from fastdino.doctor import environment
 from fastdino.errors import UserError, some_of
 from fastdino.eval import EVALUATIONS, TITLES
-from fastdino.eval.attention_maps import Looked, attention_figure, cls_attention
+from fastdino.eval.attention_maps import attention_figure, look
 from fastdino.eval.features import stream
 from fastdino.eval.knn import Features, knn_accuracy
 from fastdino.eval.pca import patch_colors, patch_tokens, pca_figure
+from fastdino.eval.pictures import row_labels
 from fastdino.model import VisionTransformer
 from fastdino.train.checkpoint import any_backbone_of, load_checkpoint
 from fastdino.train.config import TrainConfig
@@ -183,9 +184,9 @@ class _LookedAt:
                 f"No attention, no components: {type(self.backbone).__name__} is no Vision Transformer of ours"
             )
             return []
-        names = [Path(self.source.name(int(self.kept[at]))).name for at in self._shown()]
+        names = row_labels([self.source.name(int(self.kept[at])) for at in self._shown()])
         views = [self._seen(at) for at in self._shown()]
-        looked = [Looked(name, view, cls_attention(self.backbone, view)) for name, view in zip(names, views)]
+        looked = [look(self.backbone, name, view) for name, view in zip(names, views)]
         caption = "Where the CLS token of the last block looks, head by head."
         made = [Picture("Attention", caption, _png(attention_figure(looked)))]
         try:

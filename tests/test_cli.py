@@ -164,6 +164,7 @@ MISTAKES = {
         "--data_path: none is given, but --arch, as for images",
     ),
     "forgot, large patches": ("--patch_size 16", "--data_path: none is given, but --patch_size"),
+    "no held-out images": ("--data_path few --val_path nowhere", "--val_path: expected a folder of images, tar or"),
     "forgot, held-out images": ("--val_path few --lr 0.1", "--data_path: none is given, but --val_path"),
     "seed below zero": ("--seed -1", "--seed: expected 0 to 4294967295, as NumPy takes them, got -1"),
     "seed too large": ("--seed 4294967296", "--seed: expected 0 to 4294967295"),
@@ -344,6 +345,12 @@ def test_every_command_names_the_flag_that_comes_near(line, meant, capsys):
     said = capsys.readouterr().err
     assert f"; did you mean {meant}? (see fastdino {command} --help)" in said
     assert said.count("\n") == 1
+
+
+def test_an_evaluation_says_where_held_out_images_lie(capsys):
+    with pytest.raises(SystemExit):
+        main(["knn", "--pretrained_weights", "x", "--val_path", "y"])
+    assert "--val_path y; the folder of --data_path holds train/ and val/" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path):

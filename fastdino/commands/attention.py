@@ -13,7 +13,7 @@ from fastdino.commands.pictures import PICTURES, check_picture, check_size, make
 from fastdino.data.augment import center_view
 from fastdino.data.films import CODECS, frames, rate_of, write_film
 from fastdino.errors import UserError, some_of
-from fastdino.eval.attention_maps import FilmFrames, Looked, attention_figure, cls_attention, save_maps
+from fastdino.eval.attention_maps import FilmFrames, attention_figure, look, save_maps
 from fastdino.eval.pictures import save_figure, save_png
 
 FPS = 30.0  # of a folder of frames
@@ -57,7 +57,7 @@ def _images(args: argparse.Namespace) -> int:
     images = opened_images(args.images, wanted)
     if args.output_dir:
         make_folder("output_dir", args.output_dir)
-    looked = [Looked(name, view, cls_attention(backbone, view)) for name, view in ((n, view_of(i)) for n, i in images)]
+    looked = [look(backbone, name, view_of(image)) for name, image in images]
     save_figure(output, attention_figure(looked))
     print(f"wrote {output}")
     if args.output_dir:
@@ -87,7 +87,7 @@ def _film(args: argparse.Namespace) -> int:
     def pictures() -> Iterator[NDArray[np.uint8]]:
         for name, image in frames(args.video, bad):
             view = view_of(image)
-            picture = draw(Looked(name, view, cls_attention(backbone, view)))
+            picture = draw(look(backbone, name, view))
             if folder:
                 save_png(folder / f"{name}.png", picture)
             yield picture

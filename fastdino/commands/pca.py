@@ -1,6 +1,7 @@
 """fastdino pca: patches in colour, as in DINOv2's figures."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"wrote {output}")
     if folder:
         for number, (name, color) in enumerate(zip(names, colors)):
-            path = folder / f"{number}-{name.rpartition('.')[0] or name}.png"
+            path = folder / f"{number}-{Path(name).stem}.png"
             save_png(path, enlarged(color, backbone.patch_embed.patch_size))
             print(f"wrote {path}")
     return 0

@@ -14,6 +14,7 @@ from fastdino.data.decode import BadImage
 from fastdino.data.digits import load_digits
 from fastdino.data.sources import read_file
 from fastdino.errors import UserError, printable
+from fastdino.eval.pictures import row_labels
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 N_DIGITS = 6  # that are drawn where no image is given
@@ -46,10 +47,10 @@ def opened_images(names: list[str] | None, wanted: ImageFormat = RGB) -> list[tu
     for name in names:
         try:
             data = read_file(name)
-            images.append((Path(name).name, as_wanted(data, wanted)))
+            images.append(as_wanted(data, wanted))
         except (OSError, BadImage) as error:
             raise UserError(f"--images: {printable(name)}: {error}") from error
-    return images
+    return list(zip(row_labels(names), images))
 
 
 def check_size(args: argparse.Namespace, patch_size: int) -> None:

@@ -18,7 +18,7 @@ from fastdino.data.channels import in_colors, read_pixels
 from fastdino.data.decode import BadImage
 from fastdino.data.sources import ImageSource
 from fastdino.eval.features import evaluating, prefix_tokens
-from fastdino.eval.pictures import enlarged, save_figure, save_png
+from fastdino.eval.pictures import enlarged, row_labels, save_figure, save_png
 
 PANEL = 1.6  # inches of a picture's panel
 OUTSIDE = 0.25  # brightness of what a mask leaves out
@@ -42,6 +42,15 @@ def cls_attention(backbone: Any, view: Pixels) -> Maps:
     with evaluating(backbone):
         maps = backbone.get_last_selfattention(normalize(pixels).to(param.dtype))[0, :, 0, prefix_tokens(backbone) :]
     return maps.unflatten(1, backbone.patch_embed.grid(*view.shape[:2])).float().cpu().numpy()
+
+
+def look(backbone: Any, name: str, view: Pixels) -> Looked:
+    """An image, cut to the patches that are looked at, and its attention."""
+    maps, patches = cls_attention(backbone, view), backbone.patch_embed
+    stride = patches.proj.stride  # less than a patch where somebody made them overlap
+    steps = (stride, stride) if isinstance(stride, int) else stride
+    height, width = ((n - 1) * step + patches.patch_size for n, step in zip(maps.shape[1:], steps))
+    return Looked(name, view[:height, :width], maps)
 
 
 def mass_masks(maps: Maps, share: float) -> NDArray[np.bool_]:
@@ -143,8 +152,9 @@ def draw_samples(backbone: Any, source: ImageSource, n_images: int, path: Path, 
             view = center_view(read_pixels(source, int(index)), resize, size)
         except (BadImage, OSError):
             continue
-        looked.append(Looked(Path(source.name(int(index))).name, view, cls_attention(backbone, view)))
+        looked.append(look(backbone, source.name(int(index)), view))
     if not looked:
         return "none of the sample images can be read" if n_images else None
-    save_figure(path, attention_figure(looked))
+    names = row_labels([each.name for each in looked])
+    save_figure(path, attention_figure([each._replace(name=name) for each, name in zip(looked, names)]))
     return None

@@ -1,5 +1,6 @@
 """Pictures as files, whole or not at all."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,12 @@ def save_png(path: Path, pixels: NDArray[Any]) -> None:
 def save_figure(path: Path, figure: "Figure") -> None:
     """In the format that the file's name ends in. Raises OSError."""
     files.replace(path, partial(figure.savefig, format=path.suffix[1:].lower()))
+
+
+def row_labels(names: Sequence[str]) -> list[str]:
+    """Short names of images: that of the file, with its folder's where two files have the same."""
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(short) else ["/".join(Path(name).parts[-2:]) for name in names]
 
 
 def enlarged(grid: NDArray[Any], patch_size: int) -> NDArray[Any]:

@@ -230,7 +230,10 @@ def open_sources(
     source = opened or open_images(config.data_path, wanted)
     if config.val_path is None:
         return source, _own(val_dataset, wanted)
-    held_out = open_images(config.val_path, wanted)
+    try:
+        held_out = open_images(config.val_path, wanted)
+    except UserError as error:
+        raise UserError(f"--val_path: {error}") from None
     if list(held_out.classes) != list(source.classes) or not source.classes:
         raise UserError(
             f"--val_path: expected the class folders of --data_path ({', '.join(source.classes) or 'none'}), "

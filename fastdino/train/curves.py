@@ -39,12 +39,12 @@ def draw_curves(entries: Sequence[Mapping[str, Any]], out_dim: int) -> Figure:
     else:
         entropies = dict(points("train_teacher_entropy"))
         kl = [(epoch, loss - entropies[epoch]) for epoch, loss in points("train_loss") if epoch in entropies]
-        _curve(accuracy, kl, "{:.3f}", GREEN)
-        accuracy.set(title="KL of teacher and student (nats); nothing is evaluated", ylim=(0, None))
-    _curve(rate, points("train_lr"), "{:.3g}", BLUE)
+        _curve(accuracy, kl, "KL {:.3f} (nothing is evaluated)", GREEN)
+        accuracy.set(title="KL of teacher and student (nats)", ylim=(0, None))
+    _curve(rate, points("train_lr"), "lr {:.3g}", BLUE)
     rate.set(title="learning rate", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    _curve(momentum, points("train_momentum"), "{:.5f}", BLUE)
+    _curve(momentum, points("train_momentum"), "momentum {:.5f}", BLUE)
     lowest = min([0.999, *_heights(momentum)])
     momentum.set(title="teacher momentum", ylim=(lowest - 0.05 * (1 - lowest), 1 + 0.05 * (1 - lowest)))
     momentum.ticklabel_format(axis="y", useOffset=False)

@@ -25,6 +25,7 @@ class Judge:
         self.before: Found = {}
         self.latest: Found = {}
         self._from_weights = parts.config.init is not None
+        self._said: set[str] = set()  # of images that cannot be read: once is enough
 
     def start(self, log: LogFile) -> None:
         """The weights as they came; of a resumed run, what its log says of them."""
@@ -82,6 +83,11 @@ class Judge:
             limit=parts.config.knn_images,
             num_workers=parts.loader.num_workers if parts.config.data_path else 0,
             k=parts.config.knn_k,
-            say=self._say,
+            say=self._say_once,
         )
         return evaluate(names, parts.backbone, parts.source, parts.held_out, settings)
+
+    def _say_once(self, words: str) -> None:
+        if words not in self._said:
+            self._said.add(words)
+            self._say(words)

@@ -50,11 +50,11 @@ def introduce(parts: Parts, say: Say) -> None:
     say(f"loading {parts.loader.describe()}")
     processes = f" x {process.world_size} processes" if process.world_size > 1 else ""
     n_threads = parts.loader.num_workers
-    workers = f"{n_threads} loading thread{'' if n_threads == 1 else 's'}"
+    workers = _several(n_threads, "loading thread")
     fewer = f" (of {config.num_workers}: one per core)" if n_threads < config.num_workers else ""
     say(
-        f"run     {config.epochs} epochs x {parts.niter} steps of {config.optimizer} on {process.device}"
-        f"{processes}, {precision}, {workers}{fewer}"
+        f"run     {_several(config.epochs, 'epoch')} x {_several(parts.niter, 'step')} of {config.optimizer}"
+        f" on {process.device}{processes}, {precision}, {workers}{fewer}"
     )
     tuned = ", tuned" if config.compile == "max" else ""
     kernels = "".join(f"; {name} {choice}" for name, choice in (step.kernels or {}).items())
@@ -105,7 +105,7 @@ def remark(parts: Parts, seconds: float, data_wait: float, bad: Sequence[str], s
     if data_wait > MUCH_WAITING and seconds > SHORT_EPOCH:
         say(f"  {data_wait:.0%} of the time went into waiting for data: {parts.loader.advice()}")
     if bad:
-        say(f"  skipped {some_of(bad, len(parts.source))} (all are named in bad_images.txt)")
+        say(f"  skipped {some_of(bad, len(parts.source))} while training (named in bad_images.txt)")
 
 
 def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
@@ -125,7 +125,8 @@ def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
     on = f"{len(held_out)} held-out images" if held_out else "the training images, leave-one-out"
     for name, value in after.items():
         at_first = f"{before[name]:.4f} before training, " if name in before else ""
-        say(f"{TITLES.get(name, name)} on {on}: {at_first}{value:.4f} after; {result.seconds:.0f} s")
+        lower = ", lower" if value < before.get(name, 0.0) else ""
+        say(f"{TITLES.get(name, name)} on {on}: {at_first}{value:.4f} after{lower}; {result.seconds:.0f} s")
     folder.write(BACKBONE, lambda path: files.replace(path, partial(torch.save, parts.backbone.state_dict())))
     names = ["checkpoint.pth", BACKBONE, "log.txt", "args.json", "curves.png", "attention.png"]
     say("wrote " + ", ".join(str(folder.path / name) for name in names if (folder.path / name).is_file()))
@@ -144,3 +145,7 @@ def _draw(parts: Parts, path: Path, say: Say) -> None:
     )
     if missing:
         say(f"no attention.png: {missing}")
+
+
+def _several(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

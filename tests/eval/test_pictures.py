@@ -14,9 +14,9 @@ from fastdino.cli import main
 from fastdino.data.augment import center_view, normalize
 from fastdino.data.films import frames, write_film
 from fastdino.errors import UserError
-from fastdino.eval.attention_maps import Looked, attention_figure, cls_attention, mass_masks, save_maps
+from fastdino.eval.attention_maps import Looked, attention_figure, cls_attention, look, mass_masks, save_maps
 from fastdino.eval.pca import patch_colors, patch_tokens
-from fastdino.eval.pictures import save_figure
+from fastdino.eval.pictures import row_labels, save_figure
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,17 @@ def test_attention_is_the_models_in_images_of_any_shape(backbone, photos):
             expected = backbone.eval().get_last_selfattention(normalize(pixels))[0, :, 0, 1:]
         assert maps.shape == (3, height, width)
         assert np.allclose(maps.reshape(3, -1), expected.numpy(), atol=1e-6)
+
+
+def test_what_is_drawn_of_an_image_is_what_was_looked_at(backbone, photos):
+    looked = look(backbone, "a", photos[0][:70, :101])
+    assert looked.view.shape == (64, 96, 3)
+    assert looked.maps.shape == (3, 8, 12)
+
+
+def test_rows_are_told_apart():
+    assert row_labels(["photos/cats/01.jpg", "photos/dogs/02.jpg"]) == ["01.jpg", "02.jpg"]
+    assert row_labels(["photos/cats/01.jpg", "photos/dogs/01.jpg", "b.png"]) == ["cats/01.jpg", "dogs/01.jpg", "b.png"]
 
 
 def test_masks_hold_their_share_of_the_mass_and_no_patch_more():

@@ -33,15 +33,15 @@ def test_every_curve_has_its_last_value(n):
     last = entries(n, every=1)[-1]
     assert losses[:2] == [f"loss {last['train_loss']:.3f}", f"teacher entropy {last['train_teacher_entropy']:.3f}"]
     assert accuracy == [f"k-NN {last['knn']:.4f}"]
-    assert rate == ["0.0005"]
-    assert momentum == ["0.99600"]
+    assert rate == ["lr 0.0005"]
+    assert momentum == ["momentum 0.99600"]
 
 
 def test_without_labels_the_divergence_is_drawn():
     figure = draw_curves(entries(5), 64)
     _, heights = figure.axes[1].lines[0].get_data()
     assert list(heights) == pytest.approx([1.0] * 5)
-    assert "nothing is evaluated" in figure.axes[1].get_title()
+    assert legends(figure)[1] == ["KL 1.000 (nothing is evaluated)"]
 
 
 def test_axes_hold_what_a_number_can_be():

@@ -270,6 +270,7 @@ def test_bad_images_are_skipped_counted_and_named(photo_folder, tiny, tmp_path, 
     assert result.knn_after is not None
     output = capsys.readouterr().out
     assert "skipped 3 unreadable of 32 images" in output
+    assert output.count("k-NN without 3 unreadable images") == 1  # of three evaluations
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     for entry in entries:
         assert entry["bad_images"] == 3
