@@ -34,20 +34,19 @@ def collapse(entries: Sequence[Entry], out_dim: int) -> str:
     return ""
 
 
-def fall(name: str, before: float | None, values: Sequence[float]) -> str:
+def fall(name: str, values: Sequence[float]) -> str:
     """Of an evaluation's values after warm-up, in words; empty where there is none."""
-    best = max(values, default=0.0)
-    if len(values) < EVALUATED or max(values[-2:]) >= max(best, before or 0.0) - FALL:
+    if len(values) < EVALUATED or max(values[-2:]) >= max(values) - FALL:
         return ""
-    since = f"after {best:.4f} at best" if before is None or best > before else f"before training {before:.4f}"
-    return f"{TITLES.get(name, name)} falls: {values[-1]:.4f}, {since}"
+    return f"{TITLES.get(name, name)} falls: {values[-1]:.4f}, after {max(values):.4f} at best"
 
 
 def standstill(name: str, before: float | None, values: Sequence[float]) -> str:
     """Of an evaluation's values after warm-up, in words; empty where there is none."""
     if len(values) < EVALUATED or before is None or max(values) >= before + RISE * (1 - before):
         return ""
-    return f"{TITLES.get(name, name)} stands still: {values[-1]:.4f}, before training {before:.4f}"
+    how = "is lower" if max(values) < before - FALL else "stands still"  # early on, many runs go down before they rise
+    return f"{TITLES.get(name, name)} {how}: {values[-1]:.4f}, before training {before:.4f}"
 
 
 class Watch(Sink):
@@ -68,7 +67,7 @@ class Watch(Sink):
         for name in EVALUATIONS:
             values = [entry[name] for entry in warm if entry.get(name) is not None]
             before = self._entries[0].get(f"{name}_before")
-            unstable.append(fall(name, before, values))
+            unstable.append(fall(name, values))
             still.append(standstill(name, before, values))
         found = next(filter(None, [*unstable, *still]), "")
         if found and not self._has_spoken:
