@@ -40,7 +40,7 @@ def draw_curves(entries: Sequence[Mapping[str, Any]], out_dim: int) -> Figure:
         entropies = dict(points("train_teacher_entropy"))
         kl = [(epoch, loss - entropies[epoch]) for epoch, loss in points("train_loss") if epoch in entropies]
         _curve(accuracy, kl, "KL {:.3f} (nothing is evaluated)", GREEN)
-        accuracy.set(title="KL of teacher and student (nats)", ylim=(0, None))
+        accuracy.set(title="KL of teacher and student (nats)", ylim=(0, 1.05 * max([*_heights(accuracy), 0.1])))
     _curve(rate, points("train_lr"), "lr {:.3g}", BLUE)
     rate.set(title="learning rate", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
