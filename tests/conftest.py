@@ -22,6 +22,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from quick_interpreter import quicken
 from torch import nn
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and all that comes of it: a run that a test
@@ -38,6 +39,7 @@ if not HAS_GPU:
 
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
+    quicken()
 
 from fastdino_kernels import launch  # noqa: E402  (after the interpreter is on)
 
