@@ -20,6 +20,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from numpy.typing import NDArray
 from PIL import Image
 from quick_interpreter import quicken
@@ -117,6 +118,14 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 def rel() -> Callable[[torch.Tensor, torch.Tensor], float]:
     """Largest difference over the largest expected value: `rel(got, expected)`."""
     return relative_error
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs Python programs that need no process as people start it; see `forks`."""
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")
