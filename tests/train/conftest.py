@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 from fastdino.train.config import TrainConfig
 
@@ -24,6 +27,19 @@ TINY = {
     "warmup_epochs": 1,
     "resume": True,
 }
+
+
+@pytest.fixture(autouse=True)
+def _figures_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's two pictures take a quarter of its time, nearly all of it for letters: a pixel is written instead.
+
+    They are drawn where tests look at them: by fixtures of whole modules (test_runs.py), and in test_curves.py.
+    """
+
+    def write(self: Figure, file: BinaryIO, *, format: str) -> None:
+        Image.new("RGB", (1, 1)).save(file, format)
+
+    monkeypatch.setattr(Figure, "savefig", write)
 
 
 @pytest.fixture(scope="session")
