@@ -42,7 +42,9 @@ if not HAS_GPU:
     del os.environ["TRITON_INTERPRET"]
     quicken()
 
-from fastdino_kernels import launch  # noqa: E402  (after the interpreter is on)
+from fastdino.data.digits import load_digits  # noqa: E402  (after the interpreter is on)
+from fastdino.data.sequences import SequenceSource  # noqa: E402
+from fastdino_kernels import launch  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -126,6 +128,15 @@ def forks() -> Iterator[Forks]:
     forks = Forks()
     yield forks
     forks.close()
+
+
+@pytest.fixture(scope="session")
+def fifth() -> list[SequenceSource]:
+    """A fifth of the digits, to train on and held out."""
+    return [
+        SequenceSource([source[i] for i in range(n)], source.labels[:n].tolist())
+        for source, n in zip(load_digits(), (256, 64))
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fastdino.data.sequences import SequenceSource
+from fastdino.train import build
 from fastdino.train.config import TrainConfig
 
 TINY = {
@@ -27,6 +29,9 @@ TINY = {
     "warmup_epochs": 1,
     "resume": True,
 }
+
+
+FIVE_STEPS = {"batch_size_per_gpu": 50}  # of a fifth of the digits
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +57,16 @@ def make_tiny() -> Callable[..., TrainConfig]:
 def tiny(tmp_path: Path, make_tiny: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
     """The same, writing below this test's folder: `tiny("name", flag=value, ...)`."""
     return lambda folder="run", **flags: make_tiny(tmp_path / folder, **flags)
+
+
+@pytest.fixture
+def few_digits(fifth: list[SequenceSource], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Runs have a fifth of the digits; the flag with which an epoch has five steps of them as of all.
+
+    For runs that are compared with each other, of which more images would say no more.
+    """
+    monkeypatch.setattr(build, "load_digits", lambda: fifth)
+    return FIVE_STEPS
 
 
 @pytest.fixture

@@ -170,10 +170,10 @@ def test_a_frozen_backbone_stays_and_heads_move(options, monkeypatch):
         assert counts == {2.0, 6.0}  # of the backbone and of the heads
 
 
-def test_a_run_goes_on_when_the_file_is_gone(tiny, tmp_path, pretrained):
+def test_a_run_goes_on_when_the_file_is_gone(tiny, few_digits, tmp_path, pretrained):
     path = tmp_path / "weights.pth"
     shutil.copy(pretrained / "backbone.pth", path)
-    flags = {"init": str(path), "epochs": 2, "batch_size_per_gpu": 512, "arch": "vit_nano"}
+    flags = {"init": str(path), "epochs": 2, "arch": "vit_nano", **few_digits}
     train(tiny("whole", **flags))
     (tmp_path / "run").mkdir()
     shutil.copy(tmp_path / "whole" / "checkpoint0000.pth", tmp_path / "run" / "checkpoint.pth")
@@ -387,11 +387,11 @@ def test_layerwise_decay_needs_layers_and_a_sensible_number():
         TrainConfig.from_flags({"lr_decay": 1.5})
 
 
-def test_a_recipe_that_masks_gives_weights_a_mask_token_and_goes_on(tiny, tmp_path, pretrained):
+def test_a_recipe_that_masks_gives_weights_a_mask_token_and_goes_on(tiny, few_digits, tmp_path, pretrained):
     init = tmp_path / "weights.pth"
     shutil.copy(pretrained / "backbone.pth", init)
     flags = {"init": str(init), "recipe": "dinov2", "patch_size": 12, "global_crops_size": 48, "local_crops_size": 24}
-    flags |= {"batch_size_per_gpu": 512, "warmup_teacher_temp_epochs": 0, "drop_path_rate": 0.0}
+    flags |= {"warmup_teacher_temp_epochs": 0, "drop_path_rate": 0.0, **few_digits}
     train(tiny("run", epochs=1, **flags))
     init.unlink()
     train(tiny("run", epochs=2, **flags))
