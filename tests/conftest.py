@@ -49,7 +49,13 @@ from fastdino_kernels import launch  # noqa: E402
 GOLDEN = Path(__file__).parent / "golden"
 
 
+# Parts of the names of tests that take ten CPU seconds and more: they come first, so that no process ends alone with
+# one of them.
+LONG = "trials/ test_fsdp test_distributed test_readme test_nine_steps_through test_interrupt truly_collapses"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(part in item.nodeid for part in LONG.split()))
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
