@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import urllib.error
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from fastdino.errors import UserError
 from fastdino.model.archs import ARCHITECTURES, PUBLISHED
 from fastdino.model.convnext import ConvNeXt
 from fastdino.model.inferred import name_of, nearest
-from fastdino.train import public
+from fastdino.train import build, public
 from fastdino.train.build import build_step
 from fastdino.train.command_line import command_line
 from fastdino.train.config import TrainConfig
@@ -61,10 +62,11 @@ def networks_from(path, folder, **flags):
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory, make_tiny):
-    """A finished run on the digits."""
+def pretrained(tmp_path_factory, make_tiny, fifth):
+    """A finished run on a fifth of the digits."""
     folder = tmp_path_factory.mktemp("pretrained")
-    train(make_tiny(folder, epochs=1, warmup_epochs=0))
+    with mock.patch.object(build, "load_digits", return_value=fifth):
+        train(make_tiny(folder, epochs=1, warmup_epochs=0, batch_size_per_gpu=50))
     return folder
 
 
@@ -187,9 +189,9 @@ def test_a_run_goes_on_when_the_file_is_gone(tiny, few_digits, tmp_path, pretrai
     assert (args["init"], args["arch"], args["patch_size"]) == (str(path), "vit_nano", 12)
 
 
-def test_a_run_with_other_weights_or_a_damaged_checkpoint_is_not_gone_on_with(tiny, tmp_path, pretrained):
+def test_a_run_with_other_weights_or_a_damaged_checkpoint_is_not_gone_on_with(tiny, few_digits, tmp_path, pretrained):
     init = str(pretrained / "backbone.pth")
-    train(tiny("run", epochs=1, batch_size_per_gpu=512, warmup_epochs=0, patch_size=12))
+    train(tiny("run", epochs=1, warmup_epochs=0, patch_size=12, **few_digits))
     with pytest.raises(UserError, match=r"of a run with --init None -> .*backbone\.pth\. --resume false starts anew"):
         train(tiny("run", init=init))
     checkpoint = tmp_path / "run" / "checkpoint.pth"
@@ -199,8 +201,8 @@ def test_a_run_with_other_weights_or_a_damaged_checkpoint_is_not_gone_on_with(ti
             train(tiny("run", init=name))
 
 
-def test_a_run_says_how_good_the_weights_are_and_when_it_makes_them_worse(tiny, pretrained, capsys):
-    flags = {"init": str(pretrained / "backbone.pth"), "knn_freq": 1, "batch_size_per_gpu": 512, "warmup_epochs": 0}
+def test_a_run_says_how_good_the_weights_are_and_when_it_makes_them_worse(tiny, few_digits, pretrained, capsys):
+    flags = {"init": str(pretrained / "backbone.pth"), "knn_freq": 1, "warmup_epochs": 0, **few_digits}
     result = train(tiny("good", epochs=1, lr=0.0, **flags))
     out = capsys.readouterr().out
     assert f"k-NN of the weights as they came: {result.knn_before:.4f}" in out
