@@ -15,6 +15,7 @@ import fastdino
 from fastdino import VisionTransformer, load_backbone, load_checkpoint
 from fastdino.cli import main
 from fastdino.errors import UserError
+from fastdino.model import inferred
 from fastdino.model.archs import ARCHITECTURES, PUBLISHED
 from fastdino.model.convnext import ConvNeXt
 from fastdino.model.inferred import name_of, nearest
@@ -59,6 +60,20 @@ def networks_from(path, folder, **flags):
     config = TrainConfig.from_flags({**FLAGS, "init": str(path), "data_path": "x", **flags})
     config, initial = start_from(config, RunFolder(folder / "run", 0.0, print, Stop(speaks=False)))
     return config, *build_networks(config, None, initial)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tables_are_made_once():
+    """The names and shapes of each architecture, which the nearest one is looked for among, again in every test."""
+    made, make = {}, inferred._shapes_of
+
+    def shapes_of(arch, patch_size):
+        if (repr(arch), patch_size) not in made:
+            made[repr(arch), patch_size] = make(arch, patch_size)
+        return made[repr(arch), patch_size]
+
+    with mock.patch.object(inferred, "_shapes_of", shapes_of):
+        yield
 
 
 @pytest.fixture(scope="module")
