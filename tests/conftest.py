@@ -20,8 +20,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from numpy.typing import NDArray
 from PIL import Image
+from quick_interpreter import quicken
 from torch import nn
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and all that comes of it: a run that a test
@@ -38,13 +40,22 @@ if not HAS_GPU:
 
     triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
+    quicken()
 
-from fastdino_kernels import launch  # noqa: E402  (after the interpreter is on)
+from fastdino.data.digits import load_digits  # noqa: E402  (after the interpreter is on)
+from fastdino.data.sequences import SequenceSource  # noqa: E402
+from fastdino_kernels import launch  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
+# Parts of the names of tests that take ten CPU seconds and more: they come first, so that no process ends alone with
+# one of them.
+LONG = "trials/ test_fsdp test_distributed test_readme test_nine_steps_through test_interrupt truly_collapses"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(part in item.nodeid for part in LONG.split()))
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -115,6 +126,23 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 def rel() -> Callable[[torch.Tensor, torch.Tensor], float]:
     """Largest difference over the largest expected value: `rel(got, expected)`."""
     return relative_error
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs Python programs that need no process as people start it; see `forks`."""
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def fifth() -> list[SequenceSource]:
+    """A fifth of the digits, to train on and held out."""
+    return [
+        SequenceSource([source[i] for i in range(n)], source.labels[:n].tolist())
+        for source, n in zip(load_digits(), (256, 64))
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,27 +23,26 @@ FIELDS = ("device", "threads", "power_limit", "driver", "torch", "triton", "xfor
 FIELDS += ("copy_gbps", "matmul_bf16_tflops", "matmul_fp32_tflops", "p20_ms", "p80_ms")
 
 
-def run_module(*words, **environment):
+@pytest.fixture(scope="module")
+def bench(forks):
+    """`python -m bench WORDS`."""
+    return partial(run_module, forks, "bench")
+
+
+def run_module(forks, *words, **environment):
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     # Where these tests run under pytest-xdist, its variables would make pytest-benchmark measure nothing.
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return subprocess.run(
-        [sys.executable, "-m", *words],
-        capture_output=True, text=True, cwd=ROOT, env=own | {"PYTHONPATH": path} | environment,
-    )  # fmt: skip
+    return forks.run("-m", *words, cwd=ROOT, env=own | {"PYTHONPATH": path} | environment)
 
 
-def bench(*words, **environment):
-    return run_module("bench", *words, **environment)
-
-
-def test_everything_that_is_measured_has_a_name_of_its_own():
-    done = run_module("pytest", "-o", "addopts=", "--import-mode=importlib", "--collect-only", "-q", "bench")
+def test_everything_that_is_measured_has_a_name_of_its_own(forks):
+    done = run_module(forks, "pytest", "-o", "addopts=", "--import-mode=importlib", "--collect-only", "-q", "bench")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, bench):
     """`python -m bench ops --quick` of one op."""
     folder = tmp_path_factory.mktemp("run")
     return bench("ops", "--quick", "--out", str(folder), "-k", WORDS), folder
@@ -103,7 +101,7 @@ def test_a_run_that_was_killed_keeps_what_it_had_and_says_what_it_lacks(run, tmp
     assert f"Missing: ops/{GROUP}/plain was planned and not measured." in report(records, tmp_path)
 
 
-def test_a_run_goes_on_with_what_is_not_known(run, tmp_path):
+def test_a_run_goes_on_with_what_is_not_known(run, bench, tmp_path):
     lines = (run[1] / "results.jsonl").read_text().splitlines()
     kept = [line for line in lines if json.loads(line).get("name") != f"ops/{GROUP}/ours"]
     (tmp_path / "results.jsonl").write_text("\n".join(kept) + "\n")
@@ -126,7 +124,7 @@ def test_known_is_what_was_timed_by_this_commit_on_this_device(tmp_path):
     assert known(file) == {"a"}
 
 
-def test_where_values_mean_nothing_it_all_runs_and_no_time_is_kept(tmp_path):
+def test_where_values_mean_nothing_it_all_runs_and_no_time_is_kept(bench, tmp_path):
     """On a device that computes nothing: $BENCH_UNCHECKED."""
     done = bench("ops", "--quick", "--out", str(tmp_path), "-k", f"{WORDS} and ours", BENCH_UNCHECKED="1")
     assert done.returncode == 0, done.stdout
@@ -136,7 +134,7 @@ def test_where_values_mean_nothing_it_all_runs_and_no_time_is_kept(tmp_path):
     assert not {key for key in record if key.endswith(("_ms", "_us", "gbps", "tflops", "_s"))}
 
 
-def test_a_red_check_prints_no_number_and_ends_the_run_red(tmp_path):
+def test_a_red_check_prints_no_number_and_ends_the_run_red(forks, tmp_path):
     """Of a benchmark in which our average does nothing."""
     code = "import bench.test_ops as ops, torch, pytest\nfrom bench.test_ops import *\n"
     code += "ops.center_update_ = lambda center, teacher, momentum: None\n"
@@ -146,8 +144,8 @@ def test_a_red_check_prints_no_number_and_ends_the_run_red(tmp_path):
     (tmp_path / "conftest.py").write_text(conftest)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "BENCH_OUT": str(tmp_path / "out"), "BENCH_QUICK": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-summary", "-k", f"{WORDS} and ours", str(wrong)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    command = ["-m", "pytest", "-q", "--no-summary", "-k", f"{WORDS} and ours", str(wrong)]
+    done = forks.run(*command, cwd=tmp_path, env=environment)
     assert done.returncode == 1, done.stdout
     assert ": in check" in done.stdout  # where it was found
     record = latest(read(tmp_path / "out"))[f"ops/{GROUP}/ours"]
@@ -157,14 +155,13 @@ def test_a_red_check_prints_no_number_and_ends_the_run_red(tmp_path):
         report(read(tmp_path / "out"), tmp_path)
 
 
-def test_pytest_benchmark_saves_and_compares_the_same_times(run):
+def test_pytest_benchmark_saves_and_compares_the_same_times(run, forks):
     (file,) = run[1].glob("*/0001_*.json")
     saved = {x["extra_info"]["name"]: x for x in json.loads(file.read_text())["benchmarks"]}
     assert saved.keys() == measured(read(run[1])).keys()
     for x in saved.values():
         assert 1e3 * x["stats"]["median"] == pytest.approx(x["extra_info"]["median_ms"], rel=1e-6)
-    command = [sys.executable, "-m", "pytest_benchmark", f"--storage=file://{run[1]}", "compare", "--columns=median"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forks.run("-m", "pytest_benchmark", f"--storage=file://{run[1]}", "compare", "--columns=median")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"test_center_update[ours-B{BATCHES[0]} K{K}]" in done.stdout
 

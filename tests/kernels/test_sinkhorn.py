@@ -1,12 +1,13 @@
 """sinkhorn_center against the textbook's iteration in fp64, plain PyTorch, and on all that a caller may hand it."""
 
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from budget import assert_within_budget
 from torch import Tensor
 
@@ -191,17 +192,24 @@ def test_nothing_of_the_logits_size_is_made(dtype, device):
         assert got.numel() <= 2 * 512
 
 
-def _process(rank: int, path: str, splits: list[int], dtype: torch.dtype) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=len(splits))
-    own = logits(sum(splits), 33, fp32, torch.device("cpu")).to(dtype).split(splits)[rank]
+SPLITS = [9, 0, 4]
+OF_A_PART = "import sys, test_sinkhorn; test_sinkhorn.center_of_a_part(sys.argv[1])"
+
+
+def center_of_a_part(path: str) -> None:
+    """What a process does: the center of its rows and the others'."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=len(SPLITS))
+    own = logits(sum(SPLITS), 33, fp32, torch.device("cpu")).double().split(SPLITS)[rank]
     torch.save(sinkhorn_center(own, TEMP, group=dist.group.WORLD), f"{path}/{rank}")
     dist.destroy_process_group()
 
 
-def test_processes_equal_one_with_the_whole_batch(tmp_path: Path):
+def test_processes_equal_one_with_the_whole_batch(forks: Any, tmp_path: Path):
     """Unequal numbers of rows, and none at all in one process."""
-    splits = [9, 0, 4]
-    mp.spawn(_process, (str(tmp_path), splits, torch.float64), nprocs=3)
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    all_ = forks.run_ranks(3, "-c", OF_A_PART, tmp_path, env=os.environ | {"PYTHONPATH": path})
+    assert not any(done.returncode for done in all_), "".join(done.stderr for done in all_)
     expected = sinkhorn_center(logits(13, 33, fp32, torch.device("cpu")).double(), TEMP)
     for rank in range(3):
         torch.testing.assert_close(torch.load(tmp_path / str(rank)), expected, rtol=1e-13, atol=1e-15)

@@ -1,7 +1,6 @@
 """Which attention runs, why, and that a compiled step stays compiled whatever else attends."""
 
 import ctypes
-import subprocess
 import sys
 import types
 from contextlib import contextmanager
@@ -354,12 +353,12 @@ def test_a_capture_that_pytorch_cannot_leave_ends_the_choice(monkeypatch, fresh)
 
 
 TWO_RANKS = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from fastdino.model import attention_choice, timing
 from fastdino.model.attention import Packing
 
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=2)
 times = {"ours": [9.0, 9.0], "xformers": [0.5, "no kernel"], "varlen": [1.0, 3.0], "sdpa": [2.0, 1.5]}
 attention_choice.why_not = lambda name, *_: times[name][rank] if isinstance(times[name][rank], str) else None
 attention_choice._Workload.of = lambda self, backend: times[backend.name][rank]
@@ -375,22 +374,11 @@ dist.destroy_process_group()
 """
 
 
-def test_ranks_whose_times_disagree_choose_the_same(tmp_path):
-    """The slowest rank counts; a backend that one rank cannot run is out on both, which say which rank it is.
-
-    Takes as long as two processes need to import PyTorch.
-    """
-    store = f"file://{tmp_path}/store"
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(rank), store], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    try:
-        said = [process.communicate(timeout=120)[0].splitlines() for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0]
+def test_ranks_whose_times_disagree_choose_the_same(forks, tmp_path):
+    """The slowest rank counts; a backend that one rank cannot run is out on both, which say which rank it is."""
+    ranks = forks.run_ranks(2, "-c", TWO_RANKS, f"file://{tmp_path}/store")
+    assert [done.returncode for done in ranks] == [0, 0], "".join(done.stderr for done in ranks)
+    said = [done.stdout.splitlines() for done in ranks]
     assert said[0] == said[1]
     assert said[0] == [
         "sdpa (flash) 2.00 ms, varlen 3.00 ms, ours 9.00 ms; no kernel (rank 1)",

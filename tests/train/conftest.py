@@ -2,9 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
+from fastdino.data.sequences import SequenceSource
+from fastdino.train import build
 from fastdino.train.config import TrainConfig
 
 TINY = {
@@ -26,6 +31,22 @@ TINY = {
 }
 
 
+FIVE_STEPS = {"batch_size_per_gpu": 50}  # of a fifth of the digits
+
+
+@pytest.fixture(autouse=True)
+def _figures_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's two pictures take a quarter of its time, nearly all of it for letters: a pixel is written instead.
+
+    They are drawn where tests look at them: by fixtures of whole modules (test_runs.py), and in test_curves.py.
+    """
+
+    def write(self: Figure, file: BinaryIO, *, format: str) -> None:
+        Image.new("RGB", (1, 1)).save(file, format)
+
+    monkeypatch.setattr(Figure, "savefig", write)
+
+
 @pytest.fixture(scope="session")
 def make_tiny() -> Callable[..., TrainConfig]:
     """Makes a TrainConfig: `make_tiny(folder, flag=value, ...)`."""
@@ -36,6 +57,16 @@ def make_tiny() -> Callable[..., TrainConfig]:
 def tiny(tmp_path: Path, make_tiny: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
     """The same, writing below this test's folder: `tiny("name", flag=value, ...)`."""
     return lambda folder="run", **flags: make_tiny(tmp_path / folder, **flags)
+
+
+@pytest.fixture
+def few_digits(fifth: list[SequenceSource], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Runs have a fifth of the digits; the flag with which an epoch has five steps of them as of all.
+
+    For runs that are compared with each other, of which more images would say no more.
+    """
+    monkeypatch.setattr(build, "load_digits", lambda: fifth)
+    return FIVE_STEPS
 
 
 @pytest.fixture

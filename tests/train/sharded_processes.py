@@ -1,4 +1,4 @@
-"""What processes with networks in parts compute: started by test_fsdp.py under torchrun, on gloo. Process 0 tells it.
+"""What processes with networks in parts compute: started by test_fsdp.py, on gloo. Process 0 tells it.
 
 Every scenario is a step of DINOv2's recipe in fp64 unless it says otherwise, a part of the batch on each process.
 """
@@ -83,7 +83,7 @@ def in_bf16(process):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    process = distributed.start("cpu", "env://")
+    process = distributed.start("cpu", sys.argv[1])
     seen = {name: scenario(name, process) for name in SCENARIOS} | {"bf16": in_bf16(process)}
     distributed.stop()
     if process.is_main:

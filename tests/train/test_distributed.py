@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,17 @@ FLAGS += " --use_bn_in_head false --drop_path_rate 0 --local_crops_number 2 --nu
 FLAGS += " --clip_grad 0.3 --lr 0.0005 --arch vit_nano --patch_size 12 --local_crops_size 12"
 
 
-def run(program, processes, folder, *flags):
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
-    command = [sys.executable, *launcher, *program, *FLAGS.split(), *flags, "--output_dir", str(folder)]
+def under_torchrun(*words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def as_forks(forks, folder, processes, *words):
+    """What torchrun would start, with what all of them said put together."""
+    all_ = forks.run_ranks(processes, *words, "--dist_url", f"file://{folder}.store")
+    code = next(filter(None, (done.returncode for done in all_)), 0)
+    said = ("".join(getattr(done, stream) for done in all_) for stream in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(words, code, *said)
 
 
 @pytest.mark.parametrize(
@@ -31,11 +39,14 @@ def run(program, processes, folder, *flags):
     ],
     ids=["eager-fp32", "compiled-fp64"],
 )
-def test_two_processes_equal_one(tmp_path, program, mode, dtype, budget):
+def test_two_processes_equal_one(tmp_path, forks, program, mode, dtype, budget):
     weights = []
     for processes, step in ((1, "eager"), (2, mode)):  # the one is eager: compiling is not to change anything either
         folder = tmp_path / str(processes)
-        done = run(program, processes, folder, "--batch_size_per_gpu", str(478 // processes), "--step", step)
+        flags = ["--batch_size_per_gpu", str(478 // processes), "--step", step, "--output_dir", str(folder)]
+        through_the_door = processes == 2 and mode == "eager"
+        run = under_torchrun if through_the_door else partial(as_forks, forks, folder, processes)
+        done = run(*program, *FLAGS.split(), *flags)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("teacher entropy") == 1  # rank 0 alone speaks
         assert "using eager" not in done.stdout  # nothing fell back
@@ -53,9 +64,11 @@ def test_two_processes_equal_one(tmp_path, program, mode, dtype, budget):
         assert float((other - value).abs().max()) < budget, key
 
 
-def test_batchnorm_across_processes_on_cpu_is_refused(tmp_path):
-    done = run(["-m", "fastdino.train"], 2, tmp_path / "run", "--use_bn_in_head", "true")
+def test_batchnorm_across_processes_on_cpu_is_refused(tmp_path, forks):
+    folder = tmp_path / "run"
+    flags = [*FLAGS.split(), "--use_bn_in_head", "true", "--output_dir", str(folder)]
+    done = as_forks(forks, folder, 2, "-m", "fastdino.train", *flags)
     assert done.returncode != 0
     assert "--use_bn_in_head true needs SyncBatchNorm across processes, which PyTorch has on GPUs only" in done.stderr
     assert "fastdino/train" not in done.stderr  # no traceback through our code
-    assert not (tmp_path / "run").exists()
+    assert not folder.exists()

@@ -35,14 +35,12 @@ BATCH = 476
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_parts_learn_what_one_piece_learns(processes):
+def test_parts_learn_what_one_piece_learns(processes, forks, tmp_path):
     path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [*LAUNCH, f"--nproc_per_node={processes}", str(HERE / "sharded_processes.py")],
-        capture_output=True, text=True, timeout=200, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    words = HERE / "sharded_processes.py", f"file://{tmp_path}/store"
+    all_ = forks.run_ranks(processes, *words, env=os.environ | {"PYTHONPATH": path})
+    assert not any(done.returncode for done in all_), "".join(done.stderr for done in all_)
+    seen = json.loads("".join(done.stdout for done in all_))  # process 0 alone tells
     for name, options in SCENARIOS.items():
         step, metrics = steps(options, processes)
         found = torch.tensor(seen[name]["weights"], dtype=torch.float64)
@@ -56,12 +54,15 @@ def test_parts_learn_what_one_piece_learns(processes):
     assert in_bf16["losses"] == pytest.approx([float(step(x, i).loss) for i, x in enumerate(views)], rel=2e-2)
 
 
+def program(processes, folder):
+    share = ["--batch_size_per_gpu", str(BATCH // processes), "--output_dir", str(folder)]
+    return ["-m", "fastdino.train", *FLAGS.split(), *share]
+
+
 def train(processes, folder, *flags):
     """A run in the background, as people start it."""
-    program = ["-m", "fastdino.train", *FLAGS.split(), "--batch_size_per_gpu", str(BATCH // processes)]
-    launch = [*LAUNCH, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
     return subprocess.Popen(
-        [*launch, *program, "--output_dir", str(folder), *flags],
+        [*LAUNCH, f"--nproc_per_node={processes}", *program(processes, folder), *flags],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -74,7 +75,7 @@ def kill(folder):
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
-def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path):
+def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path, forks):
     folder, one = tmp_path / "run", tmp_path / "one"
     process, started = train(2, folder, "--fsdp", "true"), time.monotonic()
     while not (folder / "checkpoint.dcp" / "run.pth").exists():
@@ -85,9 +86,10 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path):
     process.communicate()
     (folder / "checkpoint.dcp" / "shards-00000000").mkdir()  # of a run that was killed while it saved
 
-    runs = train(4, folder, "--fsdp", "true"), train(1, one)
-    said, in_one_piece = (run.communicate(timeout=200)[0] for run in runs)
-    assert [run.returncode for run in runs] == [0, 0], said + in_one_piece
+    store = ["--dist_url", f"file://{tmp_path}/store"]
+    runs = *forks.run_ranks(4, *program(4, folder), "--fsdp", "true", *store), forks.run(*program(1, one))
+    assert [run.returncode for run in runs] == [0] * 5, "".join(run.stdout + run.stderr for run in runs)
+    said = "".join(run.stdout + run.stderr for run in runs[:4])
     assert f"resumed {folder}/checkpoint.dcp/run.pth after 1 epoch" in said
     assert "Warning" not in said
     expected, found = (load_checkpoint(path / "checkpoint.pth") for path in (one, folder))

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import urllib.error
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ import fastdino
 from fastdino import VisionTransformer, load_backbone, load_checkpoint
 from fastdino.cli import main
 from fastdino.errors import UserError
+from fastdino.model import inferred
 from fastdino.model.archs import ARCHITECTURES, PUBLISHED
 from fastdino.model.convnext import ConvNeXt
 from fastdino.model.inferred import name_of, nearest
-from fastdino.train import public
+from fastdino.train import build, public
 from fastdino.train.build import build_step
 from fastdino.train.command_line import command_line
 from fastdino.train.config import TrainConfig
@@ -60,11 +62,26 @@ def networks_from(path, folder, **flags):
     return config, *build_networks(config, None, initial)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _tables_are_made_once():
+    """The names and shapes of each architecture, which the nearest one is looked for among, again in every test."""
+    made, make = {}, inferred._shapes_of
+
+    def shapes_of(arch, patch_size):
+        if (repr(arch), patch_size) not in made:
+            made[repr(arch), patch_size] = make(arch, patch_size)
+        return made[repr(arch), patch_size]
+
+    with mock.patch.object(inferred, "_shapes_of", shapes_of):
+        yield
+
+
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory, make_tiny):
-    """A finished run on the digits."""
+def pretrained(tmp_path_factory, make_tiny, fifth):
+    """A finished run on a fifth of the digits."""
     folder = tmp_path_factory.mktemp("pretrained")
-    train(make_tiny(folder, epochs=1, warmup_epochs=0))
+    with mock.patch.object(build, "load_digits", return_value=fifth):
+        train(make_tiny(folder, epochs=1, warmup_epochs=0, batch_size_per_gpu=50))
     return folder
 
 
@@ -170,10 +187,10 @@ def test_a_frozen_backbone_stays_and_heads_move(options, monkeypatch):
         assert counts == {2.0, 6.0}  # of the backbone and of the heads
 
 
-def test_a_run_goes_on_when_the_file_is_gone(tiny, tmp_path, pretrained):
+def test_a_run_goes_on_when_the_file_is_gone(tiny, few_digits, tmp_path, pretrained):
     path = tmp_path / "weights.pth"
     shutil.copy(pretrained / "backbone.pth", path)
-    flags = {"init": str(path), "epochs": 2, "batch_size_per_gpu": 512, "arch": "vit_nano"}
+    flags = {"init": str(path), "epochs": 2, "arch": "vit_nano", **few_digits}
     train(tiny("whole", **flags))
     (tmp_path / "run").mkdir()
     shutil.copy(tmp_path / "whole" / "checkpoint0000.pth", tmp_path / "run" / "checkpoint.pth")
@@ -187,9 +204,9 @@ def test_a_run_goes_on_when_the_file_is_gone(tiny, tmp_path, pretrained):
     assert (args["init"], args["arch"], args["patch_size"]) == (str(path), "vit_nano", 12)
 
 
-def test_a_run_with_other_weights_or_a_damaged_checkpoint_is_not_gone_on_with(tiny, tmp_path, pretrained):
+def test_a_run_with_other_weights_or_a_damaged_checkpoint_is_not_gone_on_with(tiny, few_digits, tmp_path, pretrained):
     init = str(pretrained / "backbone.pth")
-    train(tiny("run", epochs=1, batch_size_per_gpu=512, warmup_epochs=0, patch_size=12))
+    train(tiny("run", epochs=1, warmup_epochs=0, patch_size=12, **few_digits))
     with pytest.raises(UserError, match=r"of a run with --init None -> .*backbone\.pth\. --resume false starts anew"):
         train(tiny("run", init=init))
     checkpoint = tmp_path / "run" / "checkpoint.pth"
@@ -199,8 +216,8 @@ def test_a_run_with_other_weights_or_a_damaged_checkpoint_is_not_gone_on_with(ti
             train(tiny("run", init=name))
 
 
-def test_a_run_says_how_good_the_weights_are_and_when_it_makes_them_worse(tiny, pretrained, capsys):
-    flags = {"init": str(pretrained / "backbone.pth"), "knn_freq": 1, "batch_size_per_gpu": 512, "warmup_epochs": 0}
+def test_a_run_says_how_good_the_weights_are_and_when_it_makes_them_worse(tiny, few_digits, pretrained, capsys):
+    flags = {"init": str(pretrained / "backbone.pth"), "knn_freq": 1, "warmup_epochs": 0, **few_digits}
     result = train(tiny("good", epochs=1, lr=0.0, **flags))
     out = capsys.readouterr().out
     assert f"k-NN of the weights as they came: {result.knn_before:.4f}" in out
@@ -387,11 +404,11 @@ def test_layerwise_decay_needs_layers_and_a_sensible_number():
         TrainConfig.from_flags({"lr_decay": 1.5})
 
 
-def test_a_recipe_that_masks_gives_weights_a_mask_token_and_goes_on(tiny, tmp_path, pretrained):
+def test_a_recipe_that_masks_gives_weights_a_mask_token_and_goes_on(tiny, few_digits, tmp_path, pretrained):
     init = tmp_path / "weights.pth"
     shutil.copy(pretrained / "backbone.pth", init)
     flags = {"init": str(init), "recipe": "dinov2", "patch_size": 12, "global_crops_size": 48, "local_crops_size": 24}
-    flags |= {"batch_size_per_gpu": 512, "warmup_teacher_temp_epochs": 0, "drop_path_rate": 0.0}
+    flags |= {"warmup_teacher_temp_epochs": 0, "drop_path_rate": 0.0, **few_digits}
     train(tiny("run", epochs=1, **flags))
     init.unlink()
     train(tiny("run", epochs=2, **flags))

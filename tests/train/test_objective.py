@@ -28,7 +28,7 @@ class Distance(Objective):
         self.means.append(mean)
 
 
-def test_an_objective_brings_its_schedules_metrics_and_state(tiny, monkeypatch, capsys):
+def test_an_objective_brings_its_schedules_metrics_and_state(tiny, few_digits, monkeypatch, capsys):
     monkeypatch.setattr(learning, "DINOLoss", Distance)
     entries = []
 
@@ -36,7 +36,7 @@ def test_an_objective_brings_its_schedules_metrics_and_state(tiny, monkeypatch, 
         def step(self, entry):
             entries.append(entry)
 
-    result = loop.train(tiny(epochs=2), build.Own(callbacks=[Watching()]))
+    result = loop.train(tiny(epochs=2, **few_digits), build.Own(callbacks=[Watching()]))
     assert result.epochs == 2
     assert all(entry["spread"] > 0 and entry["loss"] > 0 for entry in entries)
     assert "teacher entropy" not in capsys.readouterr().out

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from PIL import Image
 from fastdino import load_backbone, load_checkpoint
 from fastdino.cli import main
 from fastdino.errors import TrainingError, UserError
-from fastdino.train import words
+from fastdino.train import build, words
 from fastdino.train.build import Own, assemble
 from fastdino.train.checkpoint import eval_size
 from fastdino.train.distributed import start
@@ -39,11 +41,18 @@ def assert_same_state(one, other):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, make_tiny):
+def finished(tmp_path_factory, make_tiny, fifth):
     """A finished tiny run with k-NN and a checkpoint of every epoch."""
     folder = tmp_path_factory.mktemp("finished")
-    result = train(make_tiny(folder, knn_freq=2))
+    with mock.patch.object(build, "load_digits", return_value=fifth):
+        result = train(make_tiny(folder, knn_freq=2, batch_size_per_gpu=50))
     return folder, result
+
+
+@pytest.fixture
+def tiny(tiny, few_digits):
+    """All runs here are of the digits of `finished`, five steps an epoch."""
+    return partial(tiny, **few_digits)
 
 
 def test_a_run_leaves_checkpoints_log_and_pictures(finished):

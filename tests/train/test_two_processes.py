@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,16 +10,14 @@ from two_processes import masked
 
 
 @pytest.fixture(scope="module")
-def seen():
+def seen(forks, tmp_path_factory):
     """What both processes saw, by rank: [{scenario: result}] * 2."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(here / "two_processes.py")]
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path}
-    )
-    assert done.returncode == 0, done.stderr
-    return sorted(map(json.loads, done.stdout.splitlines()), key=lambda result: result["rank"])
+    store = f"file://{tmp_path_factory.mktemp('two_processes')}/store"
+    both = forks.run_ranks(2, here / "two_processes.py", store, env=os.environ | {"PYTHONPATH": path})
+    assert [done.returncode for done in both] == [0, 0], "".join(done.stderr for done in both)
+    return [json.loads(done.stdout) for done in both]
 
 
 def test_an_infinity_on_one_makes_both_skip(seen):

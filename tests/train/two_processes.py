@@ -1,4 +1,4 @@
-"""What two processes do together, one line of JSON from each: started by test_two_processes.py under torchrun, on gloo.
+"""What two processes do together, one line of JSON from each: started by test_two_processes.py, on gloo.
 
 Every scenario runs on both processes at once and returns what its process saw. Process 1 is the one with the trouble.
 """
@@ -156,7 +156,7 @@ SCENARIOS = [
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    process = distributed.start("cpu", "env://")
+    process = distributed.start("cpu", sys.argv[1])
     seen = {scenario.__name__: scenario(process.rank) for scenario in SCENARIOS}
     distributed.stop()
     sys.stdout.write(json.dumps({"rank": process.rank, **seen}) + "\n")
