@@ -16,14 +16,16 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D), in the dtype of the weights."""
-        if torch.compiler.is_compiling() and self._is_ours(x):
+        if self._is_ours(x):
             return kernels_layer_norm(x, self.weight, self.bias, self.eps)
         # Not the module's own method: what a hook keeps of its output would hold the module, and so itself.
         function = F.layer_norm if x.dtype == self.weight.dtype else _layer_norm_of_full
         return recomputed(function, x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def _is_ours(self, x: Tensor) -> bool:
-        """Whether our backward pass may stand in for the library's: of a norm as it is in a block."""
+        """Whether our backward pass may stand in for the library's: of a norm as it is in a block, in a compiled step."""
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return False
         affine = self.weight is not None and self.bias is not None and len(self.normalized_shape) == 1
         return affine and use_triton(x, self.weight) and not torch.is_autocast_enabled(x.device.type)
 
