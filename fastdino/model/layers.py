@@ -23,7 +23,7 @@ class LayerNorm(nn.LayerNorm):
         return recomputed(function, x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def _is_ours(self, x: Tensor) -> bool:
-        """Whether our backward pass may stand in for the library's: of a norm as it is in a block, in a compiled step."""
+        """Whether our backward pass may stand in for the library's: of a block's norm, in a compiled step."""
         if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return False
         affine = self.weight is not None and self.bias is not None and len(self.normalized_shape) == 1
