@@ -3,8 +3,8 @@
     torch.compile(step, options={"post_grad_custom_pre_pass": JoinResiduals()})
 
 A block of a transformer stays as in the textbook. Around the backward pass of a norm, autograd then writes an addition
-to the residual stream's gradient, a scale of it (drop-path) and sums over tokens (biases), which are passes over memory
-of their own, because a compiler does not look into an op. Where nothing is found, nothing is changed.
+to the residual stream's gradient, scales of it (drop-path, LayerScale) and sums over tokens (biases), which are passes
+over memory of their own, because a compiler does not look into an op. Where nothing is found, nothing is changed.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from fastdino_kernels.column_sums import AT_ONCE
 from fastdino_kernels.layer_norm import plain_layer_norm
 
 aten, ours = torch.ops.aten, torch.ops.fastdino
+convert = torch.ops.prims.convert_element_type.default
 
 # Inductor joins a norm with the addition before it and with what reads it, where it sees single operations.
 if ours.layer_norm.default not in decomposition.decompositions:
@@ -76,10 +77,11 @@ def _set_args(node: Node, *args: Any) -> None:
 
 def _column_sums(part: Node, dtype: torch.dtype) -> Node:
     """The node that holds what a kernel's programs have summed, added up; made where there is none."""
+    value = _value(part).new_empty(_value(part).shape[1:], dtype=dtype)
     for node in _users(part, ours.column_sums.default):
         if node.args[1] == dtype and (found := _output(node, 0)):
+            node.meta["val"], found.meta["val"] = [value], value  # there may be more of them now
             return found
-    value = _value(part).new_empty(_value(part).shape[1:], dtype=dtype)
     node = _insert(part, ours.column_sums.default, ([part], dtype), [value])
     return _insert(node, getitem, (node, 0), value)
 
@@ -93,8 +95,8 @@ def _is_result(node: Node) -> bool:
 class JoinResiduals(CustomGraphPass):
     """A pass of Inductor: the backward passes of `layer_norm` and of attention take in what follows them.
 
-    Attributes: n_streams, n_scales, n_sums, how many additions to a stream's gradient, scales of it and sums over
-    tokens were found, in all graphs.
+    Attributes: n_streams, n_scales, n_sums, how many additions to a stream's gradient, branches with a scale or dtype
+    of their own, and sums over tokens were found, in all graphs.
     """
 
     def __init__(self) -> None:
@@ -119,31 +121,48 @@ class JoinResiduals(CustomGraphPass):
         if grad is None or part is None:
             return
         order = {node: i for i, node in enumerate(norm.graph.nodes)}
-        value = _value(grad)
+        size = _value(grad).shape
 
-        def other(node: Node, shape: Sequence[int]) -> Node | None:
-            """What is added to the gradient, or scales it: of this shape, and there before the norm's turn."""
-            found = next((x for x in node.args if isinstance(x, Node) and x is not grad), None)
-            if found is None or node.kwargs or _value(node).dtype != value.dtype or _value(found).shape != shape:
+        def factor(product: Node, x: Node, *shapes: Sequence[int]) -> Node | None:
+            """What else is in a product, or a sum, of x: of such a shape, and there before the norm's turn."""
+            found = next((arg for arg in product.args if isinstance(arg, Node) and arg is not x), None)
+            if found is None or product.kwargs or _value(product).dtype != _value(x).dtype:
                 return None
             source = cast(Node, found.args[0]) if found.target is aten.unsqueeze.default else found
-            return source if order[source] < order[norm] else None
+            return source if _value(found).shape in shapes and order[source] < order[norm] else None
+
+        def products(x: Node, *shapes: Sequence[int]) -> list[tuple[Node, Node]]:
+            return [(node, by) for node in _users(x, aten.mul.Tensor) if (by := factor(node, x, *shapes))]
 
         added = _users(grad, aten.add.Tensor)
-        stream = other(added[0], value.shape) if added and len(grad.users) == 1 else None
+        stream = factor(added[0], grad, size) if added and len(grad.users) == 1 else None
         if stream:
             _replace(added[0], grad)
             self.n_streams += 1
-        scaled = [(node, scale) for node in _users(grad, aten.mul.Tensor) if (scale := other(node, (len(value), 1)))]
-        branch, scale = scaled[0] if len(scaled) == 1 else (grad, None)
-        _set_args(norm, *norm.args[:5], stream, scale)
-        if scale:
+        branch, scale, gamma, scaled, sums_of_gamma = grad, None, None, None, list[Node]()
+        if len(found := products(grad, (size[0], 1))) == 1:
+            branch, scale = found[0]
+        if len(casts := _users(branch, convert)) == 1 and (branch is grad or len(branch.users) == 1):
+            branch = casts[0]
+        by_gamma, by_scaled = products(branch, size[1:]), products(branch, size)
+        if len(by_gamma) == len(by_scaled) == 1 and (branch is grad or len(branch.users) == 2):
+            sums_of_gamma = _sums_of(by_scaled[0][0])
+            if len(sums_of_gamma) == len(by_scaled[0][0].users) == 1:
+                (branch, gamma), scaled = by_gamma[0], by_scaled[0][1]
+        _set_args(norm, *norm.args[:5], stream, scale, gamma, scaled, _value(branch).dtype)
+        part.meta["val"] = norm.meta["val"][2]
+        if branch is not grad:
             product, branch = branch, _insert(norm, getitem, (norm, 1), _value(branch))
             _replace(product, branch)
             self.n_scales += 1
-        for total in _sums_of(branch):
+        self._use_sums(part, 2, _sums_of(branch))
+        if gamma:
+            self._use_sums(part, 3, sums_of_gamma)
+
+    def _use_sums(self, part: Node, which: int, totals: list[Node]) -> None:
+        for total in totals:
             sums = _column_sums(part, _value(total).dtype)
-            self._use(total, _insert(sums, aten.select.int, (sums, 0, 2), _value(sums)[2]))
+            self._use(total, _insert(sums, aten.select.int, (sums, 0, which), _value(sums)[which]))
 
     def _join_attention(self, node: Node, result: int, sums: int) -> None:
         grad = _output(node, result)

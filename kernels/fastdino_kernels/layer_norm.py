@@ -6,10 +6,10 @@
 
 Layer Normalization (arXiv:1607.06450), equation 3, over the last axis. Axes: M tokens, D channels.
 In a pre-norm block the norm reads a stream to which branches are added. Its gradient is then added to the stream's,
-scaled for the branch before it (drop-path), and summed over tokens for that branch's bias. One launch does all of it,
-and a small one joins what its programs have summed; PyTorch reads the result again for each. `fusion.JoinResiduals`
-finds the addition, the scale and the sum in a compiler's graph.
-Memory, in units of M*D: reads d y, x and the stream's gradient, writes d x, and once more where it is scaled.
+scaled for the branch before it (drop-path by rows, LayerScale by channels), and summed over tokens for that branch's
+bias and LayerScale. One launch does all of it, and a small one joins what its programs have summed; PyTorch reads the
+result again for each. `fusion.JoinResiduals` finds these in a compiler's graph.
+Memory, in units of M*D: reads d y, x, the stream's gradient and LayerScale's input; writes d x, and again if scaled.
 Dtypes: bf16, fp16 and fp32, x's and the weight's each their own; statistics and sums in fp32. No atomics.
 """
 
@@ -29,7 +29,7 @@ ROWS, PROGRAMS = 32, 1536
 
 
 # A program walks down its rows, one at a time, the next ones under way, and keeps its sums in registers.
-# Reads 2*M*D, and M*D with ADD; writes M*D, M*D with SCALE, and 3*D fp32 a program.
+# Reads 2*M*D, M*D with ADD and with GAMMA; writes M*D, M*D with BRANCH, and SUMS*D fp32 a program.
 @triton.jit
 def _layer_norm_bwd_kernel(
     grad_y_ptr,  # (M, D)
@@ -39,23 +39,30 @@ def _layer_norm_bwd_kernel(
     weight_ptr,  # (D,)
     stream_ptr,  # (M, D), or not read
     scale_ptr,  # (M,), or not read
+    gamma_ptr,  # (D,), or not read
+    scaled_ptr,  # (M, D), what gamma is a factor of, or not read
     grad_x_ptr,  # (M, D)
     branch_ptr,  # (M, D), or not written
-    part_ptr,  # (programs, 3, D) fp32: sums for weight, bias and the branch
+    part_ptr,  # (programs, SUMS, D) fp32: for weight, bias, the branch, gamma
     n_tokens,
     n_rows,  # of a program
     D: tl.constexpr,
     ADD: tl.constexpr,
     SCALE: tl.constexpr,
+    GAMMA: tl.constexpr,
+    BRANCH: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    SUMS: tl.constexpr = 4 if GAMMA else 3
     first = tl.program_id(0) * n_rows
     cols = tl.arange(0, BLOCK)
     mask = cols < D
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     grad_weight, grad_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    grad_branch = tl.zeros((BLOCK,), tl.float32)
+    grad_branch, grad_gamma = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    if GAMMA:
+        gamma = tl.load(gamma_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     for row in tl.range(first, tl.minimum(first + n_rows, n_tokens), num_stages=STAGES):
         at = tl.cast(row, tl.int64) * D + cols
         grad_y = tl.load(grad_y_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -71,14 +78,27 @@ def _layer_norm_bwd_kernel(
         tl.store(grad_x_ptr + at, grad_x, mask=mask)
         if SCALE:
             grad_x *= tl.load(scale_ptr + row).to(tl.float32)
+        if GAMMA:
+            grad_gamma += grad_x * tl.load(scaled_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            grad_x *= gamma
+        if BRANCH:
             tl.store(branch_ptr + at, grad_x, mask=mask)
         grad_weight += normed * grad_y
         grad_bias += grad_y
         grad_branch += grad_x
-    part_ptr += tl.cast(tl.program_id(0), tl.int64) * (3 * D) + cols
+    part_ptr += tl.cast(tl.program_id(0), tl.int64) * (SUMS * D) + cols
     tl.store(part_ptr, grad_weight, mask=mask)
     tl.store(part_ptr + D, grad_bias, mask=mask)
     tl.store(part_ptr + 2 * D, grad_branch, mask=mask)
+    if GAMMA:
+        tl.store(part_ptr + 3 * D, grad_gamma, mask=mask)
+
+
+def _branch(grad_x: Tensor, scale: Tensor | None, gamma: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """Memory for what the branch is given; none where that is grad_x."""
+    dtype = dtype or grad_x.dtype
+    same = scale is None and gamma is None and dtype == grad_x.dtype
+    return grad_x.new_empty(0 if same else grad_x.shape, dtype=dtype)
 
 
 def _programs(n_tokens: int) -> tuple[int, int]:
@@ -101,22 +121,29 @@ def _layer_norm_backward(
     weight: Tensor,
     stream: Tensor | None = None,
     scale: Tensor | None = None,
+    gamma: Tensor | None = None,
+    scaled: Tensor | None = None,
+    branch_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d x with the stream's gradient (M, D) added, that times scale (M,), and the programs' sums (P, 3, D) in fp32.
+    """d x with the stream's gradient (M, D) added; what the branch is given, that times scale (M,) and gamma (D,), in
+    branch_dtype; and the programs' sums in fp32, (P, 3, D) or with gamma (P, 4, D).
 
-    The second is empty without a scale. Sums are for weight, bias and branch: of the second, or without it the first.
+    The second is empty where it is the first. Sums are for weight, bias, of what the branch is given, and for gamma, a
+    factor of `scaled` (M, D).
     """
     (n_tokens, n_channels), launch = x.shape, _launch(x.shape[1])
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    branch = x.new_empty(0) if scale is None else torch.empty_like(grad_x)
+    branch = _branch(grad_x, scale, gamma, branch_dtype)
     n_rows, n_programs = _programs(n_tokens)
-    part = x.new_empty(n_programs, 3, n_channels, dtype=torch.float32)
+    part = x.new_empty(n_programs, 3 if gamma is None else 4, n_channels, dtype=torch.float32)
     if x.numel() > 0:
         _layer_norm_bwd_kernel[(n_programs,)](
             grad_y.contiguous(), x.contiguous(), mean, rstd, weight,
             grad_x if stream is None else stream.contiguous(), mean if scale is None else scale.contiguous(),
+            weight if gamma is None else gamma.contiguous(), grad_x if scaled is None else scaled.contiguous(),
             grad_x, branch, part, n_tokens, n_rows,
-            D=n_channels, ADD=stream is not None, SCALE=scale is not None,
+            D=n_channels, ADD=stream is not None, SCALE=scale is not None, GAMMA=gamma is not None,
+            BRANCH=branch.numel() > 0,
             BLOCK=triton.next_power_of_2(n_channels), STAGES=launch.num_stages, num_warps=launch.num_warps,
         )  # fmt: skip
     return grad_x, branch, part
@@ -131,10 +158,13 @@ def _(
     weight: Tensor,
     stream: Tensor | None = None,
     scale: Tensor | None = None,
+    gamma: Tensor | None = None,
+    scaled: Tensor | None = None,
+    branch_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = x.new_empty(x.shape)
-    part = x.new_empty(_programs(x.shape[0])[1], 3, x.shape[1], dtype=torch.float32)
-    return grad_x, x.new_empty(0 if scale is None else x.shape), part
+    grad_x, n_sums = x.new_empty(x.shape), 3 if gamma is None else 4
+    part = x.new_empty(_programs(x.shape[0])[1], n_sums, x.shape[1], dtype=torch.float32)
+    return grad_x, _branch(grad_x, scale, gamma, branch_dtype), part
 
 
 def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,28 +234,27 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """The norms of ViT-S/B/L: with a stream, with drop-path, and the first of a network; a stream in fp32."""
-    halves = ("grad_y_ptr", "x_ptr", "weight_ptr", "stream_ptr", "scale_ptr", "grad_x_ptr", "branch_ptr")
+    """The norms of ViT-S/B/L: a network's last, with a stream, with drop-path, with LayerScale and a stream in fp32."""
+    halves = ("grad_y_ptr", "weight_ptr", "gamma_ptr", "scaled_ptr", "branch_ptr")
+    streams = ("x_ptr", "stream_ptr", "scale_ptr", "grad_x_ptr")
     full = ("mean_ptr", "rstd_ptr", "part_ptr")
-    streams = ("x_ptr", "stream_ptr", "scale_ptr", "grad_x_ptr", "branch_ptr")
-    for n_channels, title, add, scale in (
-        *((d, " stream", True, False) for d in (192, 384, 768, 1024, 4096)),
-        (384, " stream and scale", True, True),
-        (384, "", False, False),
-        (384, " stream in fp32", True, False),
+    widths = (192, 384, 768, 1024, 4096)
+    for n_channels, title, stream, flags in (
+        (384, "", "*bf16", ""),
+        *((d, " stream", "*bf16", "ADD") for d in widths),
+        (384, " stream, drop-path", "*bf16", "ADD SCALE BRANCH"),
+        *((d, " fp32 stream, drop-path, LayerScale", "*fp32", "ADD SCALE GAMMA BRANCH") for d in widths),
     ):
         launch = _launch(n_channels)
-        types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(full, "*fp32")
-        if "fp32" in title:
-            types |= dict.fromkeys(streams, "*fp32")
+        types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(streams, stream) | dict.fromkeys(full, "*fp32")
+        constants = {name: name in flags.split() for name in ("ADD", "SCALE", "GAMMA", "BRANCH")}
         yield AotCase(
             name=f"layer_norm_bwd bf16 D={n_channels}{title}",
             kernel=_layer_norm_bwd_kernel,
             signature={**types, "n_tokens": "i32", "n_rows": "i32"},
             constexprs={
-                "D": n_channels, "ADD": add, "SCALE": scale, "BLOCK": triton.next_power_of_2(n_channels),
-                "STAGES": launch.num_stages,
+                "D": n_channels, **constants, "BLOCK": triton.next_power_of_2(n_channels), "STAGES": launch.num_stages,
             },
-            aligned=(*halves, *full, "n_tokens", "n_rows"),
+            aligned=(*halves, *streams, *full, "n_tokens", "n_rows"),
             num_warps=launch.num_warps,
         )  # fmt: skip

@@ -81,7 +81,8 @@ CATCH = """
         x, weight, scale = torch.zeros(m, d, dtype=dtype), torch.zeros(d, dtype=dtype), torch.zeros(m, dtype=dtype)
         fk.layer_norm(x.requires_grad_(), weight, weight).backward(x)
         numbers = torch.zeros(m)
-        torch.ops.fastdino.layer_norm_backward(x.detach(), x.detach(), numbers, numbers, weight, x.detach(), scale)
+        rows = x.detach()
+        torch.ops.fastdino.layer_norm_backward(rows, rows, numbers, numbers, weight, rows, scale, weight, rows)
 
     def mlp(m, d, h, dtype):
         x, w1, w2 = (torch.zeros(shape, dtype=dtype) for shape in ((m, d), (h, d), (d, h)))

@@ -81,35 +81,57 @@ def test_values_and_gradients_match_fp64(case, device):
         assert_error_at_most(name, our, truth, allowed)
 
 
-def joined(tensors: list[Tensor], stream: Tensor | None, scale: Tensor | None) -> list[Tensor]:
-    """The backward op's d x, what the branch is given, and sums over tokens."""
-    x, weight, bias, grad = tensors
-    _, mean, rstd = room.plain_layer_norm(x, weight, bias, EPS)
-    grad_x, branch, part = room._layer_norm_backward(grad, x, mean, rstd, weight, stream, scale)
-    return [grad_x, grad_x if scale is None else branch, *sums_room.column_sums(part, fp32)]
-
-
-@pytest.mark.parametrize("with_scale", [False, True], ids=["", "scale"])
-@pytest.mark.parametrize("with_stream", [False, True], ids=["", "stream"])
-@pytest.mark.parametrize("case", [(37, 33, bf16, bf16), (70, 48, fp32, bf16), (65, 520, fp32, fp32)], ids=case_id)
-def test_stream_scale_and_sums_match_fp64(case, with_stream, with_scale, device):
-    tensors = inputs(*case, device)
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        ((37, 33, bf16, bf16), ""),
+        ((37, 33, bf16, bf16), "stream"),
+        ((70, 48, fp32, bf16), "stream scale"),
+        ((65, 520, fp32, fp32), "scale"),
+        ((37, 33, bf16, bf16), "stream gamma"),
+        ((70, 48, fp32, bf16), "stream scale gamma"),
+        ((65, 520, fp32, fp32), "stream scale gamma"),
+        ((33, 33, fp32, bf16), "stream dtype"),
+    ],
+    ids=lambda x: x.replace(" ", "-") if isinstance(x, str) else case_id(x),
+)
+def test_what_is_joined_matches_fp64(case, parts, device):
+    """The stream's gradient, drop-path, LayerScale, a branch in the weights' dtype, and all sums."""
+    tensors, names = inputs(*case, device), parts.split()
     draw = torch.Generator().manual_seed(5)
-    stream = torch.randn(case[:2], generator=draw).to(tensors[0]) if with_stream else None
-    scale = (2 * torch.randint(0, 2, case[:1], generator=draw)).to(tensors[0]) if with_scale else None
+    given = {
+        "stream": torch.randn(case[:2], generator=draw).to(tensors[0]),
+        "scale": (2 * torch.randint(0, 2, case[:1], generator=draw)).to(tensors[0]),
+        "gamma": torch.randn(case[1], generator=draw).to(tensors[1]),
+        "scaled": torch.randn(case[:2], generator=draw).to(tensors[1]),
+    }
+    given = {name: t for name, t in given.items() if name in names or (name == "scaled" and "gamma" in names)}
+    of_branch = case[3] if {"gamma", "dtype"} & set(names) else case[2]
 
     def in_passes(dtype: torch.dtype) -> list[Tensor]:
-        """Each pass rounded to the dtype of the stream, as autograd's are."""
+        """Each pass rounded to the dtype of what it writes, as autograd's are."""
         x, weight, bias, grad = (t.to(dtype) if dtype == fp64 else t for t in tensors)
+        more = {name: t.to(dtype) if dtype == fp64 else t for name, t in given.items()}
         _, grad_x, grad_weight, grad_bias = value_and_grads(plain, x, weight, bias, grad)
-        grad_x = grad_x if stream is None else grad_x + stream
-        branch = grad_x if scale is None else grad_x * scale[:, None]
-        return [grad_x, branch, grad_weight, grad_bias, branch.sum(0)]
+        grad_x = grad_x + more.get("stream", 0)
+        branch = (grad_x * more["scale"][:, None] if "scale" in more else grad_x).to(
+            dtype if dtype == fp64 else of_branch
+        )
+        sums = [grad_weight, grad_bias]
+        if "gamma" in more:
+            of_gamma, branch = (branch * more["scaled"]).sum(0), branch * more["gamma"]
+        return [grad_x, branch, *sums, branch.sum(0), *([of_gamma] if "gamma" in more else [])]
 
-    names = ("d x", "branch", "weight", "bias", "sum of branch")
-    for name, our, their, truth in zip(names, joined(tensors, stream, scale), in_passes(fp32), in_passes(fp64)):
-        allowed = budget(their, truth, our.dtype) + (rounding_of_sums(tensors) if truth.ndim == 1 else 0)
-        assert_error_at_most(name, our, truth, allowed)
+    x, weight, bias, grad = tensors
+    _, mean, rstd = room.plain_layer_norm(x, weight, bias, EPS)
+    values = [given.get(name) for name in ("stream", "scale", "gamma", "scaled")]
+    grad_x, branch, part = room._layer_norm_backward(grad, x, mean, rstd, weight, *values, of_branch)
+    branch = branch if branch.numel() else grad_x
+    assert branch.dtype == of_branch
+    found = [grad_x, branch, *sums_room.column_sums(part, fp32)]
+    for i, (our, their, truth) in enumerate(zip(found, in_passes(fp32), in_passes(fp64), strict=True)):
+        allowed = budget(their, truth, our.dtype) + (4 * rounding_of_sums(tensors) if truth.ndim == 1 else 0)
+        assert_error_at_most(str(i), our, truth, allowed)
 
 
 def test_what_is_written_is_all_of_it(device):
@@ -124,7 +146,8 @@ def test_what_is_written_is_all_of_it(device):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", poisoned)
         patch.setattr(torch, "empty_like", lambda x, **_: poisoned(x.shape, dtype=x.dtype, device=x.device))
-        results = room._layer_norm_backward._init_fn(grad, x, mean, rstd, weight, x, mean)
+        patch.setattr(Tensor, "new_empty", lambda x, *s, **kw: poisoned(*s, dtype=kw.get("dtype", x.dtype)))
+        results = room._layer_norm_backward._init_fn(grad, x, mean, rstd, weight, x, mean, weight, x, fp16)
     assert all(result.isfinite().all() for result in results)
 
 
@@ -212,8 +235,8 @@ def test_opcheck(device):
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     torch.library.opcheck(room._layer_norm, (*leaves, EPS))
     _, mean, rstd = room.plain_layer_norm(x, weight, bias, EPS)
-    for stream, scale in ((None, None), (x, None), (x, mean)):
-        torch.library.opcheck(room._layer_norm_backward, (grad, x, mean, rstd, weight, stream, scale))
+    for more in ((), (x,), (x, mean), (x, mean, weight, x, fp16), (x, None, None, None, fp16)):
+        torch.library.opcheck(room._layer_norm_backward, (grad, x, mean, rstd, weight, *more))
     torch.library.opcheck(sums_room._column_sums, ([torch.randn(5, 3, 7, device=device)], fp32))
 
 
@@ -245,4 +268,4 @@ def test_nothing_synchronises(fakegpu):
 )
 def test_at_a_models_size(case, device):
     test_values_and_gradients_match_fp64(case, device)
-    test_stream_scale_and_sums_match_fp64(case, True, True, device)
+    test_what_is_joined_matches_fp64(case, "stream scale gamma", device)
