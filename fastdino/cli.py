@@ -87,9 +87,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _unrecognized(command: str, words: Sequence[str]) -> str:
     """What argparse says of words that it does not know, and the flag that comes near."""
+    from fastdino.commands.common import HELD_OUT
+
     asked = _Parser()
     _module(command).add_flags(asked)
-    if words[0].partition("=")[0] == "--val_path" and "--data_path" in asked.format_usage():
+    if words[0].partition("=")[0] == "--val_path" and HELD_OUT in (asked.description or ""):
         return f"unrecognized arguments: {' '.join(words)}; the folder of --data_path holds train/ and val/"
     close = difflib.get_close_matches(words[0].partition("=")[0], re.findall(r"--\w+", asked.format_usage()), 1)
     return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {close[0]}?" if close else "")

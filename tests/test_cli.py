@@ -347,10 +347,12 @@ def test_every_command_names_the_flag_that_comes_near(line, meant, capsys):
     assert said.count("\n") == 1
 
 
-def test_an_evaluation_says_where_held_out_images_lie(capsys):
+@pytest.mark.parametrize("command", ["knn", "linear", "logreg", "features"])
+def test_an_evaluation_says_where_held_out_images_lie(command, capsys):
     with pytest.raises(SystemExit):
-        main(["knn", "--pretrained_weights", "x", "--val_path", "y"])
-    assert "--val_path y; the folder of --data_path holds train/ and val/" in capsys.readouterr().err
+        main([command, "--pretrained_weights", "x", "--val_path", "y"])
+    said = "--val_path y; the folder of --data_path holds train/ and val/" in capsys.readouterr().err
+    assert said == (command != "features")  # which takes all images that are there
 
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly(tmp_path):

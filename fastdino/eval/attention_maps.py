@@ -18,7 +18,7 @@ from fastdino.data.channels import in_colors, read_pixels
 from fastdino.data.decode import BadImage
 from fastdino.data.sources import ImageSource
 from fastdino.eval.features import evaluating, prefix_tokens
-from fastdino.eval.pictures import enlarged, row_labels, save_figure, save_png
+from fastdino.eval.pictures import LABEL, enlarged, fitting, row_labels, save_figure, save_png
 
 PANEL = 1.6  # inches of a picture's panel
 OUTSIDE = 0.25  # brightness of what a mask leaves out
@@ -77,7 +77,7 @@ def attention_figure(looked: Sequence[Looked]) -> Figure:
     for row, (name, view, maps) in zip(axes, looked):
         shares = maps * maps[0].size
         row[0].imshow(in_colors(view))
-        row[0].set_title(name, fontsize=7, loc="left")
+        row[0].set_title(fitting(name, PANEL), fontsize=LABEL, loc="left")
         for ax, attention in zip(row[1:], [shares.mean(0), *shares]):
             drawn = ax.imshow(attention, cmap="inferno", interpolation="nearest", vmin=0, vmax=shares.max())
         bar = figure.colorbar(drawn, ax=row.tolist(), fraction=0.012, pad=0.01)

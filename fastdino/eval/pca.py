@@ -17,6 +17,7 @@ from fastdino.data.augment import normalize
 from fastdino.data.channels import in_colors
 from fastdino.errors import UserError
 from fastdino.eval.features import backbone_features, evaluating
+from fastdino.eval.pictures import LABEL, fitting
 
 PANEL = 2.2  # inches of a picture's panel
 CLIP = 1  # per cent of the values at each end that get the darkest and the brightest colour
@@ -69,9 +70,9 @@ def pca_figure(names: Sequence[str], views: Sequence[Pixels], colors: Sequence[N
     widths = [view.shape[1] / len(view) for view in views]
     figure = Figure(figsize=(PANEL * sum(widths) + 0.2, 2 * PANEL + 0.6), layout="constrained", dpi=150)
     axes = figure.subplots(2, len(views), squeeze=False, width_ratios=widths)
-    for column, name, view, color in zip(axes.T, names, views, colors):
+    for column, name, width, view, color in zip(axes.T, names, widths, views, colors):
         column[0].imshow(in_colors(view))
-        column[0].set_title(name, fontsize=7, loc="left")
+        column[0].set_title(fitting(name, PANEL * width), fontsize=LABEL, loc="left")
         column[1].imshow(color, interpolation="nearest")
         for ax in column:
             ax.set_axis_off()

@@ -14,6 +14,9 @@ from fastdino import files
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LABEL = 7  # points of an image's label
+EM = 0.62  # of the font's size: the mean width of a character, with a little to spare
+
 
 def save_png(path: Path, pixels: NDArray[Any]) -> None:
     """(H, W, 3) uint8, or floats in [0, 1]. Raises OSError."""
@@ -31,6 +34,12 @@ def row_labels(names: Sequence[str]) -> list[str]:
     """Short names of images: that of the file, with its folder's where two files have the same."""
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(short) else ["/".join(Path(name).parts[-2:]) for name in names]
+
+
+def fitting(label: str, inches: float) -> str:
+    """The label at LABEL points in so much width: of a long one, its start and its end."""
+    n = max(int(inches / (EM * LABEL / 72)), 3)
+    return label if len(label) <= n else f"{label[: (n - 1) // 2]}…{label[-(n // 2) :]}"
 
 
 def enlarged(grid: NDArray[Any], patch_size: int) -> NDArray[Any]:

@@ -45,7 +45,7 @@ def standstill(name: str, before: float | None, values: Sequence[float]) -> str:
     """Of an evaluation's values after warm-up, in words; empty where there is none."""
     if len(values) < EVALUATED or before is None or max(values) >= before + RISE * (1 - before):
         return ""
-    how = "is lower" if max(values) < before - FALL else "stands still"  # early on, many runs go down before they rise
+    how = "is lower" if values[-1] < before - FALL else "stands still"  # early on, many runs go down before they rise
     return f"{TITLES.get(name, name)} {how}: {values[-1]:.4f}, before training {before:.4f}"
 
 

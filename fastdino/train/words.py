@@ -105,7 +105,7 @@ def remark(parts: Parts, seconds: float, data_wait: float, bad: Sequence[str], s
     if data_wait > MUCH_WAITING and seconds > SHORT_EPOCH:
         say(f"  {data_wait:.0%} of the time went into waiting for data: {parts.loader.advice()}")
     if bad:
-        say(f"  skipped {some_of(bad, len(parts.source))} while training (named in bad_images.txt)")
+        say(f"  training skipped {some_of(bad, len(parts.source))} (bad_images.txt names those it met)")
 
 
 def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:

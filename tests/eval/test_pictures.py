@@ -15,7 +15,7 @@ from fastdino.data.augment import center_view, normalize
 from fastdino.data.films import frames, write_film
 from fastdino.errors import UserError
 from fastdino.eval.attention_maps import Looked, attention_figure, cls_attention, look, mass_masks, save_maps
-from fastdino.eval.pca import patch_colors, patch_tokens
+from fastdino.eval.pca import patch_colors, patch_tokens, pca_figure
 from fastdino.eval.pictures import row_labels, save_figure
 
 
@@ -52,6 +52,22 @@ def test_what_is_drawn_of_an_image_is_what_was_looked_at(backbone, photos):
 def test_rows_are_told_apart():
     assert row_labels(["photos/cats/01.jpg", "photos/dogs/02.jpg"]) == ["01.jpg", "02.jpg"]
     assert row_labels(["photos/cats/01.jpg", "photos/dogs/01.jpg", "b.png"]) == ["cats/01.jpg", "dogs/01.jpg", "b.png"]
+
+
+def test_long_labels_are_shortened_to_their_picture(photos):
+    long = "kitchen_with_a_very_long_name/WWWW_2024-01-01_12-00-00_edited.png"
+    views = [photos[0][:96, :64], photos[0][:64, :96], photos[0][:96, :64]]
+    names, maps = [long, "a.png", long], np.ones((3, 12, 8), np.float32)
+    drawn = [pca_figure(names, views, [np.ones((12, 8, 3))] * 3)]
+    drawn.append(attention_figure([Looked(name, view, maps) for name, view in zip(names, views)]))
+    for figure in drawn:
+        figure.draw_without_rendering()
+        titled = [ax for ax in figure.axes if ax.get_title("left")]
+        assert [ax.get_title("left") == name for ax, name in zip(titled, names)] == [False, True, False]
+        for ax in titled:
+            label, box = ax.get_title("left"), ax.get_window_extent()
+            assert label == "a.png" or (label.startswith("kitchen") and label.endswith("ited.png"))
+            assert ax._left_title.get_window_extent().x1 < box.x1 + 2
 
 
 def test_masks_hold_their_share_of_the_mass_and_no_patch_more():

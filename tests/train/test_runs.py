@@ -19,6 +19,7 @@ from PIL import Image
 from fastdino import load_backbone, load_checkpoint
 from fastdino.cli import main
 from fastdino.errors import TrainingError, UserError
+from fastdino.eval import EVALUATIONS
 from fastdino.train import build, words
 from fastdino.train.build import Own, assemble
 from fastdino.train.checkpoint import eval_size
@@ -278,7 +279,8 @@ def test_bad_images_are_skipped_counted_and_named(photo_folder, tiny, tmp_path, 
     assert result.epochs == 2
     assert result.knn_after is not None
     output = capsys.readouterr().out
-    assert "skipped 3 unreadable of 32 images" in output
+    assert "training skipped 3 unreadable of 32 images" in output
+    assert "(bad_images.txt names those it met)\n" in output
     assert output.count("k-NN without 3 unreadable images") == 1  # of three evaluations
     entries = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     for entry in entries:
@@ -288,6 +290,15 @@ def test_bad_images_are_skipped_counted_and_named(photo_folder, tiny, tmp_path, 
     paths[3].write_bytes(b"one too many: 4 of 32")
     with pytest.raises(TrainingError, match=r"more than 10% of the images cannot be read \(4 of 32 so far\)"):
         train(tiny("other", **flags))
+
+
+def test_a_run_that_ends_lower_than_it_began_says_so(tiny, capsys, monkeypatch):
+    values = iter([0.25, 0.15])
+    monkeypatch.setitem(EVALUATIONS, "knn", lambda *_: {"knn": next(values)})
+    train(tiny(epochs=1, knn_freq=1))
+    out = capsys.readouterr().out
+    assert "\nrun     1 epoch x " in out
+    assert "0.2500 before training, 0.1500 after, lower; " in out
 
 
 @pytest.mark.parametrize("classes", [True, False], ids=["class-folders", "no-classes"])

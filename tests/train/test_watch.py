@@ -49,11 +49,12 @@ def test_warm_up_is_left_alone(tiny):
         ([0.60, 0.70, 0.63, 0.62], "k-NN falls: 0.6200, after 0.7000 at best"),
         ([0.42, 0.41, 0.40], "k-NN is lower: 0.4000, before training 0.5000"),
         ([0.48, 0.47, 0.46], "k-NN stands still: 0.4600, before training 0.5000"),  # by less than scatter
+        ([0.48, 0.47, 0.40], "k-NN is lower: 0.4000, before training 0.5000"),
         ([0.50, 0.60, 0.59], None),
         ([0.70, 0.60, 0.69], None),  # one evaluation is no trend
         ([0.50, 0.50], None),
     ],
-    ids=["still", "falling", "below the start", "a little below", "learning", "one dip", "too early"],
+    ids=["still", "falling", "below the start", "a little below", "at last below", "learning", "one dip", "too early"],
 )
 def test_evaluations_that_do_not_rise_are_named(values, words, tiny):
     lines = said(tiny(epochs=9), [{"knn_before": 0.5}, *({"knn": value} for value in values)])
