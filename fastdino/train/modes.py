@@ -67,6 +67,16 @@ def why_no_graph(device: torch.device, capturable: bool, replays: bool = False) 
     return None if capturable else "adamw without fp16's GradScaler: other optimizers ask the host"
 
 
+def _passes(say: Callable[[str], object]) -> dict[str, Any]:
+    """Options for Inductor: our own pass over its graphs, where this PyTorch still has what that builds on."""
+    try:
+        from fastdino_kernels.fusion import JoinResiduals  # a second of imports that eager runs do without
+    except (ImportError, AttributeError) as error:
+        say(f"step: compiled without JoinResiduals, so with more passes over memory ({error})")
+        return {}
+    return {"post_grad_custom_pre_pass": JoinResiduals()}
+
+
 class _Failure(NamedTuple):
     """Of an iteration on one process. fatal: whether no slower mode would help."""
 
@@ -112,10 +122,7 @@ class Modes:
             # next block, and drop-path is drawn in launches of its own. A step of ViT-S with 64 images moves 2.8 GB
             # more, of 62, in 207 launches more; without drop-path 1.8 GB in 57. As nested regions of one graph, without
             # drop-path: half the time, 1.7 GB in 44. Counted in what PyTorch 2.14 generates, November 2026.
-            from fastdino_kernels.fusion import JoinResiduals  # a second of imports that eager runs do without
-
-            options = torch._inductor.list_mode_options(self._effort or "default")
-            options["post_grad_custom_pre_pass"] = JoinResiduals()
+            options = torch._inductor.list_mode_options(self._effort or "default") | _passes(self._say)
             if self._step.replays:  # a compiler's own generator draws other numbers than the eager first pass
                 options["fallback_random"] = True
             forward = self._step.forward

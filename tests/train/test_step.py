@@ -1,6 +1,7 @@
 """The step: nothing waits for the device, nothing is compiled twice, and what cannot be done says why."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -73,6 +74,15 @@ def test_the_compiler_is_told_how_hard_to_try(monkeypatch, effort, mode):
     assert options == list_mode_options().get(mode, {})
     assert not options.get("triton.cudagraphs")
     assert mode is None or options["max_autotune"]
+
+
+def test_a_pytorch_that_has_moved_what_our_pass_builds_on_compiles_without_it(monkeypatch):
+    seen, said = [], []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: seen.append(how["options"]) or f)
+    monkeypatch.setitem(sys.modules, "fastdino_kernels.fusion", None)
+    make_step(mode="compiled", say=said.append)
+    assert seen == [{}]
+    assert any("compiled without JoinResiduals" in line for line in said)
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"accumulate": 4}, {"checkpointing": True}], ids=str)
