@@ -51,7 +51,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # Parts of the names of tests that take ten CPU seconds and more: they come first, so that no process ends alone with
 # one of them.
-LONG = "trials/ test_fsdp test_distributed test_readme test_nine_steps_through test_interrupt truly_collapses"
+LONG = "trials/ test_fsdp test_distributed test_readme test_nine_ test_fusion test_interrupt truly_collapses"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,21 @@ class Forks:
         return [subprocess.CompletedProcess(job["words"], *x) for job, x in zip(jobs, zip(codes, *zip(*texts)))]
 
     def _ask(self, jobs: list[dict[str, Any]]) -> list[int]:
+        if self._server is not None and (code := self._server.poll()) is not None:
+            warnings.warn(f"the process that forks had ended, with {code}; another is started", stacklevel=2)
+            self._server = None
         if self._server is None:
-            self._server = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+            self._server = subprocess.Popen(  # in a session of its own: signals to this one's group are not for it
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                start_new_session=True,
+            )  # fmt: skip
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(jobs) + "\n")
         self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        answer = self._server.stdout.readline()
+        assert answer, f"the process that forks ended, with {self._server.wait()}"
+        return json.loads(answer)
 
     def close(self) -> None:
         if self._server is not None:

@@ -76,6 +76,7 @@ def kill(folder):
 
 
 def test_a_killed_run_goes_on_with_another_number_of_processes(tmp_path, forks):
+    """Half a minute on two cores, which seven processes share."""
     folder, one = tmp_path / "run", tmp_path / "one"
     process, started = train(2, folder, "--fsdp", "true"), time.monotonic()
     while not (folder / "checkpoint.dcp" / "run.pth").exists():

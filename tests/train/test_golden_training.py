@@ -99,13 +99,13 @@ def test_nine_steps_end_at_the_originals_weights(golden, rel, name, dtype, packe
     ("name", "dtype", "backend"),
     [
         ("trajectory_fp64", torch.float64, "inductor"),
-        # A minute of a C++ compiler is enough: of the others, the graphs as Inductor would get them.
         ("trajectory_free_g_fp64", torch.float64, "aot_eager_decomp_partition"),
         ("trajectory_fp32", torch.float32, "aot_eager_decomp_partition"),
     ],
     ids=["fp64-inductor", "free_g_fp64", "fp32"],
 )
 def test_nine_compiled_steps_end_there_too(golden, rel, name, dtype, backend, monkeypatch):
+    """A minute of a C++ compiler, where nothing is cached; of the others, the graphs as Inductor would get them."""
     data = golden(name)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     step, losses = run_trajectory(data, dtype, mode="compiled", say=pytest.fail)

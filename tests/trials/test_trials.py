@@ -16,7 +16,7 @@ SCRIPTS = "kills poison signals disks power pairs checkpoints contents shards pa
 
 @pytest.mark.parametrize("script", SCRIPTS.split())
 def test_nothing_is_lost(script: str) -> None:
-    """In a process of its own, which forks its runs: some 10 to 25 seconds each."""
+    """In a process of its own, which forks its runs and waits for them and for disks: some 5 to 40 seconds each."""
     if script in ("disks", "power") and (reason := why_not()):
         pytest.skip(f"file systems cannot be mounted: {reason}")
     command = [sys.executable, "-m", f"trials.{script}", "--quick"]
