@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastdino_kernels.launch import LAUNCH, AotCase, on_own_device, tl, triton, use_triton
+from fastdino_kernels.launch import LAUNCH, AotCase, tl, triton, use_triton
 
 ROWS = 256  # that a program reads at once
 AT_ONCE = 16  # tensors of a launch, for each is too small to fill a device
@@ -46,19 +46,16 @@ def _column_sums_kernel(
 @torch.library.custom_op("fastdino::column_sums", mutates_args=())
 def _column_sums(parts: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     outs = [torch.empty(part.shape[1:], dtype=dtype, device=part.device) for part in parts]
+    launch = LAUNCH["column_sums"]
     for first in range(0, len(parts), AT_ONCE):
-        _launch(parts[0], parts[first : first + AT_ONCE], outs[first : first + AT_ONCE])
+        some, theirs = tuple(parts[first : first + AT_ONCE]), tuple(outs[first : first + AT_ONCE])
+        n_rows, n_cols = tuple(len(part) for part in some), tuple(out.numel() for out in theirs)
+        if max(n_cols) > 0:
+            with torch.cuda.device_of(parts[0]):  # Triton launches on the current device
+                _column_sums_kernel[(triton.cdiv(max(n_cols), launch.block), len(some))](
+                    some, theirs, n_rows, n_cols, ROWS, launch.block, num_warps=launch.num_warps
+                )
     return outs
-
-
-@on_own_device
-def _launch(_: Tensor, parts: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-    launch, n_cols = LAUNCH["column_sums"], tuple(out.numel() for out in outs)
-    if max(n_cols) > 0:
-        _column_sums_kernel[(triton.cdiv(max(n_cols), launch.block), len(parts))](
-            tuple(parts), tuple(outs), tuple(part.shape[0] for part in parts), n_cols,
-            ROWS, launch.block, num_warps=launch.num_warps,
-        )  # fmt: skip
 
 
 @_column_sums.register_fake
