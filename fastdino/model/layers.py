@@ -24,7 +24,7 @@ class LayerNorm(nn.LayerNorm):
 
     def _is_ours(self, x: Tensor) -> bool:
         """Whether our backward pass may stand in for the library's: of a block's norm, in a compiled step."""
-        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if not torch.compiler.is_dynamo_compiling():  # nor in an export's trace, which is none of Dynamo's
             return False
         affine = self.weight is not None and self.bias is not None and len(self.normalized_shape) == 1
         return affine and use_triton(x, self.weight) and not torch.is_autocast_enabled(x.device.type)

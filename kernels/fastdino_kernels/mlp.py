@@ -103,7 +103,7 @@ def _gelu_slope(h, a, tail):
 # Which tile a program makes: GROUP row tiles side by side, then the next column.
 @triton.jit
 def _tile_of(program, n_rows, N_COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    col_tiles: tl.constexpr = tl.cdiv(N_COLS, BLOCK_N)
+    col_tiles: tl.constexpr = (N_COLS + BLOCK_N - 1) // BLOCK_N  # Triton 3.6 has no constant of tl.cdiv
     in_group = program % (GROUP * col_tiles)
     first = program // (GROUP * col_tiles) * GROUP
     n_rows_at_once = tl.minimum(tl.cdiv(n_rows, BLOCK_M) - first, GROUP)
