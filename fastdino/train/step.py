@@ -4,6 +4,7 @@ Nothing in it asks the host: what changes from iteration to iteration is a row o
 code runs eagerly, compiled, or in one CUDA graph (`modes`). Axes: V views, globals first, B images, K prototypes.
 """
 
+import math
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -100,19 +101,16 @@ class TrainStep:
     def compute(self, forward: Forward, views: Sequence[Tensor]) -> None:
         """Forward and backward over the parts of the batch; leaves gradients, metrics and the objective's mean."""
         n, scaler = self.accumulate, self.update.scaler
-        parts = in_parts(views, n, self.run, self.loss, self.schedule.row)
         self.drop_gradients()
-        self._metrics.zero_()
-        means = []
-        for part, known in parts:
+        found = []
+        for part, known in in_parts(views, n, self.run, self.loss, self.schedule.row):
             loss, others, mean = forward(part, self.schedule.row, known)
             scaled = loss / n if n > 1 else loss
             (scaled if scaler is None else scaler.scale(scaled)).backward()
-            means.append(mean)
-            self._metrics[:-2] += torch.stack([loss.detach(), *others]).to(self._metrics.dtype) / n
+            found.append((loss.detach(), *others, mean))
             if n > 1:
                 self.run.sum_gradients()
-        self._batch_mean = means[0] if n == 1 else torch.stack(means).mean(0)
+        *self._means, self._batch_mean = found[0] if n == 1 else [torch.stack(x).mean(0) for x in zip(*found)]
 
     def compute_alone(self, forward: Forward, views: Sequence[Tensor]) -> None:
         """`compute`, with no collective in it: should this process fail, no other waits for it there."""
@@ -122,10 +120,11 @@ class TrainStep:
     def finish(self) -> None:
         """Average over processes, clip, optimizer, EMA, the objective's own state."""
         self._averager.finish()
-        self._metrics[-2] = self.update(self.schedule.row)
+        grad_norm = self.update(self.schedule.row)
         self.loss.after_step(self._batch_mean)
-        for buffer in self._state:
-            torch.maximum(self._metrics[-1], buffer.abs().amax(), out=self._metrics[-1])
+        largest = [buffer.norm(math.inf) for buffer in self._state] or [torch.zeros_like(grad_norm)]
+        state = largest[0] if len(largest) == 1 else torch.stack(largest).amax()
+        torch.stack([*self._means, grad_norm, state], out=self._metrics)
 
     def drop_gradients(self) -> None:
         """So that the next ones live in memory of their own: in a capture, the graph's."""
