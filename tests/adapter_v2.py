@@ -11,7 +11,7 @@ from fastdino.model.attention import Packing
 from fastdino.model.block import Block
 from fastdino.model.convnext import ConvNeXt
 from fastdino.model.drop_path import Path as DropPath
-from fastdino.model.drop_path import of_images
+from fastdino.model.drop_path import Rows, of_images
 from fastdino.model.layers import NORMS, layer_norm
 from fastdino.model.masked import MaskedMultiCrop
 from fastdino.model.patches import Interpolation
@@ -161,7 +161,9 @@ def run_block(module, xs, grids, rows):
         rotations = [table.after(x.shape[1] - len(table.sin)) for table, x in zip(tables, xs)]
     paths = DropPath(packing), DropPath(packing)
     if rows:
-        paths = tuple(of_images(rows[branch], packing, packing, tokens) for branch in ("attn", "ffn"))
+        sizes = [n for n, _ in packing.groups]
+        images = [[Rows.among(n, x) for n, x in zip(sizes, rows[branch])] for branch in ("attn", "ffn")]
+        paths = tuple(of_images(branch, packing, packing, tokens) for branch in images)
     return packing.split(module(tokens, packing=packing, paths=paths, rotations=rotations))
 
 

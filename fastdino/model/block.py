@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.model.attention import Packing, attention, attention_of_cls
-from fastdino.model.drop_path import Path, draw, of_rows
+from fastdino.model.drop_path import Order, Path, draw, of_rows
 from fastdino.model.layers import QkvWithoutKeyBias, layer_norm, layer_scale
 from fastdino.model.mlp import feed_forward
 from fastdino.model.rope import Rotation, rotated
@@ -122,10 +122,18 @@ class Block(nn.Module):
         self.mlp = feed_forward(ffn, dim, int(dim * mlp_ratio), ffn_bias)
         self.ls2 = layer_scale(dim, init_values)
 
-    def paths(self, x: Tensor, packing: Packing | None, mode: str, cls_only: bool = False) -> tuple[Path, Path]:
-        """What `forward` goes by: paths through attention and MLP, drawn anew."""
+    def paths(
+        self,
+        x: Tensor,
+        packing: Packing | None,
+        mode: str,
+        cls_only: bool = False,
+        orders: Sequence[Sequence[Order]] | None = None,
+    ) -> tuple[Path, Path]:
+        """What `forward` goes by: paths through attention and MLP, drawn anew. orders: of images, for both."""
         drop_prob, after = self.drop_path if self.training else 0.0, packing.of_cls if packing and cls_only else packing
-        return draw(mode, drop_prob, packing, after, x), draw(mode, drop_prob, after, after, x)
+        of_attn, of_mlp = orders or (None, None)
+        return draw(mode, drop_prob, packing, after, x, of_attn), draw(mode, drop_prob, after, after, x, of_mlp)
 
     def paths_of_rows(self, x: Tensor, packing: Packing, mode: str, image_of_row: Tensor) -> tuple[Path, Path]:
         """The same where `forward` is asked for rows alone; image_of_row: (m,) the image that each of them is of."""

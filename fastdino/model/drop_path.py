@@ -4,7 +4,8 @@ The stream is (M, D), packed, or (B, N, D), of one resolution, which has no pack
 Axes: B images of one resolution, N their tokens, M tokens of all images, D channels.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,68 +13,150 @@ from torch import Tensor
 from fastdino.model.attention import Packing
 
 
+class Rows(NamedTuple):
+    """Some rows of a matrix, or images of a group, and the way back. rows: (m,) which. at: (M,) where among them each
+    row of the matrix is, -1 where it is not.
+    """
+
+    rows: Tensor
+    at: Tensor
+
+    @classmethod
+    def among(cls, n: int, rows: Tensor) -> "Rows":
+        """These rows of n."""
+        at = rows.new_full((n,), -1).scatter(0, rows, torch.arange(len(rows), device=rows.device))
+        return cls(rows, at)
+
+
+class _Take(torch.autograd.Function):
+    """x[rows], for a compiler: the gradient is _Spread, which reads, too, and joins the addition that follows.
+
+    That of PyTorch's own indexing writes zeros, then each row to where it belongs, by atomics: passes of their own.
+    Eagerly they are there in any case, and fewer than _Spread's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, at)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _Spread.apply(grads[0], *ctx.saved_tensors), None, None
+
+
+class _Spread(torch.autograd.Function):
+    """Zeros, but for x in `rows`; the transpose of _Take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, at)
+        return x[at.clamp(min=0)].where((at >= 0).view(-1, *[1] * (x.ndim - 1)), 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _Take.apply(grads[0], *ctx.saved_tensors), None, None
+
+
 class Path(NamedTuple):
     """Which tokens a residual branch computes, and how what it makes of them is added to the stream.
 
-    packing: of the tokens it computes. taken: (m,) their rows, None for all. added: (k,) rows of the stream that its
-    output is added to, None for all. scale: (k, 1) or (M, 1) factors of its output, or (m, 1, 1) of images; None for 1.
+    packing: of the tokens it computes. taken: which these are, None for all. added: what its output is added to, None
+    for all. scale: (k, 1) or (M, 1) factors of its output, or (m, 1, 1) of images; None for 1.
     """
 
     packing: Packing | None
-    taken: Tensor | None = None
-    added: Tensor | None = None
+    taken: Rows | None = None
+    added: Rows | None = None
     scale: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
         """(M, D) -> (m, D), or (B, N, D) -> (m, N, D)."""
-        return x if self.taken is None else x[self.taken]
+        if self.taken is None:
+            return x
+        return _Take.apply(x, *self.taken) if torch.compiler.is_compiling() else x.index_select(0, self.taken.rows)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """The stream with the branch's output (k, D), or (m, N, D), added."""
         y = y if self.scale is None else y * self.scale
-        return x + y if self.added is None else x.index_add(0, self.added, y.to(x.dtype))
+        if self.added is None:
+            return x + y
+        if torch.compiler.is_compiling():
+            return x + _Spread.apply(y.to(x.dtype), *self.added)
+        return x.index_add(0, self.added.rows, y.to(x.dtype))
 
 
-def _rows(packing: Packing, images: list[Tensor]) -> Tensor:
-    """(m,) rows of the tokens of these images, of each group, counted within it."""
-    rows, start = [], 0
+class Order(NamedTuple):
+    """Images of a group in a random order. images: (n,). at: (n,) where in it each image is."""
+
+    images: Tensor
+    at: Tensor
+
+
+def draw_orders(n_branches: int, sizes: Sequence[int], device: torch.device) -> list[list[Order]]:
+    """Of each branch: an order of each group of so many images. Drawn at once: a launch for all branches, not each."""
+    # argsort of noise, because randperm waits for the device
+    orders = [torch.rand(n_branches, n, device=device).argsort(1) for n in sizes]
+    both = [(order.unbind(), order.argsort(1).unbind()) for order in orders]
+    return [[Order(images[i], at[i]) for images, at in both] for i in range(n_branches)]
+
+
+def _n_kept(drop_prob: float, n: int) -> int:
+    return max(int(n * (1 - drop_prob)), 1)
+
+
+def _kept(drop_prob: float, order: Order) -> Rows:
+    """A random (1 - p) of the images, at least one."""
+    m = _n_kept(drop_prob, len(order.images))
+    return Rows(order.images[:m], torch.where(order.at < m, order.at, -1))
+
+
+def _tokens(images: Sequence[Rows], packing: Packing) -> Rows:
+    """The tokens of these images of each group."""
+    rows, at, start, n_taken = [], [], 0, 0
     for chosen, (n_images, n_tokens) in zip(images, packing.groups):
-        rows.append((start + chosen[:, None] * n_tokens + torch.arange(n_tokens, device=chosen.device)).flatten())
-        start += n_images * n_tokens
-    return torch.cat(rows)
+        tokens, place = torch.arange(n_tokens, device=chosen.at.device), chosen.at[:, None]
+        rows.append((start + chosen.rows[:, None] * n_tokens + tokens).flatten())
+        at.append(torch.where(place < 0, -1, n_taken + place * n_tokens + tokens).flatten())
+        start, n_taken = start + n_images * n_tokens, n_taken + len(chosen.rows) * n_tokens
+    return Rows(torch.cat(rows), torch.cat(at))
 
 
-def _by_sample(drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor) -> Path:
-    """All is computed; of each image all is added, scaled by 1 / (1 - p), or nothing."""
+def _by_sample(
+    drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor, orders: Sequence[Order] | None
+) -> Path:
+    """All is computed; of each image all is added, scaled by 1 / (1 - p), or nothing. No order is asked for."""
     n_images = like.shape[0] if takes is None else takes.n_images
     factors = like.new_empty(n_images).bernoulli_(1 - drop_prob) / (1 - drop_prob)
     return Path(takes, scale=factors[:, None, None] if adds is None else adds.per_token(factors))
 
 
-def _kept(drop_prob: float, n: int, like: Tensor) -> Tensor:
-    """(m,) a random (1 - p) of n images, at least one."""
-    # argsort of noise, because randperm waits for the device
-    return torch.rand(n, device=like.device).argsort()[: max(int(n * (1 - drop_prob)), 1)]
-
-
-def _by_batch(drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor) -> Path:
+def _by_batch(
+    drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor, orders: Sequence[Order] | None
+) -> Path:
     """Of every group a random (1 - p) of the images, at least one, is computed, and scaled up by what is left out.
 
     DINOv2's form (arXiv:2304.07193, section 5), which saves the work.
     """
+    sizes = group_sizes(takes, like)
+    kept = [_kept(drop_prob, order) for order in orders or draw_orders(1, sizes, like.device)[0]]
     if takes is None or adds is None:
-        rows = _kept(drop_prob, like.shape[0], like)
-        return Path(None, rows, rows, like.new_full((len(rows), 1, 1), like.shape[0] / len(rows)))
-    return of_images([_kept(drop_prob, n, like) for n, _ in takes.groups], takes, adds, like)
+        [images], [n] = kept, sizes
+        return Path(None, images, images, like.new_full((len(images.rows), 1, 1), n / len(images.rows)))
+    return of_images(kept, takes, adds, like)
 
 
-def of_images(images: list[Tensor], takes: Packing, adds: Packing, like: Tensor) -> Path:
-    """The path of these images of each group, (m,) numbers within it, scaled up by what is left out."""
-    scale = [
-        like.new_full((len(kept) * n_tokens, 1), n / len(kept)) for kept, (n, n_tokens) in zip(images, adds.groups)
-    ]
-    packing = Packing(tuple((len(kept), n_tokens) for kept, (_, n_tokens) in zip(images, takes.groups)))
-    return Path(packing, _rows(takes, images), _rows(adds, images), torch.cat(scale))
+def group_sizes(packing: Packing | None, like: Tensor) -> list[int]:
+    """How many images each group has."""
+    return [like.shape[0]] if packing is None else [n for n, _ in packing.groups]
+
+
+def of_images(images: Sequence[Rows], takes: Packing, adds: Packing, like: Tensor) -> Path:
+    """The path of these images of each group, scaled up by what is left out."""
+    counts = [len(kept.rows) for kept in images]
+    scale = [like.new_full((m * n_tokens, 1), n / m) for m, (n, n_tokens) in zip(counts, adds.groups)]
+    packing = Packing(tuple((m, n_tokens) for m, (_, n_tokens) in zip(counts, takes.groups)))
+    return Path(packing, _tokens(images, takes), _tokens(images, adds), torch.cat(scale))
 
 
 def of_rows(mode: str, drop_prob: float, packing: Packing, images: Tensor, like: Tensor) -> Path:
@@ -86,18 +169,25 @@ def of_rows(mode: str, drop_prob: float, packing: Packing, images: Tensor, like:
         factors = like.new_empty(packing.n_images).bernoulli_(1 - drop_prob) / (1 - drop_prob)
         return Path(packing, scale=factors[images][:, None])
     parts = []
-    for n, _ in packing.groups:
-        kept = _kept(drop_prob, n, like)
-        parts.append(like.new_zeros(n).index_fill(0, kept, n / len(kept)))
+    for order in draw_orders(1, group_sizes(packing, like), like.device)[0]:
+        n, m = len(order.at), _n_kept(drop_prob, len(order.at))
+        parts.append(torch.where(order.at < m, n / m, 0.0).to(like.dtype))
     return Path(packing, scale=torch.cat(parts)[images][:, None])
 
 
 MODES = {"sample": _by_sample, "batch": _by_batch}
 
 
-def draw(mode: str, drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor) -> Path:
+def draw(
+    mode: str,
+    drop_prob: float,
+    takes: Packing | None,
+    adds: Packing | None,
+    like: Tensor,
+    orders: Sequence[Order] | None = None,
+) -> Path:
     """A branch's path, drawn by a mode of MODES. takes, adds: how the tokens before and after it are packed.
 
-    like: the stream, (M, D), or (B, N, D) where it is not packed.
+    like: the stream, (M, D), or (B, N, D) where it is not packed. orders: of each group, if they are drawn already.
     """
-    return MODES[mode](drop_prob, takes, adds, like) if drop_prob else Path(takes)
+    return MODES[mode](drop_prob, takes, adds, like, orders) if drop_prob else Path(takes)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.attention import Packing, packed
 from fastdino.model.block import Attention, Block
-from fastdino.model.drop_path import MODES
+from fastdino.model.drop_path import MODES, Order, draw_orders, group_sizes
 from fastdino.model.layers import in_dtype_of, init_linear, layer_norm
 from fastdino.model.patches import DINOS_INTERPOLATION, Interpolation, PatchEmbed, resize
 from fastdino.model.recompute import keep_recipes
@@ -198,6 +198,14 @@ class VisionTransformer(nn.Module):
         grids = [self.patch_embed.grid(height, width) for height, width in sides]
         return self.rope_embed.of_blocks(len(self.blocks), grids, self.num_prefix_tokens)
 
+    def _orders(self, x: Tensor, packing: Packing | None = None) -> Sequence[list[list[Order]] | None]:
+        """Of images, for the branches of each block, drawn anew. None where drop-path asks for none."""
+        n = len(self.blocks)
+        if self.drop_path_mode != "batch" or not self.training or not any(block.drop_path for block in self.blocks):
+            return [None] * n
+        drawn = draw_orders(2 * n, group_sizes(packing, x), x.device)
+        return [drawn[2 * i : 2 * i + 2] for i in range(n)]
+
     def _norm_of_cls(self, is_local: bool) -> nn.Module:
         """The last norm of CLS and registers."""
         if is_local and self.training and self.local_cls_norm is not None:
@@ -232,10 +240,11 @@ class VisionTransformer(nn.Module):
         packing: Packing | None = None,
         cls_only: bool = False,
         rotations: Sequence[Rotation] | None = None,
+        orders: Sequence[Sequence[Order]] | None = None,
     ) -> Tensor:
         """A block; under checkpointing, once more in the backward pass."""
         # Drawn outside: a checkpoint then has no random state to put back, which a CUDA graph could not.
-        paths = cast(Block, block).paths(x, packing, self.drop_path_mode, cls_only)
+        paths = cast(Block, block).paths(x, packing, self.drop_path_mode, cls_only, orders)
         call = partial(block, packing=packing, paths=paths, cls_only=cls_only)
         if rotations is not None:  # a block of somebody's own need not know them
             call = partial(call, rotations=rotations)
@@ -261,11 +270,11 @@ class VisionTransformer(nn.Module):
             tokens, packing = packed([self.prepare_tokens(images) for images in x])
             sides = [images.shape[-2:] for images in x]
         to_cls = packing is not None or not self._last_is_watched()
-        rotations = self._rotations(sides)
+        turned, orders = self._rotations(sides), self._orders(tokens, packing)
         with keep_recipes():
-            for i, block in enumerate(self.blocks, 1):
-                only = to_cls and i == len(self.blocks)
-                tokens = self._run(block, tokens, packing, cls_only=only, rotations=rotations[i - 1])
+            for i, block in enumerate(self.blocks):
+                only = to_cls and i == len(self.blocks) - 1
+                tokens = self._run(block, tokens, packing, only, turned[i], orders[i])
         features = self._normed_cls(tokens, packing)
         return self.head(features[:, 0] if packing is None else features)
 
@@ -283,8 +292,9 @@ class VisionTransformer(nn.Module):
         groups = [self.prepare_tokens(x, mask) for x, mask in zip(images, masks, strict=True)]
         tokens, packing = packed(groups)
         with keep_recipes():
-            for block, rotations in zip(self.blocks, self._rotations([x.shape[-2:] for x in images])):
-                tokens = self._run(block, tokens, packing, rotations=rotations)
+            turned, orders = self._rotations([x.shape[-2:] for x in images]), self._orders(tokens, packing)
+            for block, rotations, order in zip(self.blocks, turned, orders):
+                tokens = self._run(block, tokens, packing, rotations=rotations, orders=order)
         n = self.num_prefix_tokens
         normed = [self._normed(group, is_local=i > 0) for i, group in enumerate(packing.split(tokens))]
         return [{"cls": x[:, 0], "reg": x[:, 1:n], "patch": x[:, n:]} for x in normed]
@@ -303,11 +313,11 @@ class VisionTransformer(nn.Module):
         image = indices // n_patches
         rows = torch.cat((packing.cls_rows(tokens), indices + (image + 1) * self.num_prefix_tokens))
         image_of_row = torch.cat((torch.arange(packing.n_images, device=tokens.device), image))
-        rotations = self._rotations([x.shape[-2:] for x in images])
+        rotations, orders = self._rotations([x.shape[-2:] for x in images]), self._orders(tokens, packing)
         *others, last = self.blocks
         with keep_recipes():
-            for block, turned in zip(others, rotations):
-                tokens = self._run(block, tokens, packing, rotations=turned)
+            for block, turned, order in zip(others, rotations, orders):
+                tokens = self._run(block, tokens, packing, rotations=turned, orders=order)
             paths = cast(Block, last).paths_of_rows(tokens, packing, self.drop_path_mode, image_of_row)
             call = partial(last, packing=packing, paths=paths, rotations=rotations[-1], rows=rows)
             tokens = self._called(call, tokens)

@@ -14,6 +14,7 @@ from fastdino.model import ARCHITECTURES, recompute
 from fastdino.model import vit as vit_module
 from fastdino.model.attention import Packing
 from fastdino.model.block import Block
+from fastdino.model.drop_path import Path, Rows, draw, draw_orders
 
 BUDGET = {"fp64": 1e-10, "fp32": 1e-5}
 
@@ -100,7 +101,7 @@ def test_the_last_block_does_for_cls_what_it_did_for_all(sides, mode):
         return features, *torch.autograd.grad(features.square().sum(), list(vit.parameters()))
 
     some = features_and_gradients()
-    last.paths = lambda x, packing, mode, cls_only: Block.paths(last, x, packing, mode)
+    last.paths = lambda x, packing, mode, cls_only, orders: Block.paths(last, x, packing, mode, orders=orders)
     last.forward = lambda x, packing, paths, cls_only: packing.cls(Block.forward(last, x, packing=packing, paths=paths))
     for for_cls, for_all in zip(some, features_and_gradients(), strict=True):
         torch.testing.assert_close(for_cls, for_all, rtol=1e-11, atol=1e-13)
@@ -186,6 +187,45 @@ def test_drop_path_keeps_the_mean_of_each_resolution(mode):
     for mean, expected in zip(packing.split(total / n), packing.split(full.detach())):
         ratio = (mean * expected).sum() / expected.square().sum()
         assert float(ratio) == pytest.approx(1, abs=0.08)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3)], ids=["tokens", "images"])
+def test_a_path_compiled_is_the_same_function(shape, monkeypatch):
+    """Rows that a compiler gathers both ways, which it is spared the scatter for: their values and gradients."""
+    torch.manual_seed(0)
+    rows = Rows.among(7, torch.tensor([5, 0, 3]))
+    assert rows.at.tolist() == [1, -1, -1, 2, -1, 0, -1]
+    path = Path(None, rows, rows, torch.full((3, *[1] * len(shape)), 1.5, dtype=torch.float64))
+    x = torch.randn(7, *shape, dtype=torch.float64, requires_grad=True)
+
+    def branch(x):
+        return path.add(x, path.take(x).square())
+
+    eager = branch(x)
+    of_x = torch.autograd.grad(eager.sin().sum(), x)[0]
+    compiled = torch.compile(branch, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled.sin().sum(), x)[0], of_x, rtol=1e-14, atol=1e-14)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.autograd.gradcheck(branch, x)
+    assert torch.autograd.gradgradcheck(branch, x)
+
+
+@pytest.mark.parametrize("n_kept", [1, 4])
+def test_orders_are_drawn_for_all_branches_at_once_and_each_is_its_own(n_kept):
+    torch.manual_seed(0)
+    drawn = draw_orders(6, [5, 9], torch.device("cpu"))
+    assert [[len(order.images) for order in branch] for branch in drawn] == [[5, 9]] * 6
+    assert len({tuple(branch[1].images.tolist()) for branch in drawn}) == 6
+    for branch in drawn:
+        for images, at in branch:
+            assert torch.equal(at[images], torch.arange(len(images)))
+    packing = Packing(((5, 3), (9, 2)))
+    path = draw("batch", 1 - n_kept / 5, packing, packing, torch.zeros(33, 4), drawn[0])
+    assert path.packing.groups == ((n_kept, 3), (int(9 * n_kept / 5), 2))
+    whole = Rows.among(33, path.taken.rows)
+    assert torch.equal(path.taken.at, whole.at)
+    assert torch.equal(path.added.at, whole.at)
 
 
 def test_recomputing_changes_no_bit_and_leaves_nothing_behind(monkeypatch):
