@@ -5,12 +5,13 @@ Axes: B images of one resolution, N their tokens, M tokens of all images, D chan
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdino.model.attention import Packing
+from fastdino_kernels.rows import spread_rows, take_rows
 
 
 class Rows(NamedTuple):
@@ -26,36 +27,6 @@ class Rows(NamedTuple):
         """These rows of n."""
         at = rows.new_full((n,), -1).scatter(0, rows, torch.arange(len(rows), device=rows.device))
         return cls(rows, at)
-
-
-class _Take(torch.autograd.Function):
-    """x[rows], for a compiler: the gradient is _Spread, which reads, too, and joins the addition that follows.
-
-    That of PyTorch's own indexing writes zeros, then each row to where it belongs, by atomics: passes of their own.
-    Eagerly they are there in any case, and fewer than _Spread's.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, at: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, at)
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _Spread.apply(grads[0], *ctx.saved_tensors), None, None
-
-
-class _Spread(torch.autograd.Function):
-    """Zeros, but for x in `rows`; the transpose of _Take."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, at: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, at)
-        return x[at.clamp(min=0)].where((at >= 0).view(-1, *[1] * (x.ndim - 1)), 0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _Take.apply(grads[0], *ctx.saved_tensors), None, None
 
 
 class Path(NamedTuple):
@@ -74,7 +45,8 @@ class Path(NamedTuple):
         """(M, D) -> (m, D), or (B, N, D) -> (m, N, D)."""
         if self.taken is None:
             return x
-        return _Take.apply(x, *self.taken) if torch.compiler.is_compiling() else x.index_select(0, self.taken.rows)
+        # Eagerly, PyTorch's own passes are fewer than those of an operation that is meant to be joined with others.
+        return take_rows(x, *self.taken) if torch.compiler.is_compiling() else x.index_select(0, self.taken.rows)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """The stream with the branch's output (k, D), or (m, N, D), added."""
@@ -82,7 +54,7 @@ class Path(NamedTuple):
         if self.added is None:
             return x + y
         if torch.compiler.is_compiling():
-            return x + _Spread.apply(y.to(x.dtype), *self.added)
+            return x + spread_rows(y.to(x.dtype), *self.added)
         return x.index_add(0, self.added.rows, y.to(x.dtype))
 
 

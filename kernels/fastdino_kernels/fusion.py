@@ -3,25 +3,30 @@
     torch.compile(step, options={"post_grad_custom_pre_pass": JoinResiduals()})
 
 A block of a transformer stays as in the textbook. Around the backward pass of a norm, autograd then writes an addition
-to the residual stream's gradient, scales of it (drop-path, LayerScale) and sums over tokens (biases), which are passes
-over memory of their own, because a compiler does not look into an op. Where nothing is found, nothing is changed.
+to the residual stream's gradient, some rows of it (drop-path by batch), scales (drop-path, LayerScale) and sums over
+tokens (biases), which are passes over memory of their own, because a compiler does not look into an op. Where nothing
+is found, nothing is changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from operator import getitem
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._inductor import decomposition
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from fastdino_kernels.column_sums import AT_ONCE
 from fastdino_kernels.layer_norm import plain_layer_norm
+from fastdino_kernels.rows import plain_spread, plain_take
 
 aten, ours = torch.ops.aten, torch.ops.fastdino
 convert = torch.ops.prims.convert_element_type.default
@@ -33,6 +38,7 @@ if ours.layer_norm.default not in decomposition.decompositions:
 
 # Ops that sum what they write over tokens, where their last argument says so: that result, and its sums.
 SUMMING = {ours.short_attention_backward.default: (0, 1), ours.cls_attention_backward.default: (1, 2)}
+ROWS = {ours.take_rows.default: plain_take, ours.spread_rows.default: plain_spread}
 VIEWS = (aten.view.default, aten.reshape.default)
 
 
@@ -86,6 +92,27 @@ def _column_sums(part: Node, dtype: torch.dtype) -> Node:
     return _insert(node, getitem, (node, 0), value)
 
 
+def _waits_for(node: Node, other: Node) -> bool:
+    """Whether a node is computed from another."""
+    seen, left = {node}, [node]
+    while left and other not in seen:
+        new = set(left.pop().all_input_nodes) - seen
+        seen |= new
+        left += new
+    return other in seen
+
+
+def _take_apart(node: Node, function: Callable[..., Tensor]) -> None:
+    """Put the single operations of a function in the place of an op."""
+    args = [cast(Node, arg) for arg in node.args]
+    values = [_value(arg) for arg in args]
+    with detect_fake_mode(values) or nullcontext():
+        made = make_fx(function, decomposition.select_decomp_table())(*values).graph
+    with node.graph.inserting_before(node):
+        result = node.graph.graph_copy(made, dict(zip(made.find_nodes(op="placeholder"), args)))
+    _replace(node, cast(Node, result))
+
+
 def _is_result(node: Node) -> bool:
     """Whether nothing in the graph computes with a value: gradients of parameters, as a rule."""
     views = (getitem, aten.select.int, *VIEWS)
@@ -95,8 +122,8 @@ def _is_result(node: Node) -> bool:
 class JoinResiduals(CustomGraphPass):
     """A pass of Inductor: the backward passes of `layer_norm` and of attention take in what follows them.
 
-    Attributes: n_streams, n_scales, n_sums, how many additions to a stream's gradient, branches with a scale or dtype
-    of their own, and sums over tokens were found, in all graphs.
+    Attributes: n_streams, n_scales, n_sums, how many additions to a stream's gradient, branches with rows, a scale or a
+    dtype of their own, and sums over tokens were found, in all graphs.
     """
 
     def __init__(self) -> None:
@@ -104,7 +131,7 @@ class JoinResiduals(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """What compiled graphs are kept by: this pass's text, and that of the ops."""
-        rooms = ("fusion", "layer_norm", "attention", "column_sums")
+        rooms = ("fusion", "layer_norm", "attention", "column_sums", "rows")
         return get_hash_for_files(tuple(str(Path(__file__).with_name(f"{room}.py")) for room in rooms))
 
     def __call__(self, graph: Graph) -> None:
@@ -114,33 +141,48 @@ class JoinResiduals(CustomGraphPass):
         for target, (result, sums) in SUMMING.items():
             for node in graph.find_nodes(op="call_function", target=target):
                 self._join_attention(node, result, sums)
+        stable_topological_sort(graph)
+        graph.eliminate_dead_code()
+        for target, function in ROWS.items():
+            for node in graph.find_nodes(op="call_function", target=target):
+                _take_apart(node, function)
         _sum_at_once(graph)
 
     def _join_norm(self, norm: Node) -> None:
         grad, part = _output(norm, 0), _output(norm, 2)
         if grad is None or part is None:
             return
-        order = {node: i for i, node in enumerate(norm.graph.nodes)}
-        size = _value(grad).shape
 
         def factor(product: Node, x: Node, *shapes: Sequence[int]) -> Node | None:
-            """What else is in a product, or a sum, of x: of such a shape, and there before the norm's turn."""
+            """What else is in a product, or a sum, of x: of such a shape, and not computed from the norm."""
             found = next((arg for arg in product.args if isinstance(arg, Node) and arg is not x), None)
             if found is None or product.kwargs or _value(product).dtype != _value(x).dtype:
                 return None
             source = cast(Node, found.args[0]) if found.target is aten.unsqueeze.default else found
-            return source if _value(found).shape in shapes and order[source] < order[norm] else None
+            return source if _value(found).shape in shapes and not _waits_for(source, norm) else None
 
         def products(x: Node, *shapes: Sequence[int]) -> list[tuple[Node, Node]]:
             return [(node, by) for node in _users(x, aten.mul.Tensor) if (by := factor(node, x, *shapes))]
 
-        added = _users(grad, aten.add.Tensor)
-        stream = factor(added[0], grad, size) if added and len(grad.users) == 1 else None
-        if stream:
+        stream, taken, sent, total = None, None, None, grad
+        if len(grad.users) == 1 and (spread := _users(grad, ours.spread_rows.default)):
+            total = spread[0]
+        added = _users(total, aten.add.Tensor)
+        if added and len(total.users) == 1 and (stream := factor(added[0], total, _value(total).shape)):
+            grad.meta["val"] = _value(added[0])
             _replace(added[0], grad)
+            if total is not grad:
+                taken = total.args[2]
+                total.graph.erase_node(total)
             self.n_streams += 1
+        elif total is not grad:
+            return
         branch, scale, gamma, scaled, sums_of_gamma = grad, None, None, None, list[Node]()
-        if len(found := products(grad, (size[0], 1))) == 1:
+        takes = _users(grad, ours.take_rows.default)
+        if len(takes) == 1 and not _waits_for(cast(Node, takes[0].args[2]), norm):
+            branch, sent = takes[0], takes[0].args[2]
+        size = _value(branch).shape
+        if len(found := products(branch, (size[0], 1))) == 1 and (branch is grad or len(branch.users) == 1):
             branch, scale = found[0]
         if len(casts := _users(branch, convert)) == 1 and (branch is grad or len(branch.users) == 1):
             branch = casts[0]
@@ -149,7 +191,8 @@ class JoinResiduals(CustomGraphPass):
             sums_of_gamma = _sums_of(by_scaled[0][0])
             if len(sums_of_gamma) == len(by_scaled[0][0].users) == 1:
                 (branch, gamma), scaled = by_gamma[0], by_scaled[0][1]
-        _set_args(norm, *norm.args[:5], stream, scale, gamma, scaled, _value(branch).dtype)
+        n_sent = None if sent is None else size[0]
+        _set_args(norm, *norm.args[:5], stream, scale, gamma, scaled, _value(branch).dtype, taken, sent, n_sent)
         part.meta["val"] = norm.meta["val"][2]
         if branch is not grad:
             product, branch = branch, _insert(norm, getitem, (norm, 1), _value(branch))

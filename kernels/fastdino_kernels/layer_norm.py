@@ -8,7 +8,8 @@ Layer Normalization (arXiv:1607.06450), equation 3, over the last axis. Axes: M 
 In a pre-norm block the norm reads a stream to which branches are added. Its gradient is then added to the stream's,
 scaled for the branch before it (drop-path by rows, LayerScale by channels), and summed over tokens for that branch's
 bias and LayerScale. One launch does all of it, and a small one joins what its programs have summed; PyTorch reads the
-result again for each. `fusion.JoinResiduals` finds these in a compiler's graph.
+result again for each. `fusion.JoinResiduals` finds these in a compiler's graph. Norm and branch may be of some rows of
+the stream alone (drop-path by batch): T rows then, of which M have a norm's gradient and k go to the branch.
 Memory, in units of M*D: reads d y, x, the stream's gradient and LayerScale's input; writes d x, and again if scaled.
 Dtypes: bf16, fp16 and fp32, x's and the weight's each their own; statistics and sums in fp32. No atomics.
 """
@@ -29,7 +30,8 @@ ROWS, PROGRAMS = 32, 1536
 
 
 # A program walks down its rows, one at a time, the next ones under way, and keeps its sums in registers.
-# Reads 2*M*D, M*D with ADD and with GAMMA; writes M*D, M*D with BRANCH, and SUMS*D fp32 a program.
+# Reads 2*M*D, T*D with ADD and k*D with GAMMA; writes T*D, k*D with BRANCH, and SUMS*D fp32 a program. T = M = k unless
+# TAKEN or SENT.
 @triton.jit
 def _layer_norm_bwd_kernel(
     grad_y_ptr,  # (M, D)
@@ -37,20 +39,24 @@ def _layer_norm_bwd_kernel(
     mean_ptr,  # (M,) fp32
     rstd_ptr,  # (M,) fp32
     weight_ptr,  # (D,)
-    stream_ptr,  # (M, D), or not read
-    scale_ptr,  # (M,), or not read
+    stream_ptr,  # (T, D), or not read
+    scale_ptr,  # (k,), or not read
     gamma_ptr,  # (D,), or not read
-    scaled_ptr,  # (M, D), what gamma is a factor of, or not read
-    grad_x_ptr,  # (M, D)
-    branch_ptr,  # (M, D), or not written
+    scaled_ptr,  # (k, D), what gamma is a factor of, or not read
+    taken_ptr,  # (T,) int64 where among the M each row of the stream is, -1 for nowhere, or not read
+    sent_ptr,  # (T,) int64 where among the k, or not read
+    grad_x_ptr,  # (T, D)
+    branch_ptr,  # (k, D), or not written
     part_ptr,  # (programs, SUMS, D) fp32: for weight, bias, the branch, gamma
-    n_tokens,
+    n_tokens,  # T
     n_rows,  # of a program
     D: tl.constexpr,
     ADD: tl.constexpr,
     SCALE: tl.constexpr,
     GAMMA: tl.constexpr,
     BRANCH: tl.constexpr,
+    TAKEN: tl.constexpr,
+    SENT: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -65,10 +71,17 @@ def _layer_norm_bwd_kernel(
         gamma = tl.load(gamma_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     for row in tl.range(first, tl.minimum(first + n_rows, n_tokens), num_stages=STAGES):
         at = tl.cast(row, tl.int64) * D + cols
-        grad_y = tl.load(grad_y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
-        normed = (x - tl.load(mean_ptr + row)) * rstd
+        # A row that has no norm reads zeros for it, so its gradient is the stream's.
+        if TAKEN:
+            from_row = tl.load(taken_ptr + row)
+            has_norm = from_row >= 0
+            from_at, inside = from_row * D + cols, mask & has_norm
+            mean = tl.load(mean_ptr + from_row, mask=has_norm, other=0.0)
+            rstd = tl.load(rstd_ptr + from_row, mask=has_norm, other=0.0)
+        else:
+            from_at, inside, mean, rstd = at, mask, tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+        grad_y = tl.load(grad_y_ptr + from_at, mask=inside, other=0.0).to(tl.float32)
+        normed = (tl.load(x_ptr + from_at, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
         grad = grad_y * weight
         along = tl.sum(grad * normed, axis=0) * (1 / D)
         level = tl.sum(grad, axis=0) * (1 / D)
@@ -76,13 +89,21 @@ def _layer_norm_bwd_kernel(
         if ADD:
             grad_x += tl.load(stream_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + at, grad_x, mask=mask)
+        to_row, inside = row, mask
+        if SENT:
+            to_row = tl.load(sent_ptr + row)
+            at, inside = to_row * D + cols, mask & (to_row >= 0)
+            grad_x = tl.where(inside, grad_x, 0.0)
         if SCALE:
-            grad_x *= tl.load(scale_ptr + row).to(tl.float32)
+            if SENT:
+                grad_x *= tl.load(scale_ptr + to_row, mask=to_row >= 0, other=0.0).to(tl.float32)
+            else:
+                grad_x *= tl.load(scale_ptr + to_row).to(tl.float32)
         if GAMMA:
-            grad_gamma += grad_x * tl.load(scaled_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            grad_gamma += grad_x * tl.load(scaled_ptr + at, mask=inside, other=0.0).to(tl.float32)
             grad_x *= gamma
         if BRANCH:
-            tl.store(branch_ptr + at, grad_x, mask=mask)
+            tl.store(branch_ptr + at, grad_x, mask=inside)
         grad_weight += normed * grad_y
         grad_bias += grad_y
         grad_branch += grad_x
@@ -94,11 +115,19 @@ def _layer_norm_bwd_kernel(
         tl.store(part_ptr + 3 * D, grad_gamma, mask=mask)
 
 
-def _branch(grad_x: Tensor, scale: Tensor | None, gamma: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _branch(
+    grad_x: Tensor, scale: Tensor | None, gamma: Tensor | None, dtype: torch.dtype | None, n_sent: int | None
+) -> Tensor:
     """Memory for what the branch is given; none where that is grad_x."""
     dtype = dtype or grad_x.dtype
-    same = scale is None and gamma is None and dtype == grad_x.dtype
-    return grad_x.new_empty(0 if same else grad_x.shape, dtype=dtype)
+    if n_sent is None and scale is None and gamma is None and dtype == grad_x.dtype:
+        return grad_x.new_empty(0, dtype=dtype)
+    return grad_x.new_empty(grad_x.shape[0] if n_sent is None else n_sent, grad_x.shape[1], dtype=dtype)
+
+
+def _shape(x: Tensor, taken: Tensor | None) -> tuple[int, int]:
+    """Of the stream's gradient."""
+    return x.shape[0] if taken is None else taken.shape[0], x.shape[1]
 
 
 def _programs(n_tokens: int) -> tuple[int, int]:
@@ -124,27 +153,33 @@ def _layer_norm_backward(
     gamma: Tensor | None = None,
     scaled: Tensor | None = None,
     branch_dtype: torch.dtype | None = None,
+    taken: Tensor | None = None,
+    sent: Tensor | None = None,
+    n_sent: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d x with the stream's gradient (M, D) added; what the branch is given, that times scale (M,) and gamma (D,), in
+    """d x with the stream's gradient (T, D) added; what the branch is given, that times scale (k,) and gamma (D,), in
     branch_dtype; and the programs' sums in fp32, (P, 3, D) or with gamma (P, 4, D).
 
     The second is empty where it is the first. Sums are for weight, bias, of what the branch is given, and for gamma, a
-    factor of `scaled` (M, D).
+    factor of `scaled` (k, D). taken, sent: (T,) where among the M rows of x, and the k = n_sent of the branch, each row
+    of the stream is, -1 for nowhere; None where all are, in order.
     """
-    (n_tokens, n_channels), launch = x.shape, _launch(x.shape[1])
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    branch = _branch(grad_x, scale, gamma, branch_dtype)
+    n_tokens, n_channels = _shape(x, taken)
+    launch, grad_x = _launch(n_channels), x.new_empty(n_tokens, n_channels)
+    branch = _branch(grad_x, scale, gamma, branch_dtype, n_sent)
     n_rows, n_programs = _programs(n_tokens)
     part = x.new_empty(n_programs, 3 if gamma is None else 4, n_channels, dtype=torch.float32)
-    if x.numel() > 0:
+    if grad_x.numel() > 0:
         _layer_norm_bwd_kernel[(n_programs,)](
             grad_y.contiguous(), x.contiguous(), mean, rstd, weight,
             grad_x if stream is None else stream.contiguous(), mean if scale is None else scale.contiguous(),
             weight if gamma is None else gamma.contiguous(), grad_x if scaled is None else scaled.contiguous(),
+            mean if taken is None else taken.contiguous(), mean if sent is None else sent.contiguous(),
             grad_x, branch, part, n_tokens, n_rows,
             D=n_channels, ADD=stream is not None, SCALE=scale is not None, GAMMA=gamma is not None,
-            BRANCH=branch.numel() > 0,
+            BRANCH=branch.numel() > 0, TAKEN=taken is not None, SENT=sent is not None,
             BLOCK=triton.next_power_of_2(n_channels), STAGES=launch.num_stages, num_warps=launch.num_warps,
+            maxnreg=launch.max_registers,
         )  # fmt: skip
     return grad_x, branch, part
 
@@ -161,10 +196,13 @@ def _(
     gamma: Tensor | None = None,
     scaled: Tensor | None = None,
     branch_dtype: torch.dtype | None = None,
+    taken: Tensor | None = None,
+    sent: Tensor | None = None,
+    n_sent: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, n_sums = x.new_empty(x.shape), 3 if gamma is None else 4
-    part = x.new_empty(_programs(x.shape[0])[1], n_sums, x.shape[1], dtype=torch.float32)
-    return grad_x, _branch(grad_x, scale, gamma, branch_dtype), part
+    grad_x, n_sums = x.new_empty(_shape(x, taken)), 3 if gamma is None else 4
+    part = x.new_empty(_programs(grad_x.shape[0])[1], n_sums, x.shape[1], dtype=torch.float32)
+    return grad_x, _branch(grad_x, scale, gamma, branch_dtype, n_sent), part
 
 
 def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,16 +276,19 @@ def aot_cases() -> Iterator[AotCase]:
     halves = ("grad_y_ptr", "weight_ptr", "gamma_ptr", "scaled_ptr", "branch_ptr")
     streams = ("x_ptr", "stream_ptr", "scale_ptr", "grad_x_ptr")
     full = ("mean_ptr", "rstd_ptr", "part_ptr")
+    places = ("taken_ptr", "sent_ptr")
     widths = (192, 384, 768, 1024, 4096)
     for n_channels, title, stream, flags in (
         (384, "", "*bf16", ""),
         *((d, " stream", "*bf16", "ADD") for d in widths),
         (384, " stream, drop-path", "*bf16", "ADD SCALE BRANCH"),
         *((d, " fp32 stream, drop-path, LayerScale", "*fp32", "ADD SCALE GAMMA BRANCH") for d in widths),
+        *((d, " fp32 stream, rows", "*fp32", "ADD SCALE GAMMA BRANCH TAKEN SENT") for d in widths),
     ):
         launch = _launch(n_channels)
         types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(streams, stream) | dict.fromkeys(full, "*fp32")
-        constants = {name: name in flags.split() for name in ("ADD", "SCALE", "GAMMA", "BRANCH")}
+        types |= dict.fromkeys(places, "*i64")
+        constants = {name: name in flags.split() for name in ("ADD", "SCALE", "GAMMA", "BRANCH", "TAKEN", "SENT")}
         yield AotCase(
             name=f"layer_norm_bwd bf16 D={n_channels}{title}",
             kernel=_layer_norm_bwd_kernel,
@@ -255,6 +296,6 @@ def aot_cases() -> Iterator[AotCase]:
             constexprs={
                 "D": n_channels, **constants, "BLOCK": triton.next_power_of_2(n_channels), "STAGES": launch.num_stages,
             },
-            aligned=(*halves, *streams, *full, "n_tokens", "n_rows"),
+            aligned=(*halves, *streams, *full, *places, "n_tokens", "n_rows"),
             num_warps=launch.num_warps,
         )  # fmt: skip

@@ -17,11 +17,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
 from fastdino.model.attention import use_backend
+from fastdino.model.drop_path import Rows
 from fastdino.model.mlp import use_mlp
 from fastdino.model.vit import VisionTransformer
 from fastdino_kernels import layer_norm
 from fastdino_kernels.fusion import JoinResiduals
 from fastdino_kernels.launch import INTERPRETED
+from fastdino_kernels.rows import spread_rows, take_rows
 
 pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs the kernels")
 DEPTH = 2
@@ -119,6 +121,16 @@ def test_layerscale_is_found(device):
     assert joined(model(init_values=0.1, drop_path_rate=0.5).to(device)) == expected
 
 
+def test_drop_path_by_batch_is_found(device):
+    """Rows of the stream; in the last block its MLP's are CLS tokens of a few images."""
+    options = {"drop_path_mode": "batch", "drop_path_rate": 0.5}
+    assert joined(model(**options).to(device)) == FOUND | {"n_scales": 2 * (DEPTH - 1)}
+    expected = FOUND | {"n_scales": 2 * DEPTH, "n_sums": 5 * DEPTH}
+    assert joined(model(init_values=0.1, **options).to(device)) == expected
+    uniform = model(init_values=0.1, drop_path_uniform=True, **options)
+    assert joined(uniform.to(device)) == expected
+
+
 def test_a_stream_in_fp32_is_found_around_branches_in_half(device):
     """But for the last norm, which is in fp32 with it, and PyTorch's: what it gives the last branch is not found."""
     use_backend("sdpa")
@@ -138,7 +150,6 @@ def test_frozen_norms_and_biases_ask_for_no_sum(device):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"drop_path_rate": 0.5, "drop_path_mode": "batch"}, id="drop-path-by-batch"),
         pytest.param({"mask_k_bias": True, "rope": {"dtype": torch.float32}, "registers": 2}, id="dinov3"),
         pytest.param({"checkpointing": True}, id="checkpointing"),
     ],
@@ -147,8 +158,8 @@ def test_what_is_not_found_stays_right(options, device):
     joined(model(**options).to(device))
 
 
-def check_inductor(device: torch.device) -> None:
-    network, joins = model(drop_path_rate=0.5).to(device), JoinResiduals()
+def check_inductor(device: torch.device, mode: str = "sample") -> None:
+    network, joins = model(drop_path_rate=0.5, drop_path_mode=mode).to(device), JoinResiduals()
     options = {"post_grad_custom_pre_pass": joins, "fallback_random": True}
     with torch._inductor.config.patch(force_disable_caches=True):  # which would not ask the pass again
         check_gradients(network, torch.compile(network, fullgraph=True, dynamic=False, options=options))
@@ -161,8 +172,32 @@ def test_inductor_takes_what_is_left(device):
 
 
 @pytest.mark.gpu
-def test_inductor_takes_what_is_left_on_a_device(device):
-    check_inductor(device)
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+def test_inductor_takes_what_is_left_on_a_device(mode, device):
+    check_inductor(device, mode)
+
+
+def test_rows_that_join_nothing_are_taken_apart(device):
+    """Between a take and a spread that no norm follows: the operations that they stand for, and their gradients."""
+    rows = Rows.among(8, torch.tensor([6, 1, 3], device=device))
+    x = torch.randn(8, 16, device=device, requires_grad=True)
+    seen = []
+
+    def loss(x: Tensor) -> Tensor:
+        y = x + spread_rows(take_rows(x, *rows).sin(), *rows)
+        return (y**2 * torch.arange(16, device=device)).sum()
+
+    class Look(JoinResiduals):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            n_ops = sum("rows" in str(node.target) for node in graph.nodes)
+            super().__call__(graph)
+            seen.append((n_ops, sum("rows" in str(node.target) for node in graph.nodes)))
+
+    [ours] = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=uncompiled(Look()))(x), x)
+    assert seen == [(0, 0), (2, 0)]
+    y = x.index_add(0, rows.rows, x[rows.rows].sin())
+    [expected] = torch.autograd.grad((y**2 * torch.arange(16, device=device)).sum(), x)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sum_that_the_graph_goes_on_with_is_not_put_off(device):

@@ -13,6 +13,7 @@ from budget import assert_error_at_most, assert_within_budget, budget
 from fake_device import run_launcher
 from torch import Tensor
 
+from fastdino.model.drop_path import Rows
 from fastdino_kernels import layer_norm
 from fastdino_kernels.column_sums import AT_ONCE
 
@@ -92,18 +93,26 @@ def test_values_and_gradients_match_fp64(case, device):
         ((70, 48, fp32, bf16), "stream scale gamma"),
         ((65, 520, fp32, fp32), "stream scale gamma"),
         ((33, 33, fp32, bf16), "stream dtype"),
+        ((37, 33, bf16, bf16), "stream taken"),
+        ((37, 33, bf16, bf16), "stream sent"),
+        ((70, 48, fp32, bf16), "stream scale gamma taken sent"),
+        ((65, 520, fp32, fp32), "stream scale taken sent"),
+        ((1, 33, fp32, bf16), "stream dtype taken sent"),
     ],
     ids=lambda x: x.replace(" ", "-") if isinstance(x, str) else case_id(x),
 )
 def test_what_is_joined_matches_fp64(case, parts, device):
-    """The stream's gradient, drop-path, LayerScale, a branch in the weights' dtype, and all sums."""
+    """The stream's gradient, some rows of it, drop-path, LayerScale, a branch in the weights' dtype, and all sums."""
     tensors, names = inputs(*case, device), parts.split()
     draw = torch.Generator().manual_seed(5)
+    n_stream = case[0] + 29 * ("taken" in names)
+    n_sent = n_stream - 5 if "sent" in names else n_stream
+    taken, sent = (torch.randperm(n_stream, generator=draw)[:n].to(device) for n in (case[0], n_sent))
     given = {
-        "stream": torch.randn(case[:2], generator=draw).to(tensors[0]),
-        "scale": (2 * torch.randint(0, 2, case[:1], generator=draw)).to(tensors[0]),
+        "stream": torch.randn(n_stream, case[1], generator=draw).to(tensors[0]),
+        "scale": (2 * torch.randint(0, 2, (n_sent,), generator=draw)).to(tensors[0]),
         "gamma": torch.randn(case[1], generator=draw).to(tensors[1]),
-        "scaled": torch.randn(case[:2], generator=draw).to(tensors[1]),
+        "scaled": torch.randn(n_sent, case[1], generator=draw).to(tensors[1]),
     }
     given = {name: t for name, t in given.items() if name in names or (name == "scaled" and "gamma" in names)}
     of_branch = case[3] if {"gamma", "dtype"} & set(names) else case[2]
@@ -113,19 +122,25 @@ def test_what_is_joined_matches_fp64(case, parts, device):
         x, weight, bias, grad = (t.to(dtype) if dtype == fp64 else t for t in tensors)
         more = {name: t.to(dtype) if dtype == fp64 else t for name, t in given.items()}
         _, grad_x, grad_weight, grad_bias = value_and_grads(plain, x, weight, bias, grad)
-        grad_x = grad_x + more.get("stream", 0)
+        if "taken" in names:
+            grad_x = torch.zeros_like(more["stream"]).index_copy(0, taken, grad_x)
+        grad_x = whole = grad_x + more.get("stream", 0)
+        if "sent" in names:
+            grad_x = grad_x[sent]
         branch = (grad_x * more["scale"][:, None] if "scale" in more else grad_x).to(
             dtype if dtype == fp64 else of_branch
         )
         sums = [grad_weight, grad_bias]
         if "gamma" in more:
             of_gamma, branch = (branch * more["scaled"]).sum(0), branch * more["gamma"]
-        return [grad_x, branch, *sums, branch.sum(0), *([of_gamma] if "gamma" in more else [])]
+        return [whole, branch, *sums, branch.sum(0), *([of_gamma] if "gamma" in more else [])]
 
     x, weight, bias, grad = tensors
     _, mean, rstd = room.plain_layer_norm(x, weight, bias, EPS)
     values = [given.get(name) for name in ("stream", "scale", "gamma", "scaled")]
-    grad_x, branch, part = room._layer_norm_backward(grad, x, mean, rstd, weight, *values, of_branch)
+    at = [Rows.among(n_stream, x).at if name in names else None for name, x in (("taken", taken), ("sent", sent))]
+    values += [of_branch, *at, n_sent if "sent" in names else None]
+    grad_x, branch, part = room._layer_norm_backward(grad, x, mean, rstd, weight, *values)
     branch = branch if branch.numel() else grad_x
     assert branch.dtype == of_branch
     found = [grad_x, branch, *sums_room.column_sums(part, fp32)]
@@ -138,16 +153,20 @@ def test_what_is_written_is_all_of_it(device):
     """Outputs start as NaN where memory does; none may be left."""
     x, weight, bias, grad = inputs(37, 33, fp32, fp32, device)
     _, mean, rstd = room.plain_layer_norm(x, weight, bias, EPS)
-    empty = torch.empty
+    empty, stream = torch.empty, x.repeat(2, 1)
+    places = [Rows.among(74, torch.arange(start, start + 37)).at.to(device) for start in (0, 20)]
 
     def poisoned(*args, **kwargs):
-        return empty(*args, **kwargs).fill_(math.nan)
+        made = empty(*args, **kwargs)
+        return made.fill_(math.nan) if made.is_floating_point() else made
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", poisoned)
         patch.setattr(torch, "empty_like", lambda x, **_: poisoned(x.shape, dtype=x.dtype, device=x.device))
         patch.setattr(Tensor, "new_empty", lambda x, *s, **kw: poisoned(*s, dtype=kw.get("dtype", x.dtype)))
-        results = room._layer_norm_backward._init_fn(grad, x, mean, rstd, weight, x, mean, weight, x, fp16)
+        function = room._layer_norm_backward._init_fn
+        results = [*function(grad, x, mean, rstd, weight, x, mean, weight, x, fp16)]
+        results += function(grad, x, mean, rstd, weight, stream, mean, weight, x, fp16, *places, 37)
     assert all(result.isfinite().all() for result in results)
 
 
@@ -237,6 +256,12 @@ def test_opcheck(device):
     _, mean, rstd = room.plain_layer_norm(x, weight, bias, EPS)
     for more in ((), (x,), (x, mean), (x, mean, weight, x, fp16), (x, None, None, None, fp16)):
         torch.library.opcheck(room._layer_norm_backward, (grad, x, mean, rstd, weight, *more))
+    rows = Rows.among(50, torch.randperm(50)[:37].to(device))
+    for more in ((rows.at,), (rows.at, rows.at, 37)):
+        stream = torch.randn(50, 33, device=device)
+        torch.library.opcheck(
+            room._layer_norm_backward, (grad, x, mean, rstd, weight, stream, None, None, None, None, *more)
+        )
     torch.library.opcheck(sums_room._column_sums, ([torch.randn(5, 3, 7, device=device)], fp32))
 
 
@@ -269,3 +294,4 @@ def test_nothing_synchronises(fakegpu):
 def test_at_a_models_size(case, device):
     test_values_and_gradients_match_fp64(case, device)
     test_what_is_joined_matches_fp64(case, "stream scale gamma", device)
+    test_what_is_joined_matches_fp64(case, "stream scale gamma taken sent", device)
