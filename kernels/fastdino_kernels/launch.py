@@ -112,6 +112,14 @@ LAUNCH = {
     "layer_norm_bwd_512": Launch(block=1, num_warps=1, num_stages=3),
     "layer_norm_bwd_2048": Launch(block=1, num_warps=4, num_stages=3),
     "layer_norm_bwd_wider": Launch(block=1, num_warps=16, num_stages=3),
+    # Of some rows. Predicted, 2026-11-29, 0.7 of 44160 rows in fp32, % of a copy on H200 / H100: D 384 87 / 99, 768
+    # 77 / 92, 1024 87 / 97, 192 63 / 87. Tried at D 384: weight and gamma in registers, not read again for each row,
+    # 57 / 71, for 8 warps fit an SM then, not 12; no cap on registers 79 / 93; loops with rows ahead, whose addresses
+    # the tool does not know. D 768, 4 warps, 96 registers: 80 / 97, but on sm_100 it spills.
+    "layer_norm_bwd_rows_512": Launch(block=1, num_warps=1, num_stages=1, max_registers=168),
+    "layer_norm_bwd_rows_1024": Launch(block=1, num_warps=2, num_stages=1, max_registers=168),
+    "layer_norm_bwd_rows_2048": Launch(block=1, num_warps=4, num_stages=1, max_registers=168),
+    "layer_norm_bwd_rows_wider": Launch(block=1, num_warps=16, num_stages=1),
     "column_sums": Launch(block=8, num_warps=8),  # predicted, (1380, 1152): 4.1 us; 16 columns 6.4, 32 columns 12
     "batch_center": Launch(block=64, num_warps=4),  # predicted 73 / 83; 256 columns with 8 warps 40 / 57
     "center_ema": Launch(block=1024, num_warps=4),

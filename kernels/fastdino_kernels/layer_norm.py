@@ -82,6 +82,8 @@ def _layer_norm_bwd_kernel(
             from_at, inside, mean, rstd = at, mask, tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
         grad_y = tl.load(grad_y_ptr + from_at, mask=inside, other=0.0).to(tl.float32)
         normed = (tl.load(x_ptr + from_at, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
+        if TAKEN or SENT:  # again, from L1, so that more programs fit
+            weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         grad = grad_y * weight
         along = tl.sum(grad * normed, axis=0) * (1 / D)
         level = tl.sum(grad, axis=0) * (1 / D)
@@ -101,6 +103,8 @@ def _layer_norm_bwd_kernel(
                 grad_x *= tl.load(scale_ptr + to_row).to(tl.float32)
         if GAMMA:
             grad_gamma += grad_x * tl.load(scaled_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if TAKEN or SENT:
+                gamma = tl.load(gamma_ptr + cols, mask=mask, other=0.0).to(tl.float32)
             grad_x *= gamma
         if BRANCH:
             tl.store(branch_ptr + at, grad_x, mask=inside)
@@ -136,8 +140,10 @@ def _programs(n_tokens: int) -> tuple[int, int]:
     return n_rows, -(-n_tokens // n_rows)
 
 
-def _launch(n_channels: int) -> Launch:
-    return LAUNCH[f"layer_norm_bwd_{next((n for n in (512, 2048) if n_channels <= n), 'wider')}"]
+def _launch(n_channels: int, of_rows: bool) -> Launch:
+    widths = (512, 1024, 2048) if of_rows else (512, 2048)
+    width = next((n for n in widths if n_channels <= n), "wider")
+    return LAUNCH[f"layer_norm_bwd_rows_{width}" if of_rows else f"layer_norm_bwd_{width}"]
 
 
 @torch.library.custom_op("fastdino::layer_norm_backward", mutates_args=())
@@ -165,7 +171,8 @@ def _layer_norm_backward(
     of the stream is, -1 for nowhere; None where all are, in order.
     """
     n_tokens, n_channels = _shape(x, taken)
-    launch, grad_x = _launch(n_channels), x.new_empty(n_tokens, n_channels)
+    launch = _launch(n_channels, of_rows=taken is not None or sent is not None)
+    grad_x = x.new_empty(n_tokens, n_channels)
     branch = _branch(grad_x, scale, gamma, branch_dtype, n_sent)
     n_rows, n_programs = _programs(n_tokens)
     part = x.new_empty(n_programs, 3 if gamma is None else 4, n_channels, dtype=torch.float32)
@@ -285,7 +292,7 @@ def aot_cases() -> Iterator[AotCase]:
         *((d, " fp32 stream, drop-path, LayerScale", "*fp32", "ADD SCALE GAMMA BRANCH") for d in widths),
         *((d, " fp32 stream, rows", "*fp32", "ADD SCALE GAMMA BRANCH TAKEN SENT") for d in widths),
     ):
-        launch = _launch(n_channels)
+        launch = _launch(n_channels, of_rows="TAKEN" in flags)
         types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(streams, stream) | dict.fromkeys(full, "*fp32")
         types |= dict.fromkeys(places, "*i64")
         constants = {name: name in flags.split() for name in ("ADD", "SCALE", "GAMMA", "BRANCH", "TAKEN", "SENT")}
@@ -298,4 +305,5 @@ def aot_cases() -> Iterator[AotCase]:
             },
             aligned=(*halves, *streams, *full, *places, "n_tokens", "n_rows"),
             num_warps=launch.num_warps,
+            max_registers=launch.max_registers,
         )  # fmt: skip
