@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.model.attention import Packing, attention, attention_of_cls
-from fastdino.model.drop_path import Order, Path, draw, of_rows
+from fastdino.model.drop_path import Path, Rows, draw, of_rows
 from fastdino.model.layers import QkvWithoutKeyBias, layer_norm, layer_scale
 from fastdino.model.mlp import feed_forward
 from fastdino.model.rope import Rotation, rotated
@@ -128,7 +128,7 @@ class Block(nn.Module):
         packing: Packing | None,
         mode: str,
         cls_only: bool = False,
-        orders: Sequence[Sequence[Order]] | None = None,
+        orders: Sequence[Sequence[Rows]] | None = None,
     ) -> tuple[Path, Path]:
         """What `forward` goes by: paths through attention and MLP, drawn anew. orders: of images, for both."""
         drop_prob, after = self.drop_path if self.training else 0.0, packing.of_cls if packing and cls_only else packing

@@ -15,8 +15,8 @@ from fastdino_kernels.rows import spread_rows, take_rows
 
 
 class Rows(NamedTuple):
-    """Some rows of a matrix, or images of a group, and the way back. rows: (m,) which. at: (M,) where among them each
-    row of the matrix is, -1 where it is not.
+    """Some rows of a matrix, or images of a group, in some order, and the way back. rows: (m,) which. at: (M,) where
+    among them each row of the matrix is, -1 where it is not.
     """
 
     rows: Tensor
@@ -58,29 +58,22 @@ class Path(NamedTuple):
         return x.index_add(0, self.added.rows, y.to(x.dtype))
 
 
-class Order(NamedTuple):
-    """Images of a group in a random order. images: (n,). at: (n,) where in it each image is."""
-
-    images: Tensor
-    at: Tensor
-
-
-def draw_orders(n_branches: int, sizes: Sequence[int], device: torch.device) -> list[list[Order]]:
-    """Of each branch: an order of each group of so many images. Drawn at once: a launch for all branches, not each."""
+def draw_orders(n_branches: int, sizes: Sequence[int], device: torch.device) -> list[list[Rows]]:
+    """Of each branch: all images of each group, so many, in a random order. One launch draws for all branches."""
     # argsort of noise, because randperm waits for the device
     orders = [torch.rand(n_branches, n, device=device).argsort(1) for n in sizes]
     both = [(order.unbind(), order.argsort(1).unbind()) for order in orders]
-    return [[Order(images[i], at[i]) for images, at in both] for i in range(n_branches)]
+    return [[Rows(images[i], at[i]) for images, at in both] for i in range(n_branches)]
 
 
 def _n_kept(drop_prob: float, n: int) -> int:
     return max(int(n * (1 - drop_prob)), 1)
 
 
-def _kept(drop_prob: float, order: Order) -> Rows:
+def _kept(drop_prob: float, order: Rows) -> Rows:
     """A random (1 - p) of the images, at least one."""
-    m = _n_kept(drop_prob, len(order.images))
-    return Rows(order.images[:m], torch.where(order.at < m, order.at, -1))
+    m = _n_kept(drop_prob, len(order.rows))
+    return Rows(order.rows[:m], torch.where(order.at < m, order.at, -1))
 
 
 def _tokens(images: Sequence[Rows], packing: Packing) -> Rows:
@@ -95,7 +88,7 @@ def _tokens(images: Sequence[Rows], packing: Packing) -> Rows:
 
 
 def _by_sample(
-    drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor, orders: Sequence[Order] | None
+    drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor, orders: Sequence[Rows] | None
 ) -> Path:
     """All is computed; of each image all is added, scaled by 1 / (1 - p), or nothing. No order is asked for."""
     n_images = like.shape[0] if takes is None else takes.n_images
@@ -104,7 +97,7 @@ def _by_sample(
 
 
 def _by_batch(
-    drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor, orders: Sequence[Order] | None
+    drop_prob: float, takes: Packing | None, adds: Packing | None, like: Tensor, orders: Sequence[Rows] | None
 ) -> Path:
     """Of every group a random (1 - p) of the images, at least one, is computed, and scaled up by what is left out.
 
@@ -156,7 +149,7 @@ def draw(
     takes: Packing | None,
     adds: Packing | None,
     like: Tensor,
-    orders: Sequence[Order] | None = None,
+    orders: Sequence[Rows] | None = None,
 ) -> Path:
     """A branch's path, drawn by a mode of MODES. takes, adds: how the tokens before and after it are packed.
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.attention import Packing, packed
 from fastdino.model.block import Attention, Block
-from fastdino.model.drop_path import MODES, Order, draw_orders, group_sizes
+from fastdino.model.drop_path import MODES, Rows, draw_orders, group_sizes
 from fastdino.model.layers import in_dtype_of, init_linear, layer_norm
 from fastdino.model.patches import DINOS_INTERPOLATION, Interpolation, PatchEmbed, resize
 from fastdino.model.recompute import keep_recipes
@@ -198,7 +198,7 @@ class VisionTransformer(nn.Module):
         grids = [self.patch_embed.grid(height, width) for height, width in sides]
         return self.rope_embed.of_blocks(len(self.blocks), grids, self.num_prefix_tokens)
 
-    def _orders(self, x: Tensor, packing: Packing | None = None) -> Sequence[list[list[Order]] | None]:
+    def _orders(self, x: Tensor, packing: Packing | None = None) -> Sequence[list[list[Rows]] | None]:
         """Of images, for the branches of each block, drawn anew. None where drop-path asks for none."""
         n = len(self.blocks)
         if self.drop_path_mode != "batch" or not self.training or not any(block.drop_path for block in self.blocks):
@@ -240,7 +240,7 @@ class VisionTransformer(nn.Module):
         packing: Packing | None = None,
         cls_only: bool = False,
         rotations: Sequence[Rotation] | None = None,
-        orders: Sequence[Sequence[Order]] | None = None,
+        orders: Sequence[Sequence[Rows]] | None = None,
     ) -> Tensor:
         """A block; under checkpointing, once more in the backward pass."""
         # Drawn outside: a checkpoint then has no random state to put back, which a CUDA graph could not.

@@ -29,7 +29,7 @@ from fastdino_kernels.launch import LAUNCH, AotCase, Launch, on_own_device, tl, 
 ROWS, PROGRAMS = 32, 1536
 
 
-# A program walks down its rows, one at a time, the next ones under way, and keeps its sums in registers.
+# A program walks down its rows, one at a time, STAGES - 1 more under way, and keeps its sums in registers.
 # Reads 2*M*D, T*D with ADD and k*D with GAMMA; writes T*D, k*D with BRANCH, and SUMS*D fp32 a program. T = M = k unless
 # TAKEN or SENT.
 @triton.jit

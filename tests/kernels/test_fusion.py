@@ -127,7 +127,7 @@ def test_drop_path_by_batch_is_found(device):
     assert joined(model(**options).to(device)) == FOUND | {"n_scales": 2 * (DEPTH - 1)}
     expected = FOUND | {"n_scales": 2 * DEPTH, "n_sums": 5 * DEPTH}
     assert joined(model(init_values=0.1, **options).to(device)) == expected
-    uniform = model(init_values=0.1, drop_path_uniform=True, **options)
+    uniform = model(init_values=0.1, drop_path_uniform=True, checkpointing=True, **options)
     assert joined(uniform.to(device)) == expected
 
 

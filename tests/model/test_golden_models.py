@@ -214,8 +214,8 @@ def test_a_path_compiled_is_the_same_function(shape, monkeypatch):
 def test_orders_are_drawn_for_all_branches_at_once_and_each_is_its_own(n_kept):
     torch.manual_seed(0)
     drawn = draw_orders(6, [5, 9], torch.device("cpu"))
-    assert [[len(order.images) for order in branch] for branch in drawn] == [[5, 9]] * 6
-    assert len({tuple(branch[1].images.tolist()) for branch in drawn}) == 6
+    assert [[len(order.rows) for order in branch] for branch in drawn] == [[5, 9]] * 6
+    assert len({tuple(branch[1].rows.tolist()) for branch in drawn}) == 6
     for branch in drawn:
         for images, at in branch:
             assert torch.equal(at[images], torch.arange(len(images)))
