@@ -1,5 +1,7 @@
 """What check_v2.py asks of an implementation of the DINOv2 and DINOv3 recipes, by fastdino's own functions."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -155,16 +157,15 @@ def block(version, variant, dim, num_heads):
 
 def run_block(module, xs, grids, rows):
     packing, tokens = Packing(tuple(tuple(x.shape[:2]) for x in xs)), torch.cat([x.flatten(0, 1) for x in xs])
-    rotations = None
+    rotation = None
     if module.rope is not None:
-        tables = [module.rope.to(tokens.dtype)(*grid) for grid in grids]
-        rotations = [table.after(x.shape[1] - len(table.sin)) for table, x in zip(tables, xs)]
+        rotation = module.rope.to(tokens.dtype)(grids, xs[0].shape[1] - math.prod(grids[0]))[0]
     paths = DropPath(packing), DropPath(packing)
     if rows:
         sizes = [n for n, _ in packing.groups]
         images = [[Rows.among(n, x) for n, x in zip(sizes, rows[branch])] for branch in ("attn", "ffn")]
         paths = tuple(of_images(branch, packing, packing, tokens) for branch in images)
-    return packing.split(module(tokens, packing=packing, paths=paths, rotations=rotations))
+    return packing.split(module(tokens, packing=packing, paths=paths, rotation=rotation))
 
 
 def backbone(kw):
@@ -189,9 +190,7 @@ def backbone(kw):
 
 def run_backbone(module, images, masks, rope):
     if rope:
-        depth, groups = rope["shift"].shape[:2]
-        draws = iter([(block, group) for block in range(depth) for group in range(groups)])
-        module.rope_embed.draw = lambda: Draw(*(rope[name][at] for at in [next(draws)] for name in Draw._fields))
+        module.rope_embed.draw = lambda n_blocks, n_groups: Draw(**rope)
     return module.forward_features(images, masks)
 
 
@@ -215,8 +214,8 @@ def pos_embed(table, height, width, patch, offset, antialias):
 def rope(kw, H, W, dtype):
     kw = dict(kw)
     module = RopeEmbed(kw.pop("embed_dim") // kw.pop("num_heads"), **kw, dtype=dtype)
-    table = module(H, W)
-    return table.sin, table.cos, module.periods
+    halves = module([(H, W)])[0]
+    return *(half.tile(2) for half in halves), module.periods
 
 
 def architecture(name):

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastdino.model.recompute import recomputed
+from fastdino.model.rope import Rotation
 from fastdino_kernels import cls_attention, short_attention
 from fastdino_kernels.attention import why_not as why_not_ours
+from fastdino_kernels.reference import turned as plainly_turned
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -71,8 +73,16 @@ def packed(groups: Sequence[Tensor]) -> tuple[Tensor, Packing]:
     return torch.cat([group.flatten(0, 1) for group in groups]), packing
 
 
-# qkv (M, 3, H, D), scale, packing -> (M, H, D) in parts, as they were computed
-AttentionOp = Callable[[Tensor, float, Packing], list[Tensor]]
+def turned(x: Tensor, rotation: Rotation | None, packing: Packing | None, n_turned: int = 2) -> Tensor:
+    """x with its first parts turned, each token by its place; x itself without a rotation. RoFormer (arXiv:2104.09864).
+
+    x: (M, parts, H, D), or without a packing (n, N, parts, H, D); q and k are the first two of qkv.
+    """
+    return x if rotation is None else plainly_turned(x, rotation, packing and packing.groups, n_turned=n_turned)
+
+
+# qkv (M, 3, H, D), scale, packing, rotation where it takes one -> (M, H, D) in parts, as they were computed
+AttentionOp = Callable[..., list[Tensor]]
 # The same of CLS alone: q (images, H, D), kv (M, 2, H, D), scale, packing -> (images, H, D)
 ClsAttentionOp = Callable[[Tensor, Tensor, float, Packing], list[Tensor]]
 
@@ -111,9 +121,9 @@ def sdpa_of_cls(q: Tensor, kv: Tensor, scale: float, packing: Packing) -> list[T
     return [_one_resolution((query, *group.unbind(2)), scale).flatten(0, 1) for query, group in groups]
 
 
-def ours(qkv: Tensor, scale: float, packing: Packing) -> list[Tensor]:
+def ours(qkv: Tensor, scale: float, packing: Packing, rotation: Rotation | None = None) -> list[Tensor]:
     """Kernels for short images, which read qkv and write its gradient as it lies."""
-    return [short_attention(qkv, packing.groups, scale)]
+    return [short_attention(qkv, packing.groups, scale, rotation)]
 
 
 def ours_of_cls(q: Tensor, kv: Tensor, scale: float, packing: Packing) -> list[Tensor]:
@@ -219,19 +229,27 @@ def varlen(qkv: Tensor, scale: float, packing: Packing) -> list[Tensor]:
 class Backend:
     """A way to compute attention of packed tokens.
 
-    run: what does it. run_cls: what does it for CLS alone. on_cuda_only: it has no kernels elsewhere. dtypes: what it
-    has kernels for, None for all. compiled_dtypes: the same under a compiler. lacks: what it misses here, in words.
+    run: what does it. turns: whether it takes a rotation, and turns queries and keys itself. run_cls: what does it for
+    CLS alone. on_cuda_only: it has no kernels elsewhere. dtypes: what it has kernels for, None for all.
+    compiled_dtypes: the same under a compiler. lacks: what it misses here, in words.
     refuses: why it does not take heads of so many channels over such images, in words; None where it does.
     """
 
     name: str
     run: AttentionOp
+    turns: bool = False
     run_cls: ClsAttentionOp = sdpa_of_cls
     on_cuda_only: bool = True
     dtypes: tuple[torch.dtype, ...] | None = HALF
     compiled_dtypes: tuple[torch.dtype, ...] | None = HALF
     lacks: Callable[[], str | None] = lambda: None
     refuses: Callable[[int, Sequence[tuple[int, int]]], str | None] = lambda head_dim, groups: None
+
+    def attend(self, qkv: Tensor, scale: float, packing: Packing, rotation: Rotation | None = None) -> list[Tensor]:
+        """`run` of what is turned before, or while it is read."""
+        if rotation is not None and self.turns:
+            return self.run(qkv, scale, packing, rotation)
+        return self.run(turned(qkv, rotation, packing), scale, packing)
 
     def takes(self, device_type: str, dtype: torch.dtype, compiled: bool) -> bool:
         """Whether it has kernels for such tensors."""
@@ -245,7 +263,8 @@ BACKENDS = {
         Backend(  # fp32 and CPU tensors take its plain form
             "ours",
             ours,
-            ours_of_cls,
+            turns=True,
+            run_cls=ours_of_cls,
             on_cuda_only=False,
             dtypes=None,
             compiled_dtypes=None,
@@ -290,17 +309,18 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else recomputed(_join, *parts)
 
 
-def attention(qkv: Tensor, scale: float, packing: Packing | None) -> Tensor:
+def attention(qkv: Tensor, scale: float, packing: Packing | None, rotation: Rotation | None = None) -> Tensor:
     """softmax(scale * q k^T) v, within each image, by the backend in use, or by SDPA where that has no kernel.
 
-    qkv: (M, 3, H, D). Returns (M, H * D). Without a packing, by SDPA: (n, N, 3, H, D) to (n, N, H * D).
-    Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
+    qkv: (M, 3, H, D). rotation: of queries and keys, before. Returns (M, H * D). Without a packing, by SDPA: (n, N, 3,
+    H, D) to (n, N, H * D). Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
     """
     if packing is None:
-        return _one_resolution(qkv.unbind(2), scale).flatten(2)
-    return _joined(_backend_for(qkv, packing).run(qkv, scale, packing))
+        return _one_resolution(turned(qkv, rotation, None).unbind(2), scale).flatten(2)
+    return _joined(_backend_for(qkv, packing).attend(qkv, scale, packing, rotation))
 
 
-def attention_of_cls(q: Tensor, kv: Tensor, scale: float, packing: Packing) -> Tensor:
-    """`attention` with one query per image: q (images, H, D), kv (M, 2, H, D) -> (images, H * D)."""
+def attention_of_cls(q: Tensor, kv: Tensor, scale: float, packing: Packing, rotation: Rotation | None = None) -> Tensor:
+    """`attention` with one query per image, not turned: q (images, H, D), kv (M, 2, H, D) -> (images, H * D)."""
+    kv = turned(kv, rotation, packing, n_turned=1)
     return _joined(_backend_for(kv, packing).run_cls(q, kv, scale, packing))

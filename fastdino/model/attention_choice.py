@@ -1,6 +1,7 @@
 """Which way to compute attention: what runs here, which is fastest on a step's own shapes, agreed over all processes.
 
-Timed is what will run: of one qkv matrix, both ways, traced where the step is compiled, inside of a CUDA graph.
+Timed is what will run: of one qkv matrix, both ways, traced where the step is compiled, inside of a CUDA graph; rotary
+positions included, which some turn by themselves and others leave to a compiler.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +15,17 @@ from torch.nn.attention import SDPBackend
 from fastdino.errors import reason
 from fastdino.model.attention import BACKENDS, AttentionOp, Backend, Packing, use_backend
 from fastdino.model.multicrop import MultiCrop
+from fastdino.model.rope import Rotation
 from fastdino.model.timing import Choice, agreed, outcome, said
 
 PROBE = Packing(((2, 197), (4, 37)))  # more than 128 tokens, and fewer: libraries have other kernels for them
 
 
 class _Workload(NamedTuple):
-    """What a step asks of attention in one block: the student's tokens both ways, the teacher's forward."""
+    """What a step asks of attention in one block: the student's tokens both ways, the teacher's forward.
+
+    turned: queries and keys turn by their places.
+    """
 
     student: Packing
     teacher: Packing | None
@@ -28,6 +33,7 @@ class _Workload(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     compiled: bool
+    turned: bool = False
     device: str = "cuda"
 
     def qkv(self, packing: Packing) -> Tensor:
@@ -35,13 +41,22 @@ class _Workload(NamedTuple):
         shape, own = (sum(packing.sizes), 3, self.n_heads, self.head_dim), torch.Generator(self.device)
         return torch.randn(shape, generator=own, device=self.device, dtype=self.dtype, requires_grad=True)
 
+    def rotation(self, packing: Packing) -> Rotation | None:
+        """Sines and cosines of the tokens of an image of each group."""
+        if not self.turned:
+            return None
+        n_places = sum(n_tokens for _, n_tokens in packing.groups)
+        angles = torch.arange(n_places * self.head_dim // 2, dtype=torch.float32, device=self.device)
+        return Rotation(*(x.view(n_places, -1) for x in (angles.sin(), angles.cos())))
+
     def of(self, backend: Backend) -> Callable[[], None]:
         """The work as a function; where compiled, it is traced as the step will be."""
-        run = _traced(backend.run) if self.compiled else backend.run
+        run = _traced(backend.attend, generated=self.turned) if self.compiled else backend.attend
         student, teacher = self.qkv(self.student), self.qkv(self.teacher) if self.teacher else None
+        rotations = {packing: self.rotation(packing) for packing in (self.student, self.teacher) if packing}
 
         def attend(qkv: Tensor, packing: Packing) -> list[Tensor]:
-            return run(qkv, self.head_dim**-0.5, packing)
+            return run(qkv, self.head_dim**-0.5, packing, rotations[packing])
 
         upstream = [out.detach() for out in attend(student, self.student)]
 
@@ -54,9 +69,9 @@ class _Workload(NamedTuple):
         return work
 
 
-def _traced(run: AttentionOp) -> AttentionOp:
-    """Traced forward and backward like the step, then run as it is: there is nothing to generate code for."""
-    compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager")
+def _traced(run: AttentionOp, generated: bool) -> AttentionOp:
+    """Traced forward and backward like the step. generated: there is something to generate code for."""
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="inductor" if generated else "aot_eager")
 
     def attend(*arguments: Any) -> list[Tensor]:
         with torch._dynamo.config.patch(recompile_limit=1000):  # a benchmark asks for many shapes
@@ -124,11 +139,12 @@ def choose(
     *,
     teacher: Packing | None = None,
     compiled: bool = False,
+    turned: bool = False,
 ) -> Choice:
     """The backend asked for, or under `auto` the fastest that runs on these shapes, timed once.
 
     packing: of the student, timed forward and backward. teacher: its packing, timed forward. compiled: whether the step
-    is. A collective, where there are several processes: the choice is the same on all.
+    is. turned: whether queries and keys are. A collective, where there are several processes: the same choice on all.
     Raises ValueError as `check` does, and RuntimeError where none runs.
     """
     check(asked, device_type, dtype, compiled)
@@ -139,7 +155,7 @@ def choose(
     if device_type != "cuda":
         return Choice("sdpa", "sdpa")
 
-    work = _Workload(packing, teacher, n_heads, head_dim, dtype, compiled)
+    work = _Workload(packing, teacher, n_heads, head_dim, dtype, compiled, turned)
 
     def outcome_of(name: str) -> float | str:
         if missing := why_not(name, device_type, dtype, compiled):
@@ -178,6 +194,7 @@ def choose_for(
         asked,
         teacher=teacher,
         compiled=compiled,
+        turned=getattr(backbone, "rope_embed", None) is not None,
     )
     use_backend(choice.way)
     return choice

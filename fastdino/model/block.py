@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdino.model.attention import Packing, attention, attention_of_cls
+from fastdino.model.attention import Packing, attention, attention_of_cls, turned
 from fastdino.model.drop_path import Path, Rows, draw, of_rows
 from fastdino.model.layers import QkvWithoutKeyBias, layer_norm, layer_scale
 from fastdino.model.mlp import feed_forward
-from fastdino.model.rope import Rotation, rotated
+from fastdino.model.rope import Rotation
 
 
 def _cls(tokens: Tensor, packing: Packing | None) -> Tensor:
@@ -47,36 +47,31 @@ class Attention(nn.Module):
         packing: Packing | None = None,
         cls_only: bool = False,
         with_map: bool = True,
-        rotations: Sequence[Rotation] | None = None,
+        rotation: Rotation | None = None,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, N, D) -> (B, N, D), and the probabilities (B, H, N, N).
 
         with_map=False: None in their place, because the fused kernels never write them down; x may be packed, (M, D).
-        cls_only: what CLS attends to, (B, 1, D) or (images, D). rotations: of queries and keys, for each group.
+        cls_only: what CLS attends to, (B, 1, D) or (images, D). rotation: of queries and keys.
         rows: of packed tokens, (m,) those whose result is wanted, (m, D).
         """
         # not somebody's own in its place
         if cls_only and not with_map and type(self.qkv) in (nn.Linear, QkvWithoutKeyBias):
-            return self.proj(self._attended_by_cls(x, packing, rotations)), None
+            return self.proj(self._attended_by_cls(x, packing, rotation)), None
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (..., 3, H, D / H)
-        if rotations is not None:
-            qk, v = qkv.split((2, 1), dim=-3)
-            qkv = torch.cat((rotated(qk, rotations, packing), v), dim=-3)
         probs = None
         if with_map:
-            q, k, v = qkv.unbind(-3)
+            q, k, v = turned(qkv, rotation, packing).unbind(-3)
             probs = torch.einsum("bqhd,bkhd->bhqk", q * self.scale, k).softmax(-1)
             attended = torch.einsum("bhqk,bkhd->bqhd", probs, v).flatten(-2)
         else:
-            attended = attention(qkv, self.scale, packing)
+            attended = attention(qkv, self.scale, packing, rotation)
         if rows is not None:
             return self.proj(attended.index_select(0, rows)), probs
         return self.proj(_cls(attended, packing) if cls_only else attended), probs
 
-    def _attended_by_cls(
-        self, x: Tensor, packing: Packing | None, rotations: Sequence[Rotation] | None = None
-    ) -> Tensor:
+    def _attended_by_cls(self, x: Tensor, packing: Packing | None, rotation: Rotation | None = None) -> Tensor:
         """What CLS attends to, (images, D) or (B, 1, D); the patches make no queries, and CLS is not rotated."""
         images = packing or Packing(((x.shape[0], x.shape[1]),))
         tokens, sizes = x.flatten(0, -2), (x.shape[-1], 2 * x.shape[-1])
@@ -85,10 +80,7 @@ class Attention(nn.Module):
         bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
         q = F.linear(images.cls(tokens), to_q, bias_q).unflatten(-1, (self.num_heads, -1))
         kv = F.linear(tokens, to_kv, bias_kv).unflatten(-1, (2, self.num_heads, -1))
-        if rotations is not None:
-            k, v = kv.split(1, dim=-3)
-            kv = torch.cat((rotated(k, rotations, images), v), dim=-3)
-        attended = attention_of_cls(q, kv, self.scale, images)
+        attended = attention_of_cls(q, kv, self.scale, images, rotation)
         return attended if packing else attended[:, None]
 
 
@@ -149,19 +141,19 @@ class Block(nn.Module):
         packing: Packing | None = None,
         paths: tuple[Path, Path] | None = None,
         cls_only: bool = False,
-        rotations: Sequence[Rotation] | None = None,
+        rotation: Rotation | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D), or with a packing (M, D) -> (M, D).
 
         return_attention: the probabilities (B, H, N, N) alone. paths: None draws them. cls_only: CLS alone, (B, 1, D)
-        or (images, D), so that projection and MLP skip the patches. rotations: of each group of the packing. rows: (m,)
+        or (images, D), so that projection and MLP skip the patches. rotation: of queries and keys. rows: (m,)
         of packed tokens, the only ones that are wanted, (m, D); paths are then those of `paths_of_rows`.
         """
         if return_attention:
-            return cast(Tensor, self.attn(self.norm1(x), rotations=rotations)[1])
+            return cast(Tensor, self.attn(self.norm1(x), rotation=rotation)[1])
         to_attn, to_mlp = paths or self.paths(x, packing, "sample", cls_only)
-        attended, _ = self.attn(self.norm1(to_attn.take(x)), to_attn.packing, cls_only, False, rotations, rows)
+        attended, _ = self.attn(self.norm1(to_attn.take(x)), to_attn.packing, cls_only, False, rotation, rows)
         x = _cls(x, packing) if cls_only else x if rows is None else x.index_select(0, rows)
         x = to_attn.add(x, self.ls1(attended))
         return to_mlp.add(x, self.ls2(self.mlp(self.norm2(to_mlp.take(x)))))

@@ -13,25 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdino.model.attention import Packing
-
 NORMALIZE = ("separate", "max", "min")
 
 
 class Rotation(NamedTuple):
-    """sin, cos: (N, D) of the tokens of an image of one resolution."""
+    """sin, cos: (S, D / 2) of S places, the tokens of an image of each resolution, one resolution after another."""
 
     sin: Tensor
     cos: Tensor
 
-    def after(self, n_tokens: int) -> "Rotation":
-        """With so many tokens before the patches, which are not turned."""
-        before = (0, 0, n_tokens, 0)
-        return Rotation(F.pad(self.sin, before), F.pad(self.cos, before, value=1.0))
-
 
 class Draw(NamedTuple):
-    """What training does to the places of patches: (2,) per axis, one factor (1,) for both axes; None for nothing."""
+    """What training does to the places of patches, for each table and resolution: (tables, resolutions, 2) per axis, or
+    one factor (..., 1) for both axes; None for nothing.
+    """
 
     shift: Tensor | None = None
     jitter: Tensor | None = None
@@ -87,11 +82,11 @@ class RopeEmbed(nn.Module):
         """Whether tables differ from call to call."""
         return self.training and any(bound is not None for bound in (self.shift, self.jitter, self.rescale))
 
-    def draw(self) -> Draw:
+    def draw(self, n_tables: int, n_grids: int) -> Draw:
         """Anew, on the device: no number of it comes to the host."""
 
         def uniform(bound: float, n: int) -> Tensor:
-            return self.periods.new_empty(n, dtype=self._dtype).uniform_(-bound, bound)
+            return self.periods.new_empty(n_tables, n_grids, n, dtype=self._dtype).uniform_(-bound, bound)
 
         return Draw(
             None if self.shift is None else uniform(self.shift, 2),
@@ -104,43 +99,29 @@ class RopeEmbed(nn.Module):
         # A model cast to bf16 keeps fp32 tables: in bf16 sines are off by 0.02 at 14 x 14.
         return torch.promote_types(self.periods.dtype, self.dtype)
 
-    def forward(self, rows: int, cols: int) -> Rotation:
-        """Tables (rows * cols, D), drawn in training mode; patches row by row."""
+    def _places(self, rows: int, cols: int) -> Tensor:
+        """(N, 2) of patches, row by row, from -1 to 1."""
         sides = {"separate": (rows, cols), "max": (max(rows, cols),) * 2, "min": (min(rows, cols),) * 2}
         places = [
             (torch.arange(n, dtype=self._dtype, device=self.periods.device) + 0.5) / side
             for n, side in zip((rows, cols), sides[self.normalize_coords])
         ]
-        coords = 2 * torch.stack(torch.meshgrid(*places, indexing="ij"), dim=-1).flatten(0, 1) - 1  # (N, 2)
-        shift, jitter, rescale = self.draw() if self.draws else Draw()
-        coords = coords if shift is None else coords + shift
-        coords = coords if jitter is None else coords * jitter
-        coords = coords if rescale is None else coords * rescale
-        angles = (2 * math.pi * coords[:, :, None] / self.periods).flatten(1).tile(2)  # (N, D): rows, columns, twice
-        return Rotation(angles.sin(), angles.cos())
+        return 2 * torch.stack(torch.meshgrid(*places, indexing="ij"), dim=-1).flatten(0, 1) - 1
 
-    def of_blocks(self, n_blocks: int, grids: Sequence[tuple[int, int]], n_before: int) -> list[list[Rotation]]:
-        """For each block those of every (rows, columns), after so many tokens: drawn anew where training draws."""
+    def forward(self, grids: Sequence[tuple[int, int]], n_before: int = 0, n_tables: int = 1) -> list[Rotation]:
+        """Tables for images of every (rows, columns), whose patches come after n_before tokens that are not turned.
 
-        def made() -> list[Rotation]:
-            return [self(*grid).after(n_before) for grid in grids]
-
-        return [made() for _ in range(n_blocks)] if self.draws else [made()] * n_blocks
-
-
-def rotated(x: Tensor, rotations: Sequence[Rotation], packing: Packing | None) -> Tensor:
-    """(M, ..., D) of packed images, or without a packing (n, N, ..., D), each token turned; the same shape and dtype.
-
-    rotations: one of each group, as long as its images. Channel i turns with channel i + D / 2.
-    """
-    if packing is None:
-        return _turned(x, rotations[0])
-    return torch.cat([_turned(group, table).flatten(0, 1) for group, table in zip(packing.split(x), rotations)])
-
-
-def _turned(x: Tensor, table: Rotation) -> Tensor:
-    """(n, N, ..., D) in the tables' dtype, and back."""
-    sin, cos = (part.view(part.shape[0], *(1,) * (x.ndim - 3), part.shape[1]) for part in table)
-    full = x.to(sin.dtype)
-    first, second = full.chunk(2, dim=-1)
-    return (full * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+        So many tables: in training each is drawn anew, for every grid.
+        """
+        shift, jitter, rescale = self.draw(n_tables, len(grids)) if self.draws else Draw()
+        angles = []
+        for i, grid in enumerate(grids):
+            coords = self._places(*grid)
+            coords = coords if shift is None else coords + shift[:, i, None]
+            coords = coords if jitter is None else coords * jitter[:, i, None]
+            coords = coords if rescale is None else coords * rescale[:, i, None]
+            of_grid = (2 * math.pi * coords[..., None] / self.periods).flatten(-2)  # (..., N, D / 2): rows, columns
+            angles.append(F.pad(of_grid, (0, 0, n_before, 0)))
+        joined = torch.cat(angles, dim=-2)
+        sin, cos = joined.sin(), joined.cos()
+        return [Rotation(*table) for table in zip(sin, cos)] if self.draws else [Rotation(sin, cos)] * n_tables

@@ -191,12 +191,12 @@ class VisionTransformer(nn.Module):
         registers = [part.expand(x.shape[0], -1, -1).to(tokens.dtype) for part in self._register_tokens()]
         return torch.cat((tokens[:, :1], *registers, tokens[:, 1:]), dim=1)
 
-    def _rotations(self, sides: Sequence[Sequence[int]]) -> Sequence[list[Rotation] | None]:
+    def _rotations(self, sides: Sequence[Sequence[int]]) -> Sequence[Rotation | None]:
         """Of images of so many pixels, for each block: drawn anew where training draws. None without them."""
         if self.rope_embed is None:
             return [None] * len(self.blocks)
         grids = [self.patch_embed.grid(height, width) for height, width in sides]
-        return self.rope_embed.of_blocks(len(self.blocks), grids, self.num_prefix_tokens)
+        return cast(list[Rotation], self.rope_embed(grids, self.num_prefix_tokens, len(self.blocks)))
 
     def _orders(self, x: Tensor, packing: Packing | None = None) -> Sequence[list[list[Rows]] | None]:
         """Of images, for the branches of each block, drawn anew. None where drop-path asks for none."""
@@ -239,15 +239,15 @@ class VisionTransformer(nn.Module):
         x: Tensor,
         packing: Packing | None = None,
         cls_only: bool = False,
-        rotations: Sequence[Rotation] | None = None,
+        rotation: Rotation | None = None,
         orders: Sequence[Sequence[Rows]] | None = None,
     ) -> Tensor:
         """A block; under checkpointing, once more in the backward pass."""
         # Drawn outside: a checkpoint then has no random state to put back, which a CUDA graph could not.
         paths = cast(Block, block).paths(x, packing, self.drop_path_mode, cls_only, orders)
         call = partial(block, packing=packing, paths=paths, cls_only=cls_only)
-        if rotations is not None:  # a block of somebody's own need not know them
-            call = partial(call, rotations=rotations)
+        if rotation is not None:  # a block of somebody's own need not know it
+            call = partial(call, rotation=rotation)
         return self._called(call, x)
 
     def _called(self, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -270,11 +270,11 @@ class VisionTransformer(nn.Module):
             tokens, packing = packed([self.prepare_tokens(images) for images in x])
             sides = [images.shape[-2:] for images in x]
         to_cls = packing is not None or not self._last_is_watched()
-        turned, orders = self._rotations(sides), self._orders(tokens, packing)
+        rotations, orders = self._rotations(sides), self._orders(tokens, packing)
         with keep_recipes():
             for i, block in enumerate(self.blocks):
                 only = to_cls and i == len(self.blocks) - 1
-                tokens = self._run(block, tokens, packing, only, turned[i], orders[i])
+                tokens = self._run(block, tokens, packing, only, rotations[i], orders[i])
         features = self._normed_cls(tokens, packing)
         return self.head(features[:, 0] if packing is None else features)
 
@@ -292,9 +292,9 @@ class VisionTransformer(nn.Module):
         groups = [self.prepare_tokens(x, mask) for x, mask in zip(images, masks, strict=True)]
         tokens, packing = packed(groups)
         with keep_recipes():
-            turned, orders = self._rotations([x.shape[-2:] for x in images]), self._orders(tokens, packing)
-            for block, rotations, order in zip(self.blocks, turned, orders):
-                tokens = self._run(block, tokens, packing, rotations=rotations, orders=order)
+            rotations, orders = self._rotations([x.shape[-2:] for x in images]), self._orders(tokens, packing)
+            for block, rotation, order in zip(self.blocks, rotations, orders):
+                tokens = self._run(block, tokens, packing, rotation=rotation, orders=order)
         n = self.num_prefix_tokens
         normed = [self._normed(group, is_local=i > 0) for i, group in enumerate(packing.split(tokens))]
         return [{"cls": x[:, 0], "reg": x[:, 1:n], "patch": x[:, n:]} for x in normed]
@@ -316,10 +316,10 @@ class VisionTransformer(nn.Module):
         rotations, orders = self._rotations([x.shape[-2:] for x in images]), self._orders(tokens, packing)
         *others, last = self.blocks
         with keep_recipes():
-            for block, turned, order in zip(others, rotations, orders):
-                tokens = self._run(block, tokens, packing, rotations=turned, orders=order)
+            for block, rotation, order in zip(others, rotations, orders):
+                tokens = self._run(block, tokens, packing, rotation=rotation, orders=order)
             paths = cast(Block, last).paths_of_rows(tokens, packing, self.drop_path_mode, image_of_row)
-            call = partial(last, packing=packing, paths=paths, rotations=rotations[-1], rows=rows)
+            call = partial(last, packing=packing, paths=paths, rotation=rotations[-1], rows=rows)
             tokens = self._called(call, tokens)
         cls, patches = tokens.split([packing.n_images, len(indices)])
         return self._normed_cls(cls, packing), in_dtype_of(patches, self.norm)
@@ -328,11 +328,11 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) -> (B, heads, N, N) attention probabilities of the last block."""
         *others, last = self.blocks
         tokens, rotations = self.prepare_tokens(x), self._rotations([x.shape[-2:]])
-        for block, turned in zip(others, rotations):
-            tokens = self._run(block, tokens, rotations=turned)
+        for block, rotation in zip(others, rotations):
+            tokens = self._run(block, tokens, rotation=rotation)
         if rotations[-1] is None:
             return last(tokens, return_attention=True)
-        return last(tokens, return_attention=True, rotations=rotations[-1])
+        return last(tokens, return_attention=True, rotation=rotations[-1])
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """(B, 3, H, W) -> the normalised tokens (B, N, D) after each of the last n blocks.
@@ -340,8 +340,8 @@ class VisionTransformer(nn.Module):
         CLS first, then registers, `num_prefix_tokens` together, then the patches row by row.
         """
         tokens, layers = self.prepare_tokens(x), []
-        for i, (block, rotations) in enumerate(zip(self.blocks, self._rotations([x.shape[-2:]]))):
-            tokens = self._run(block, tokens, rotations=rotations)
+        for i, (block, rotation) in enumerate(zip(self.blocks, self._rotations([x.shape[-2:]]))):
+            tokens = self._run(block, tokens, rotation=rotation)
             if len(self.blocks) - i <= n:
                 layers.append(self._normed(tokens))
         return layers

@@ -7,6 +7,8 @@ An image's keys and values stay on chip, so its scores are seen whole: no runnin
 once, by one program, in the same order on every run. A tile has 64, 128 or 256 rows; short images share one.
 Memory, in units of M*H*D: forward reads 3, writes 1; backward reads 4, writes 3. Beside qkv one fp32 number per token
 and head is kept for the backward pass; the output is not.
+Rotary positions (RoFormer, arXiv:2104.09864): queries and keys are turned as they are loaded, and their gradients
+turned back as they are stored, so that none is in memory a second time. The tables, of one image, come from the L2.
 Dtypes: bf16 and fp16 in and out; statistics and sums in fp32. fp32 and fp64 take the plain form.
 """
 
@@ -45,10 +47,47 @@ def _same_image(queries, keys, rows, N: tl.constexpr, BLOCK: tl.constexpr):
     return seen
 
 
+# Where tables (N, D / 2) have the rows of a tile: those of one image serve all.
+@triton.jit
+def _places(rows, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    return (rows % N if BLOCK // N > 1 else rows) * (D // 2)
+
+
+# Rows of queries, keys or values. TURNED: x1 cos - x2 sin, x2 cos + x1 sin of the halves of the channels; each half is
+# read again as the other's partner, from L1.
+@triton.jit
+def _load(
+    ptr, rows, mask, sin_ptr, cos_ptr,
+    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    d, row_at = tl.arange(0, D)[None, :], rows[:, None] * (3 * H * D)
+    x = tl.load(ptr + (row_at + d), mask=mask[:, None], other=0.0)
+    if TURNED:
+        partner = tl.load(ptr + (row_at + (d + D // 2) % D), mask=mask[:, None], other=0.0).to(tl.float32)
+        table_at = _places(rows, N, D, BLOCK)[:, None] + d % (D // 2)
+        sin = tl.load(sin_ptr + table_at, mask=mask[:, None], other=0.0)
+        cos = tl.load(cos_ptr + table_at, mask=mask[:, None], other=0.0)
+        x = (x.to(tl.float32) * cos + tl.where(d < D // 2, -partner, partner) * sin).to(x.dtype)
+    return x
+
+
+# A gradient of such rows, turned back.
+@triton.jit
+def _turned_back(grad, rows, mask, sin_ptr, cos_ptr, N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    table_at = _places(rows, N, D, BLOCK)[:, None] + tl.arange(0, D // 2)[None, :]
+    sin = tl.load(sin_ptr + table_at, mask=mask[:, None], other=0.0)
+    cos = tl.load(cos_ptr + table_at, mask=mask[:, None], other=0.0)
+    first, second = tl.split(tl.permute(tl.reshape(grad, (rows.shape[0], 2, D // 2)), (0, 2, 1)))
+    halves = tl.join(first * cos + second * sin, second * cos - first * sin)
+    return tl.reshape(tl.permute(halves, (0, 2, 1)), (rows.shape[0], D))
+
+
 # A program is a tile and a head; heads of a tile follow one another. Reads 3*M*H*D, writes M*H*D + M*H fp32.
 @triton.jit
 def _short_attention_fwd_kernel(
     qkv_ptr,  # (M, 3, H, D)
+    sin_ptr,  # (N, D / 2) fp32, TURNED
+    cos_ptr,
     out_ptr,  # (M, H, D)
     lse_ptr,  # (H, M) fp32: log2 of the sum of exp2 of the scaled scores
     n_tokens,  # M
@@ -60,19 +99,19 @@ def _short_attention_fwd_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     start, rows = _tile(first_row, n_images, H, N, BLOCK)
     head, d, keys = tl.program_id(0) % H, tl.arange(0, D), tl.arange(0, BLOCK)
     qkv_ptr += start * (3 * H * D) + head * D
     out_ptr += start * (H * D) + head * D
     lse_ptr += tl.cast(head, tl.int64) * n_tokens + start
-    key_at = keys[:, None] * (3 * H * D) + d[None, :]
-    k = tl.load(qkv_ptr + H * D + key_at, mask=(keys < rows)[:, None], other=0.0)
-    v = tl.load(qkv_ptr + 2 * H * D + key_at, mask=(keys < rows)[:, None], other=0.0)
+    k = _load(qkv_ptr + H * D, keys, keys < rows, sin_ptr, cos_ptr, N, H, D, BLOCK, TURNED)
+    v = _load(qkv_ptr + 2 * H * D, keys, keys < rows, sin_ptr, cos_ptr, N, H, D, BLOCK, False)
     for first in range(0, rows, BLOCK_Q):
         queries = first + tl.arange(0, BLOCK_Q)
         mask = queries < rows
-        q = tl.load(qkv_ptr + queries[:, None] * (3 * H * D) + d[None, :], mask=mask[:, None], other=0.0)
+        q = _load(qkv_ptr, queries, mask, sin_ptr, cos_ptr, N, H, D, BLOCK, TURNED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         seen = _same_image(queries[:, None], keys[None, :], rows, N, BLOCK)
         scores = tl.where(seen, scores, float("-inf"))
@@ -92,6 +131,8 @@ def _short_attention_fwd_kernel(
 def _short_attention_bwd_kernel(
     grad_ptr,  # (M, H, D)
     qkv_ptr,  # (M, 3, H, D)
+    sin_ptr,  # (N, D / 2) fp32, TURNED
+    cos_ptr,
     lse_ptr,  # (H, M) fp32
     grad_qkv_ptr,  # (M, 3, H, D)
     part_ptr,  # (tiles, 3, H, D) fp32, or not written: grad_qkv, summed over a tile's tokens
@@ -105,6 +146,7 @@ def _short_attention_bwd_kernel(
     BLOCK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     SUMS: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
     start, rows = _tile(first_row, n_images, H, N, BLOCK)
     head, d, keys = tl.program_id(0) % H, tl.arange(0, D), tl.arange(0, BLOCK)
@@ -112,16 +154,16 @@ def _short_attention_bwd_kernel(
     grad_qkv_ptr += start * (3 * H * D) + head * D
     grad_ptr += start * (H * D) + head * D
     lse_ptr += tl.cast(head, tl.int64) * n_tokens + start
-    part_ptr += tl.cast(tl.program_id(0) // H, tl.int64) * (3 * H * D) + head * D + d
+    part_ptr += tl.cast(tl.program_id(0) // H, tl.int64) * (3 * H * D) + head * D
     key_at = keys[:, None] * (3 * H * D) + d[None, :]
-    k = tl.load(qkv_ptr + H * D + key_at, mask=(keys < rows)[:, None], other=0.0)
-    v = tl.load(qkv_ptr + 2 * H * D + key_at, mask=(keys < rows)[:, None], other=0.0)
+    k = _load(qkv_ptr + H * D, keys, keys < rows, sin_ptr, cos_ptr, N, H, D, BLOCK, TURNED)
+    v = _load(qkv_ptr + 2 * H * D, keys, keys < rows, sin_ptr, cos_ptr, N, H, D, BLOCK, False)
     grad_k, grad_v = tl.zeros((BLOCK, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
     sum_q = tl.zeros((D, BLOCK_Q), tl.float32)
     for first in range(0, rows, BLOCK_Q):
         queries = first + tl.arange(0, BLOCK_Q)
         mask = queries < rows
-        q = tl.load(qkv_ptr + queries[:, None] * (3 * H * D) + d[None, :], mask=mask[:, None], other=0.0)
+        q = _load(qkv_ptr, queries, mask, sin_ptr, cos_ptr, N, H, D, BLOCK, TURNED)
         grad = tl.load(grad_ptr + queries[:, None] * (H * D) + d[None, :], mask=mask[:, None], other=0.0)
         lse = tl.load(lse_ptr + queries, mask=mask, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
@@ -134,16 +176,20 @@ def _short_attention_bwd_kernel(
         grad_v = tl.dot(probs.to(q.dtype), grad, grad_v, input_precision="ieee")
         grad_k = tl.dot(grad_scores, q, grad_k, input_precision="ieee")
         grad_q = tl.dot(tl.trans(k), grad_scores, input_precision="ieee") * scale  # (D, BLOCK_Q)
+        if TURNED:
+            grad_q = tl.trans(_turned_back(tl.trans(grad_q), queries, mask, sin_ptr, cos_ptr, N, D, BLOCK))
         tl.store(grad_qkv_ptr + queries[None, :] * (3 * H * D) + d[:, None], grad_q, mask=mask[None, :])
         if SUMS:
             sum_q += grad_q
     grad_k *= scale
+    if TURNED:
+        grad_k = _turned_back(grad_k, keys, keys < rows, sin_ptr, cos_ptr, N, D, BLOCK)
     tl.store(grad_qkv_ptr + H * D + key_at, grad_k, mask=(keys < rows)[:, None])
     tl.store(grad_qkv_ptr + 2 * H * D + key_at, grad_v, mask=(keys < rows)[:, None])
     if SUMS:  # in all three the rows behind the last are zeros
-        tl.store(part_ptr, tl.sum(sum_q, axis=1))
-        tl.store(part_ptr + H * D, tl.sum(grad_k, axis=0))
-        tl.store(part_ptr + 2 * H * D, tl.sum(grad_v, axis=0))
+        tl.store(part_ptr + d, tl.sum(sum_q, axis=1))
+        tl.store(part_ptr + H * D + d, tl.sum(grad_k, axis=0))
+        tl.store(part_ptr + 2 * H * D + d, tl.sum(grad_v, axis=0))
 
 
 # Of CLS alone as a query: keys N, those behind the last at zero.
@@ -225,10 +271,13 @@ def _block(n_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class _Group:
-    """Images that are equally long: where their tokens begin, the first of them, how many they are, tokens of each."""
+    """Images that are equally long: where their tokens begin, the first of them, how many they are, tokens of each; and
+    where the places of one of them begin, in tables of all groups.
+    """
 
     first_row: int
     first_image: int
+    first_place: int
     n_images: int
     n_tokens: int
 
@@ -240,23 +289,29 @@ class _Group:
     def n_tiles(self) -> int:
         return -(-self.n_images // (self.block // self.n_tokens))
 
+    def tables(self, sin: Tensor | None, cos: Tensor | None, unread: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one image; without any, a pointer that nothing reads."""
+        if sin is None or cos is None:
+            return unread, unread
+        return sin[self.first_place :], cos[self.first_place :]
+
 
 def _groups(flat: Sequence[int]) -> Iterator[_Group]:
     """From (images, tokens of each), one after another, as an operator takes them; without groups of no images."""
-    row = image = 0
+    row = image = place = 0
     for n_images, n_tokens in zip(flat[::2], flat[1::2]):
         if n_images:
-            yield _Group(row, image, n_images, n_tokens)
-        row, image = row + n_images * n_tokens, image + n_images
+            yield _Group(row, image, place, n_images, n_tokens)
+        row, image, place = row + n_images * n_tokens, image + n_images, place + n_tokens
 
 
 def _n_tiles(groups: Sequence[int]) -> int:
     return sum(group.n_tiles for group in _groups(groups))
 
 
-def _launch(op: str, n_tokens: int, head_dim: int, arch: int) -> Launch:
-    """arch: one of ARCHS. A cap on registers holds where 168 are enough: up to 208 tokens, whose columns are kept."""
-    name = f"{op}_{_block(n_tokens)}"
+def _launch(op: str, n_tokens: int, head_dim: int, arch: int, turned: bool = False) -> Launch:
+    """arch: one of ARCHS. Caps on registers hold where these are enough: up to 208 tokens, whose columns are kept."""
+    name = f"{op}{'_turned' * turned}_{_block(n_tokens)}"
     launch = LAUNCH.get(f"{name}_sm{arch}", LAUNCH[name])
     return launch if head_dim == 64 and n_tokens <= 208 else replace(launch, max_registers=None)
 
@@ -267,18 +322,25 @@ def _arch(device: torch.device) -> int:
     return next((arch for arch in ARCHS if major <= arch // 10), ARCHS[-1])
 
 
+def _can_turn(n_tokens: int, arch: int) -> bool:
+    """Whether queries and keys are turned on chip. An A100 has 24 bytes too few registers with tiles of 256 rows."""
+    return arch > 80 or _block(n_tokens) < 256
+
+
 @torch.library.custom_op("fastdino::short_attention", mutates_args=())
 @on_own_device
-def _short_attention(qkv: Tensor, groups: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+def _short_attention(
+    qkv: Tensor, groups: Sequence[int], scale: float, sin: Tensor | None = None, cos: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     qkv = qkv.contiguous()
     n_tokens, _, n_heads, head_dim = qkv.shape
     out = qkv.new_empty(n_tokens, n_heads, head_dim)
     lse = qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
     for group in _groups(groups):
-        launch = _launch("short_attention_fwd", group.n_tokens, head_dim, _arch(qkv.device))
+        launch = _launch("short_attention_fwd", group.n_tokens, head_dim, _arch(qkv.device), sin is not None)
         _short_attention_fwd_kernel[(group.n_tiles * n_heads,)](
-            qkv, out, lse, n_tokens, group.first_row, group.n_images, scale,
-            group.n_tokens, n_heads, head_dim, group.block, launch.block,
+            qkv, *group.tables(sin, cos, qkv), out, lse, n_tokens, group.first_row, group.n_images, scale,
+            group.n_tokens, n_heads, head_dim, group.block, launch.block, sin is not None,
             num_warps=launch.num_warps, num_stages=launch.num_stages,
             maxnreg=launch.max_registers,
         )  # fmt: skip
@@ -286,7 +348,9 @@ def _short_attention(qkv: Tensor, groups: Sequence[int], scale: float) -> tuple[
 
 
 @_short_attention.register_fake
-def _(qkv: Tensor, groups: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    qkv: Tensor, groups: Sequence[int], scale: float, sin: Tensor | None = None, cos: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     n_tokens, _, n_heads, head_dim = qkv.shape
     return qkv.new_empty(n_tokens, n_heads, head_dim), qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
 
@@ -294,7 +358,14 @@ def _(qkv: Tensor, groups: Sequence[int], scale: float) -> tuple[Tensor, Tensor]
 @torch.library.custom_op("fastdino::short_attention_backward", mutates_args=())
 @on_own_device
 def _short_attention_backward(
-    grad: Tensor, qkv: Tensor, lse: Tensor, groups: Sequence[int], scale: float, with_sums: bool = False
+    grad: Tensor,
+    qkv: Tensor,
+    lse: Tensor,
+    groups: Sequence[int],
+    scale: float,
+    with_sums: bool = False,
+    sin: Tensor | None = None,
+    cos: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """grad_qkv, (M, 3, H, D), and its sums over each tile's tokens, (tiles, 3, H, D) fp32; else (0, 3, H, D)."""
     grad, qkv = grad.contiguous(), qkv.contiguous()
@@ -303,11 +374,12 @@ def _short_attention_backward(
     part = qkv.new_empty(_n_tiles(groups) if with_sums else 0, 3, n_heads, head_dim, dtype=torch.float32)
     first_tile = 0
     for group in _groups(groups):
-        launch = _launch("short_attention_bwd", group.n_tokens, head_dim, _arch(qkv.device))
+        launch = _launch("short_attention_bwd", group.n_tokens, head_dim, _arch(qkv.device), sin is not None)
         _short_attention_bwd_kernel[(group.n_tiles * n_heads,)](
-            grad, qkv, lse, grad_qkv, part[first_tile:], n_tokens, group.first_row, group.n_images, scale,
-            group.n_tokens, n_heads, head_dim, group.block, launch.block, with_sums,
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            grad, qkv, *group.tables(sin, cos, qkv), lse, grad_qkv, part[first_tile:],
+            n_tokens, group.first_row, group.n_images, scale,
+            group.n_tokens, n_heads, head_dim, group.block, launch.block, with_sums, sin is not None,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.max_registers,
         )  # fmt: skip
         first_tile += group.n_tiles
     return grad_qkv, part
@@ -315,23 +387,32 @@ def _short_attention_backward(
 
 @_short_attention_backward.register_fake
 def _(
-    grad: Tensor, qkv: Tensor, lse: Tensor, groups: Sequence[int], scale: float, with_sums: bool = False
+    grad: Tensor,
+    qkv: Tensor,
+    lse: Tensor,
+    groups: Sequence[int],
+    scale: float,
+    with_sums: bool = False,
+    sin: Tensor | None = None,
+    cos: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     part = qkv.new_empty(_n_tiles(groups) if with_sums else 0, *qkv.shape[1:], dtype=torch.float32)
     return qkv.new_empty(qkv.shape), part
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    qkv, ctx.groups, ctx.scale = inputs
-    ctx.save_for_backward(qkv, output[1])
+    qkv, ctx.groups, ctx.scale, sin, cos = inputs
+    ctx.save_for_backward(qkv, output[1], sin, cos)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
+def _backward(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
     if grad is None:
-        return None, None, None
-    return _short_attention_backward(grad, *ctx.saved_tensors, ctx.groups, ctx.scale)[0], None, None
+        return None, None, None, None, None
+    qkv, lse, sin, cos = ctx.saved_tensors
+    grads, _ = _short_attention_backward(grad, qkv, lse, ctx.groups, ctx.scale, False, sin, cos)
+    return grads, None, None, None, None
 
 
 _short_attention.register_autograd(_backward, setup_context=_keep)
@@ -420,21 +501,35 @@ def _takes(x: Tensor) -> bool:
     return use_triton(x) and (x.dtype in HALF or INTERPRETED)
 
 
-def short_attention(qkv: Tensor, groups: Sequence[tuple[int, int]], scale: float | None = None) -> Tensor:
+def short_attention(
+    qkv: Tensor,
+    groups: Sequence[tuple[int, int]],
+    scale: float | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """softmax(scale * q k^T) v within each image.
 
     qkv: (M, 3, H, D), tokens of all images one after another; D 16, 32 or 64. groups: (images, tokens of each) of
     images that are equally long, in this order; at most 256 tokens. scale: None for 1 / sqrt(D).
+    rotation: sines and cosines, (S, D / 2) fp32 each, of the tokens of one image of each group, S in all: queries and
+    keys are turned by them first, channel i with channel i + D / 2. No gradient goes to them.
     Returns (M, H, D), differentiable by qkv.
     Raises ValueError for another shape, dtype, width of a head or length of an image, and where the groups do not have
-    M tokens. Source: Attention Is All You Need (arXiv:1706.03762), equation 1.
+    M tokens.
+    Source: Attention Is All You Need (arXiv:1706.03762), equation 1; RoFormer (arXiv:2104.09864), equation 34.
     """
     _check("qkv", qkv, 3, groups)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if rotation is not None:
+        for name, table in zip(("sin", "cos"), rotation):
+            check_shape(name, table, (sum(n_tokens for _, n_tokens in groups), qkv.shape[-1] // 2))
+            check_same_device(qkv=qkv, **{name: table})
     if not _takes(qkv):
-        return reference.short_attention(qkv, groups, scale)
-    out, _ = _short_attention(qkv, [x for group in groups for x in group], scale)
-    return out
+        return reference.short_attention(qkv, groups, scale, rotation)
+    if rotation is not None and not all(_can_turn(n_tokens, _arch(qkv.device)) for _, n_tokens in groups):
+        qkv, rotation = reference.turned(qkv, rotation, groups, n_turned=2), None
+    sin, cos = (x.detach().float().contiguous() for x in rotation) if rotation else (None, None)
+    return _short_attention(qkv, [x for group in groups for x in group], scale, sin, cos)[0]
 
 
 def cls_attention(q: Tensor, kv: Tensor, groups: Sequence[tuple[int, int]], scale: float | None = None) -> Tensor:
@@ -457,26 +552,30 @@ def cls_attention(q: Tensor, kv: Tensor, groups: Sequence[tuple[int, int]], scal
 def aot_cases() -> Iterator[AotCase]:
     """ViT-S/16 at 224 and 96 pixels; B and L have the same heads, and more of them. 110 tokens: 168 pixels."""
     sizes = dict.fromkeys(("n_tokens", "first_row", "first_image", "n_images"), "i32")
-    names = ["qkv", "out", "grad", "grad_qkv", "q", "kv", "grad_q", "grad_kv", "lse", "part"]
-    pointers = tuple(f"{name}_ptr" for name in names)
+    names = ["qkv", "sin", "cos", "out", "grad", "grad_qkv", "q", "kv", "grad_q", "grad_kv", "lse", "part"]
+    pointers, fp32 = tuple(f"{name}_ptr" for name in names), ("lse_ptr", "part_ptr", "sin_ptr", "cos_ptr")
     kernels = {
         "short_attention_fwd": _short_attention_fwd_kernel,
         "short_attention_bwd": _short_attention_bwd_kernel,
         "cls_attention_fwd": _cls_attention_fwd_kernel,
         "cls_attention_bwd": _cls_attention_bwd_kernel,
     }
-    heads = (("bf16", 64), ("bf16", 32), ("fp16", 64))
-    for (op, kernel), (dtype, head_dim), n_tokens in product(kernels.items(), heads, (37, 110, 197)):
+    heads = (("bf16", 64, False), ("bf16", 32, False), ("fp16", 64, False), ("bf16", 64, True))
+    for (op, kernel), (dtype, head_dim, turned), n_tokens in product(kernels.items(), heads, (37, 110, 197)):
+        if turned and "TURNED" not in kernel.arg_names:
+            continue
         name = op if "short" in op else op[:-4]
-        of_archs = {arch: _launch(name, n_tokens, head_dim, arch) for arch in ARCHS}
+        archs = [arch for arch in ARCHS if not turned or _can_turn(n_tokens, arch)]
+        of_archs = {arch: _launch(name, n_tokens, head_dim, arch, turned) for arch in archs}
         for launch in dict.fromkeys(of_archs.values()):
             constants = {"N": n_tokens, "H": 6, "D": head_dim, "BLOCK": _block(n_tokens), "BLOCK_Q": launch.block}
-            types = {**{name: f"*{dtype}" for name in pointers}, **dict.fromkeys(("lse_ptr", "part_ptr"), "*fp32")}
+            constants |= {"SUMS": True, "TURNED": turned}
+            types = {**{name: f"*{dtype}" for name in pointers}, **dict.fromkeys(fp32, "*fp32")}
             yield AotCase(
-                name=f"{op} {dtype} D{head_dim} N{n_tokens}",
+                name=f"{op} {dtype} D{head_dim} N{n_tokens}{' turned' * turned}",
                 kernel=kernel,
                 signature={**types, **sizes, "scale": "fp32"},
-                constexprs={name: x for name, x in (constants | {"SUMS": True}).items() if name in kernel.arg_names},
+                constexprs={name: x for name, x in constants.items() if name in kernel.arg_names},
                 aligned=(*pointers, "n_tokens", "first_row", "first_image", "n_images"),
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,

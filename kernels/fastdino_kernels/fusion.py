@@ -36,7 +36,7 @@ if ours.layer_norm.default not in decomposition.decompositions:
     decomposition.register_decomposition([ours.layer_norm.default])(plain_layer_norm)
     decomposition.fast_random_decomps.cache_clear()  # a copy, where something has been compiled before
 
-# Ops that sum what they write over tokens, where their last argument says so: that result, and its sums.
+# Ops that sum what they write over tokens, where their sixth argument says so: that result, and its sums.
 SUMMING = {ours.short_attention_backward.default: (0, 1), ours.cls_attention_backward.default: (1, 2)}
 ROWS = {ours.take_rows.default: plain_take, ours.spread_rows.default: plain_spread}
 VIEWS = (aten.view.default, aten.reshape.default)
@@ -211,7 +211,7 @@ class JoinResiduals(CustomGraphPass):
         grad = _output(node, result)
         totals = _sums_of(grad) if grad else []
         if totals:
-            _set_args(node, *node.args[:5], True)
+            _set_args(node, *node.args[:5], True, *node.args[6:])
             part = _insert(node, getitem, (node, sums), node.meta["val"][sums])
             for total in totals:
                 self._use(total, _column_sums(part, _value(total).dtype))

@@ -139,10 +139,22 @@ LAUNCH = {
     "short_attention_fwd_256": Launch(block=64, num_warps=4, num_stages=1),
     "short_attention_fwd_256_sm90": Launch(block=64, num_warps=4, num_stages=1, max_registers=168),
     "short_attention_bwd_64": Launch(block=64, num_warps=4, num_stages=1),
+    "short_attention_bwd_64_sm90": Launch(block=64, num_warps=4, num_stages=1, max_registers=128),
     "short_attention_bwd_128": Launch(block=16, num_warps=4, num_stages=1),
     "short_attention_bwd_256": Launch(block=32, num_warps=8, num_stages=4),
     "short_attention_bwd_256_sm100": Launch(block=16, num_warps=8, num_stages=4),  # 32 queries with sums spill
     "short_attention_bwd_256_sm80": Launch(block=16, num_warps=8, num_stages=2),
+    # With queries and keys turned. Predicted, 2026-11-29, 201 and 41 tokens, us for 128 and 512 images of 6 heads on an
+    # H200: forward 47 and 23 (34 and 18 without turning), backward 152 and 59 (112 and 39): 91 us of a block of ViT-S,
+    # where passes over memory of their own, as a compiler makes them, take 160. Tried: halves of the channels as
+    # operands of their own, whose products take no wgmma, 360 bytes of stack; both halves loaded once, split and
+    # joined, 112 bytes; gradients stored by halves 154 and 67; four stages 166; 8 warps, 16 or 32 queries 61 to 207.
+    "short_attention_fwd_turned_64": Launch(block=64, num_warps=4, num_stages=1),
+    "short_attention_fwd_turned_128": Launch(block=64, num_warps=4, num_stages=1),
+    "short_attention_fwd_turned_256": Launch(block=64, num_warps=4, num_stages=1),
+    "short_attention_bwd_turned_64": Launch(block=64, num_warps=4, num_stages=1),
+    "short_attention_bwd_turned_128": Launch(block=16, num_warps=8, num_stages=1),
+    "short_attention_bwd_turned_256": Launch(block=32, num_warps=8, num_stages=1),
     "cls_attention_64": Launch(block=1, num_warps=2),
     "cls_attention_128": Launch(block=1, num_warps=4),
     "cls_attention_256": Launch(block=1, num_warps=8),

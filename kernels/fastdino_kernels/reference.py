@@ -217,21 +217,53 @@ def clip_adamw_ema_(
             teacher_copy.copy_(teacher)
 
 
-def short_attention(qkv: Tensor, groups: Sequence[tuple[int, int]], scale: float) -> Tensor:
-    """softmax(scale * q k^T) v within each image, (M, 3, H, D) -> (M, H, D)."""
-    parts = [promote(qkv[:0, 0])]
-    for part, group in zip(qkv.split([n * size for n, size in groups]), groups):
-        q, k, v = promote(part).unflatten(0, group).permute(2, 0, 3, 1, 4)  # each (n, H, N, D)
+def turned(
+    x: Tensor, rotation: tuple[Tensor, Tensor], groups: Sequence[tuple[int, int]] | None = None, *, n_turned: int
+) -> Tensor:
+    """The first n_turned of (M, parts, H, D), or without groups of (n, N, parts, H, D), each token turned by its place.
+
+    rotation: sines and cosines (S, D / 2) of the tokens of one image of each group; computed in their dtype. Channel i
+    turns with channel i + D / 2: x1 cos - x2 sin, x2 cos + x1 sin. RoFormer (arXiv:2104.09864), equation 34.
+    """
+    images = [x] if groups is None else [part.unflatten(0, group) for part, group in zip(_split(x, groups), groups)]
+    done = []
+    for image, sin, cos in zip(images, *(table.split([part.shape[1] for part in images]) for table in rotation)):
+        sin, cos = sin[:, None, None], cos[:, None, None]  # the same for all parts and heads
+        first, second = image[:, :, :n_turned].to(sin.dtype).chunk(2, dim=-1)
+        halves = first * cos - second * sin, second * cos + first * sin
+        turned = torch.cat((torch.cat(halves, dim=-1).to(x.dtype), image[:, :, n_turned:]), dim=2)
+        done.append(turned if groups is None else turned.flatten(0, 1))
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def _split(x: Tensor, groups: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """(M, ...) by groups of (images, tokens of each)."""
+    return x.split([n * size for n, size in groups])
+
+
+def short_attention(
+    qkv: Tensor,
+    groups: Sequence[tuple[int, int]],
+    scale: float,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v within each image, (M, 3, H, D) -> (M, H, D); q and k `turned` before."""
+    dtype, qkv = qkv.dtype, promote(qkv)
+    if rotation is not None:
+        qkv = turned(qkv, rotation, groups, n_turned=2)
+    parts = [qkv[:0, 0]]
+    for part, group in zip(_split(qkv, groups), groups):
+        q, k, v = part.unflatten(0, group).permute(2, 0, 3, 1, 4)  # each (n, H, N, D)
         out = (scale * q @ k.transpose(-2, -1)).softmax(-1) @ v
         parts.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts).to(qkv.dtype)
+    return torch.cat(parts).to(dtype)
 
 
 def cls_attention(q: Tensor, kv: Tensor, groups: Sequence[tuple[int, int]], scale: float) -> Tensor:
     """`short_attention` of one query per image, (n, H, D), over keys and values (M, 2, H, D) -> (n, H, D)."""
     parts = [promote(q[:0])]
     queries = promote(q).split([n for n, _ in groups])
-    for of_group, part, group in zip(queries, kv.split([n * size for n, size in groups]), groups):
+    for of_group, part, group in zip(queries, _split(kv, groups), groups):
         k, v = promote(part).unflatten(0, group).permute(2, 0, 3, 1, 4)  # each (n, H, N, D)
         parts.append(((scale * of_group[:, :, None] @ k.transpose(-2, -1)).softmax(-1) @ v)[:, :, 0])
     return torch.cat(parts).to(q.dtype)

@@ -101,6 +101,49 @@ def test_attention_of_cls_and_gradients_match_fp64(groups, dtype, device):
     check(cls_attention, plain_cls, reference.cls_attention, (q, kv), groups)
 
 
+def tables(groups: list[tuple[int, int]], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sines and cosines of many turns, for the tokens of an image of each group."""
+    angles = 20 * random(sum(size for _, size in groups), head_dim // 2, dtype=fp32, device=device, seed=2)
+    return angles.sin(), angles.cos()
+
+
+def check_turned(groups: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, *heads: int) -> None:
+    qkv = packed(groups, 3, dtype, device, *heads)
+    rotation = tables(groups, qkv.shape[-1], device)
+    exact = rotation[0].double(), rotation[1].double()
+    check(
+        lambda qkv, *args: short_attention(qkv, *args, rotation=rotation),
+        lambda qkv, *args: plain(reference.turned(qkv, rotation, groups, n_turned=2), *args),
+        lambda qkv, *args: reference.short_attention(qkv, *args, exact),
+        (qkv,),
+        groups,
+        qkv.shape[-1] ** -0.5,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [case(groups) for groups in GROUPS])
+def test_turned_queries_and_keys_match_fp64(groups, dtype, device):
+    check_turned(groups, dtype, device)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_other_turned_heads_match_fp64(head_dim, device):
+    check_turned([(1, 70), (2, 9)], EXACT, device, 5, head_dim)
+
+
+def test_what_is_turned_is_what_rope_says():
+    """Angles of all channels, the original's rotate_half: q cos + (-q2, q1) sin."""
+    x, groups = torch.randn(9, 3, 2, 8, dtype=torch.float64), [(2, 3), (1, 3)]
+    angles = torch.randn(6, 4, dtype=torch.float64)
+    turned = reference.turned(x, (angles.sin(), angles.cos()), groups, n_turned=2)
+    place = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 5])
+    whole = angles.tile(2)[place][:, None, None]
+    rotated_half = torch.cat((-x[..., 4:], x[..., :4]), dim=-1)
+    torch.testing.assert_close(turned[:, :2], (x * whole.cos() + rotated_half * whole.sin())[:, :2])
+    assert torch.equal(turned[:, 2], x[:, 2])
+
+
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_other_heads_match_fp64(head_dim, device):
     groups = [(1, 70), (2, 9)]
@@ -162,13 +205,20 @@ def test_sums_over_tokens_are_those_of_the_gradient_before_it_is_rounded(groups,
     """Of each tile: the gradient itself does not change, and the sums of all tiles are its sum to fp32."""
     flat = [x for group in groups for x in group]
     qkv = packed(groups, 3, fp32 if INTERPRETED else fp16, device)
+    rotation = tables(groups, 32, device)
+    out, lse = _short_attention(qkv, flat, SCALE, *rotation)
+    grad, none = _short_attention_backward(out, qkv, lse, flat, SCALE, False, *rotation)
+    same, turned = _short_attention_backward(out, qkv, lse, flat, SCALE, True, *rotation)
+    assert torch.equal(same, grad)
+    assert len(none) == 0
+    of_turned = grad
     out, lse = _short_attention(qkv, flat, SCALE)
     grad, none = _short_attention_backward(out, qkv, lse, flat, SCALE)
     same, part = _short_attention_backward(out, qkv, lse, flat, SCALE, True)
     assert torch.equal(same, grad)
     assert len(none) == 0
     q, kv = qkv[: sum(n for n, _ in groups), 0].contiguous(), qkv[:, 1:].contiguous()
-    grads, sums = [grad], [part]
+    grads, sums = [grad, of_turned], [part, turned]
     for with_sums in (False, True):
         _, of_kv, part = _cls_attention_backward(q, q, kv, flat, SCALE, with_sums)
         grads, sums = (grads, [*sums, part]) if with_sums else ([*grads, of_kv], sums)
@@ -192,6 +242,9 @@ def test_opcheck(device):
     torch.library.opcheck(_short_attention, (qkv, flat, SCALE))
     torch.library.opcheck(_short_attention_backward, (out, qkv.detach(), lse, flat, SCALE))
     torch.library.opcheck(_short_attention_backward, (out, qkv.detach(), lse, flat, SCALE, True))
+    rotation = tables(groups, 32, device)
+    torch.library.opcheck(_short_attention, (qkv, flat, SCALE, *rotation))
+    torch.library.opcheck(_short_attention_backward, (out, qkv.detach(), lse, flat, SCALE, True, *rotation))
     q, kv = out[:3].clone().requires_grad_(), packed(groups, 2, fp32, device).requires_grad_()
     torch.library.opcheck(_cls_attention, (q, kv, flat, SCALE))
     torch.library.opcheck(_cls_attention_backward, (out[:3], q.detach(), kv.detach(), flat, SCALE))
@@ -202,8 +255,11 @@ def test_compiled_fullgraph_equals_eager(device):
     groups = [(2, 19), (1, 5)]
     qkv = packed(groups, 3, EXACT, device)
 
+    rotation = tables(groups, 32, device)
+
     def both(qkv: Tensor) -> Tensor:
-        return short_attention(qkv, groups).sum(0) + cls_attention(qkv[:3, 0], qkv[:, 1:], groups).sum(0)
+        of_all = short_attention(qkv, groups) + short_attention(qkv, groups, rotation=rotation)
+        return of_all.sum(0) + cls_attention(qkv[:3, 0], qkv[:, 1:], groups).sum(0)
 
     upstream = torch.ones_like(qkv[0, 0])
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
@@ -215,14 +271,17 @@ def test_neither_ops_nor_launchers_synchronise(fakegpu):
     groups, flat = [(2, 197), (3, 37)], [2, 197, 3, 37]
     qkv = torch.randn(505, 3, 6, 64, device=fakegpu, dtype=bf16, requires_grad=True)
     q, kv = torch.randn(5, 6, 64, device=fakegpu, dtype=bf16), qkv[:, 1:]
+    rotation = torch.randn(234, 32, device=fakegpu), torch.randn(234, 32, device=fakegpu)
+    short_attention(qkv, groups, rotation=rotation).sum().backward()
     (short_attention(qkv, groups).sum() + cls_attention(q, kv, groups).sum()).backward()
     assert qkv.grad.shape == qkv.shape
     qkv, kv = qkv.detach(), kv.detach()
     out, lse = run_launcher(_short_attention, qkv, flat, 0.125)
     assert run_launcher(_cls_attention, q, kv, flat, 0.125).shape == q.shape
     for with_sums in (False, True):
-        grads = run_launcher(_short_attention_backward, out, qkv, lse, flat, 0.125, with_sums)
-        assert [len(x) for x in grads] == [505, 5 * with_sums]  # an image is a tile
+        for turning in ((), rotation):
+            grads = run_launcher(_short_attention_backward, out, qkv, lse, flat, 0.125, with_sums, *turning)
+            assert [len(x) for x in grads] == [505, 5 * with_sums]  # an image is a tile
         grads = run_launcher(_cls_attention_backward, q, q, kv, flat, 0.125, with_sums)
         assert [len(x) for x in grads] == [5, 505, 5 * with_sums]
 
@@ -243,6 +302,14 @@ def test_what_does_not_fit_is_refused(shape, groups, message, device):
         short_attention(torch.zeros(shape, device=device), groups)
 
 
+def test_tables_that_do_not_fit_are_refused(device):
+    qkv, (sin, cos) = torch.zeros(6, 3, 2, 32, device=device), tables([(1, 3)], 32, device)
+    with pytest.raises(ValueError, match=r"cos: expected shape \(3, 16\), got \(2, 16\)"):
+        short_attention(qkv, [(2, 3)], rotation=(sin, cos[:2]))
+    with pytest.raises(ValueError, match=r"sin: expected shape \(4, 16\), got \(3, 16\)"):
+        short_attention(qkv, [(1, 2), (2, 2)], rotation=(sin, cos))
+
+
 def test_what_does_not_fit_is_refused_of_cls(device):
     q, kv = torch.zeros(2, 2, 32, device=device), torch.zeros(6, 2, 2, 32, device=device)
     with pytest.raises(ValueError, match=r"q: expected shape \(2, 2, 32\), got \(1, 2, 32\)"):
@@ -260,6 +327,7 @@ STEP = [(16, 197), (64, 37)]  # of 8 images: 2 crops of 224 pixels and 8 of 96, 
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=["bf16", "fp16"])
 def test_a_steps_shapes_match_fp64(dtype, device):
     check(short_attention, plain, reference.short_attention, (packed(STEP, 3, dtype, device, 6, 64),), STEP, 0.125)
+    check_turned(STEP, dtype, device, 6, 64)
     kv = packed(STEP, 2, dtype, device, 6, 64)
     q = random(80, 6, 64, dtype=dtype, device=device)
     check(cls_attention, plain_cls, reference.cls_attention, (q, kv), STEP, 0.125)

@@ -7,7 +7,7 @@ import torch
 from budget import assert_error_at_most, assert_within_budget, loss_budgets
 from card_math import card_math
 from test_attention import check as check_attention
-from test_attention import packed, plain, plain_cls
+from test_attention import check_turned, packed, plain, plain_cls
 from test_center import rows, updated
 from test_dino_loss import STUDENT_TEMP, TEACHER_TEMP, check_against_fp64, logits
 from test_mlp import check_against_fp64 as check_mlp
@@ -101,6 +101,7 @@ def test_center_matches_fp64(device):
 def test_attention_and_its_gradients_match_fp64(dtype, device):
     groups = [(1, 197), (4, 37)]
     check_attention(short_attention, plain, reference.short_attention, (packed(groups, 3, dtype, device),), groups)
+    check_turned(groups, dtype, device)
     kv = packed(groups, 2, dtype, device)
     check_attention(cls_attention, plain_cls, reference.cls_attention, (kv[:5, 0] / 2, kv), groups)
 

@@ -73,7 +73,8 @@ CATCH = """
 
     def attention(n, size, heads, dim, dtype):
         qkv = torch.zeros(n * size, 3, heads, dim, dtype=dtype, requires_grad=True)
-        fk.short_attention(qkv, [(n, size)]).backward(torch.zeros(n * size, heads, dim, dtype=dtype))
+        for rotation in (None, (torch.zeros(size, dim // 2),) * 2):
+            fk.short_attention(qkv, [(n, size)], rotation=rotation).backward(torch.zeros_like(qkv[:, 0]))
         q, kv = qkv.detach()[:n, 0].requires_grad_(), qkv.detach()[:, 1:].requires_grad_()
         fk.cls_attention(q, kv, [(n, size)]).backward(torch.zeros_like(q))
 
@@ -103,7 +104,7 @@ LOSS = ("_dino_loss_fwd_kernel", "_dino_loss_join_kernel", "_dino_loss_mean_kern
 PATCH_LOSS = tuple(f"_patch_loss_{part}_kernel" for part in ("fwd", "sum", "bwd", "fwd"))
 SINKHORN = ("_column_exps_kernel", "_row_norm_kernel", "_column_probs_kernel")
 CENTER = ("_batch_center_kernel", "_center_update_kernel", "_center_ema_kernel")
-ATTENTION = tuple(f"_{op}_attention_{way}_kernel" for op in ("short", "cls") for way in ("fwd", "bwd"))
+ATTENTION = tuple(f"_{op}_attention_{way}_kernel" for op in ("short", "short", "cls") for way in ("fwd", "bwd"))
 MLP = ("_linear_gelu_kernel", "_linear_gelu_kernel", "_linear_gelu_bwd_kernel", "_column_sums_kernel")
 NORM = ("_layer_norm_bwd_kernel", "_column_sums_kernel", "_layer_norm_bwd_kernel")
 CALLS = {

@@ -2,7 +2,8 @@
 
 cd tests && python -m trials.weights [--seeds 3 4 5]
 
-Half of the images of 5 to 9 are held out, the same for all. Naively: the flags of a run from scratch, --init apart.
+Half of the images of 5 to 9 are held out, the same for all. Each seed starts from weights of its own. Naively: the
+flags of a run from scratch, --init apart.
 """
 
 import sys
@@ -80,9 +81,9 @@ def main() -> int:
     seeds, epochs = (args.seeds[:1], 2) if args.quick else (args.seeds, 18)
     table, won = Table(), list[float]()
     with tempfile.TemporaryDirectory() as name:
-        train(Path(name, "first"), **first(), seed=seeds[0], epochs=2 if args.quick else 48)
-        init = str(Path(name, "first", "checkpoint.pth"))
         for seed in seeds:
+            train(Path(name, f"first{seed}"), **first(), seed=seed, epochs=2 if args.quick else 48)
+            init = str(Path(name, f"first{seed}", "checkpoint.pth"))
             asked = {"init": init, "epochs": epochs, "knn_freq": 2, "seed": seed, **second()}
             ours, naive = (
                 train(Path(name, f"ours{seed}"), **asked),
