@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastdino.model.constant import constant
 from fastdino.model.recompute import recomputed
 from fastdino.model.rope import Rotation
 from fastdino_kernels import cls_attention, short_attention
@@ -135,7 +136,7 @@ def ours_of_cls(q: Tensor, kv: Tensor, scale: float, packing: Packing) -> list[T
 _LAYOUTS: dict[tuple[Callable[..., Any], tuple[tuple[int, int], ...], torch.device], Any] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _layout(
     make: Callable[[list[int], torch.device], Any], groups: tuple[tuple[int, int], ...], device: torch.device
 ) -> Any:

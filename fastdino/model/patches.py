@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdino.model.constant import constant
+
 
 class PatchEmbed(nn.Module):
     """(B, 3, H, W) -> (B, H//p * W//p, D): one linear map per p x p patch; what is left of the sides is not read."""
@@ -78,7 +80,7 @@ class _Matrix:
     values: Tensor
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _matrix(side: int, rows: int, cols: int, how: Interpolation, dtype: torch.dtype, device: torch.device) -> _Matrix:
     """`_interpolate` is linear: its matrix, (rows * cols, side * side), is what it makes of the identity.
 

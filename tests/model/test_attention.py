@@ -12,6 +12,7 @@ from fastdino import VisionTransformer, capture
 from fastdino.model import attention, attention_choice, timing
 from fastdino.model.attention import BACKENDS, Backend, Packing
 from fastdino.model.attention_choice import choose
+from fastdino.model.constant import constant
 from fastdino.model.timing import Choice
 
 STUDENT, TEACHER = Packing(((4, 17), (6, 5))), Packing(((4, 17),))
@@ -104,6 +105,11 @@ def test_what_a_backend_has_no_kernel_for_goes_to_sdpa(monkeypatch):
         joined = torch.cat(attention.sdpa(qkv, 0.5, STUDENT)).flatten(1)
         assert torch.equal(attention.attention(qkv, 0.5, STUDENT), joined)
     assert seen == [torch.bfloat16]
+
+
+def test_a_constant_is_marked_as_pytorch_marks_it():
+    ours, theirs = constant(lambda: 0), torch.compiler.assume_constant_result(lambda: 0)
+    assert ours.__dict__ == theirs.__dict__ != {}
 
 
 def outcomes(monkeypatch, **of_backend):
