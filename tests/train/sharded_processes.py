@@ -12,7 +12,7 @@ import torch
 from fastdino.train import distributed
 from fastdino.train.sharding import gather_into, local, shard
 
-N_STEPS = 6
+N_STEPS = {2: 6, 4: 3}  # by processes, which share two cores
 SCENARIOS = {
     "center": {"centering": "center"},
     "sinkhorn": {"centering": "sinkhorn"},
@@ -23,7 +23,7 @@ SCENARIOS = {
 
 
 def steps(options, processes, process=None):
-    """A step after six iterations: in parts on a process, or in one piece that sees the parts of all, one by one."""
+    """A step after some iterations: in parts on a process, or in one piece that sees the parts of all, one by one."""
     options = {"dtype": torch.float64, "koleo": 0.0, **options}  # KoLeo is each process's own
     networks = masked_steps.make_networks(**options)
     networks[1].requires_grad_(False)
@@ -34,7 +34,7 @@ def steps(options, processes, process=None):
     step = masked_steps.make_step(**options, networks=networks, **({} if process else {"accumulate": processes}))
     if gram_teacher := step.loss.gram_teacher:
         gram_teacher.first_update, gram_teacher.update_every, gram_teacher.max_updates = 2, 2, 2
-    for i in range(N_STEPS):
+    for i in range(N_STEPS[processes]):
         views = masked_steps.make_views(i, n_parts=processes, dtype=torch.float64)
         metrics = step([view.chunk(processes)[process.rank] for view in views] if process else views, i)
     return step, metrics

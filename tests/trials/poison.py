@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trials.runs import Table, last_line, run, start, trial_parser, wait
+from trials.runs import NITER, Table, last_line, run, start, trial_parser, wait
 
 from fastdino.objectives import DINOLoss
 from fastdino.train import build
@@ -23,8 +23,8 @@ from fastdino.train.checkpoint import load_checkpoint
 from fastdino.train.finite import first_nonfinite
 from fastdino.train.step import TrainStep
 
-NITER = 5  # steps of an epoch
-PLACES = {"first step": 0, "middle of an epoch": 7, "last step of an epoch": 9, "last step of the run": 14}
+PLACES = {"first step": 0, "middle of an epoch": NITER + 1}
+PLACES |= {"last step of an epoch": 2 * NITER - 1, "last step of the run": 3 * NITER - 1}
 PAIR = ["--arch", "vit_nano", "--batch_size_per_gpu", "24", "--use_bn_in_head", "false"]
 Sabotage = Callable[[], None]
 

@@ -1,6 +1,6 @@
 """Runs of the trainer in forked processes, to be killed and sabotaged, and what they leave, compared.
 
-A fork has everything imported, and a fifth of the digits in memory: a run of three epochs takes a second.
+A fork has everything imported, and a tenth of the digits in memory: a run of three epochs takes a second.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo  # which optimizers import; before the forks
 from matplotlib.figure import Figure  # imported before the forks
 from PIL import Image
 
@@ -40,7 +41,8 @@ def _some(source: ImageSource, n: int) -> SequenceSource:
     return SequenceSource([source[i] for i in range(n)], source.labels[:n].tolist())
 
 
-DIGITS = tuple(_some(source, n) for source, n in zip(load_digits(), (256, 64)))
+NITER = 3  # steps of an epoch: of 160 images in batches of 48
+DIGITS = tuple(_some(source, n) for source, n in zip(load_digits(), (160, 48)))
 
 
 def _undrawn(self: Figure, file: Any, *, format: str) -> None:
