@@ -233,7 +233,7 @@ def turned(
         halves = first * cos - second * sin, second * cos + first * sin
         turned = torch.cat((torch.cat(halves, dim=-1).to(x.dtype), image[:, :, n_turned:]), dim=2)
         done.append(turned if groups is None else turned.flatten(0, 1))
-    return done[0] if len(done) == 1 else torch.cat(done)
+    return torch.cat(done) if len(done) > 1 else (done or [x])[0]
 
 
 def _split(x: Tensor, groups: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:

@@ -182,9 +182,11 @@ def test_an_image_sees_no_other(device):
 def test_nothing_in_gives_nothing_out(device):
     for groups in ([], [(0, 37)]):
         qkv = torch.zeros(0, 3, 2, 32, device=device, dtype=fp16, requires_grad=True)
-        out = short_attention(qkv, groups)
-        assert out.shape == (0, 2, 32)
-        out.sum().backward()
+        for rotation in (None, tables(groups, 32, device)):
+            out = short_attention(qkv, groups, rotation=rotation)
+            assert out.shape == (0, 2, 32)
+            assert reference.short_attention(qkv, groups, 1.0, rotation).shape == (0, 2, 32)
+            out.sum().backward()
         assert qkv.grad.shape == qkv.shape
 
 
