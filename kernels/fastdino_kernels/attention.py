@@ -348,9 +348,7 @@ def _short_attention(
 
 
 @_short_attention.register_fake
-def _(
-    qkv: Tensor, groups: Sequence[int], scale: float, sin: Tensor | None = None, cos: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     n_tokens, _, n_heads, head_dim = qkv.shape
     return qkv.new_empty(n_tokens, n_heads, head_dim), qkv.new_empty(n_heads, n_tokens, dtype=torch.float32)
 
@@ -387,14 +385,7 @@ def _short_attention_backward(
 
 @_short_attention_backward.register_fake
 def _(
-    grad: Tensor,
-    qkv: Tensor,
-    lse: Tensor,
-    groups: Sequence[int],
-    scale: float,
-    with_sums: bool = False,
-    sin: Tensor | None = None,
-    cos: Tensor | None = None,
+    grad: Tensor, qkv: Tensor, lse: Tensor, groups: Sequence[int], scale: float, with_sums: bool = False, *tables: Any
 ) -> tuple[Tensor, Tensor]:
     part = qkv.new_empty(_n_tiles(groups) if with_sums else 0, *qkv.shape[1:], dtype=torch.float32)
     return qkv.new_empty(qkv.shape), part
@@ -521,14 +512,16 @@ def short_attention(
     _check("qkv", qkv, 3, groups)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if rotation is not None:
+        rotation = rotation[0].detach(), rotation[1].detach()
         for name, table in zip(("sin", "cos"), rotation):
+            check_floating(name, table)
             check_shape(name, table, (sum(n_tokens for _, n_tokens in groups), qkv.shape[-1] // 2))
             check_same_device(qkv=qkv, **{name: table})
     if not _takes(qkv):
         return reference.short_attention(qkv, groups, scale, rotation)
     if rotation is not None and not all(_can_turn(n_tokens, _arch(qkv.device)) for _, n_tokens in groups):
         qkv, rotation = reference.turned(qkv, rotation, groups, n_turned=2), None
-    sin, cos = (x.detach().float().contiguous() for x in rotation) if rotation else (None, None)
+    sin, cos = (x.float().contiguous() for x in rotation) if rotation else (None, None)
     return _short_attention(qkv, [x for group in groups for x in group], scale, sin, cos)[0]
 
 

@@ -231,8 +231,8 @@ def turned(
         sin, cos = sin[:, None, None], cos[:, None, None]  # the same for all parts and heads
         first, second = image[:, :, :n_turned].to(sin.dtype).chunk(2, dim=-1)
         halves = first * cos - second * sin, second * cos + first * sin
-        turned = torch.cat((torch.cat(halves, dim=-1).to(x.dtype), image[:, :, n_turned:]), dim=2)
-        done.append(turned if groups is None else turned.flatten(0, 1))
+        whole = torch.cat((torch.cat(halves, dim=-1).to(x.dtype), image[:, :, n_turned:]), dim=2)
+        done.append(whole if groups is None else whole.flatten(0, 1))
     return torch.cat(done) if len(done) > 1 else (done or [x])[0]
 
 

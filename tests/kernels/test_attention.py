@@ -310,6 +310,8 @@ def test_tables_that_do_not_fit_are_refused(device):
         short_attention(qkv, [(2, 3)], rotation=(sin, cos[:2]))
     with pytest.raises(ValueError, match=r"sin: expected shape \(4, 16\), got \(3, 16\)"):
         short_attention(qkv, [(1, 2), (2, 2)], rotation=(sin, cos))
+    with pytest.raises(ValueError, match=r"sin: expected floating-point values, got torch.int64"):
+        short_attention(qkv, [(2, 3)], rotation=(sin.long(), cos))
 
 
 def test_what_does_not_fit_is_refused_of_cls(device):

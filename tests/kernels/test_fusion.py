@@ -114,6 +114,11 @@ def test_drop_path_is_found(device):
     assert joined(model(drop_path_rate=0.5).to(device)) == FOUND | {"n_scales": 2 * (DEPTH - 1)}
 
 
+def test_sums_are_found_where_queries_and_keys_turn(device):
+    """But in the last block, whose keys are turned before."""
+    assert joined(model(rope={"base": 100.0}).to(device)) == FOUND | {"n_sums": 3 * DEPTH - 1}
+
+
 def test_layerscale_is_found(device):
     """A scale of each branch, and a sum for each of its gammas."""
     expected = FOUND | {"n_scales": 2 * DEPTH, "n_sums": 5 * DEPTH}

@@ -50,8 +50,8 @@ def fresh():
     choose.cache_clear()
 
 
-def workload(student=STUDENT, teacher=TEACHER, compiled=False):
-    return attention_choice._Workload(student, teacher, 2, 16, torch.float32, compiled, device="cpu")
+def workload(student=STUDENT, teacher=TEACHER, compiled=False, turned=False):
+    return attention_choice._Workload(student, teacher, 2, 16, torch.float32, compiled, turned, device="cpu")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
@@ -256,6 +256,24 @@ def test_what_is_timed_is_what_the_model_does(compiled):
     assert [g.shape for g in gradients] == [(98, 3, 2, 16)]
     if not compiled:
         assert calls == [(True, False, 0.25, TEACHER), (True, True, 0.25, STUDENT)]
+
+
+def test_turning_is_timed_inside_of_a_backend_and_before_others():
+    """The same results; what a backend is given differs."""
+    given = []
+
+    def spy(qkv, scale, packing, rotation=None):
+        given.append((qkv, None if rotation is None else len(rotation.sin)))
+        return attention.sdpa(attention.turned(qkv, rotation, packing), scale, packing)
+
+    for turns in (True, False):
+        workload(turned=True).of(Backend("spy", spy, turns=turns))()
+    before, inside = given[3:], given[:3]  # to see its shape, the teacher's, the student's
+    assert [n for _, n in inside] == [22, 17, 22]  # places: 17 tokens of a global crop, 5 of a local one
+    assert [n for _, n in before] == [None] * 3
+    for (qkv, _), (turned, _), packing in zip(inside, before, (STUDENT, TEACHER, STUDENT)):
+        assert torch.equal(attention.turned(qkv, workload(turned=True).rotation(packing), packing), turned)
+        assert not torch.equal(qkv, turned)
 
 
 def test_tracing_finds_what_a_compiled_step_would_trip_over():
