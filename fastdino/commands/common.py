@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fastdino.data.channels import RGB, ImageFormat, converted, open_images
 from fastdino.data.sources import ImageSource
 from fastdino.data.views import View
 from fastdino.errors import UserError
-from fastdino.eval.linear import hold_out
+from fastdino.eval.linear import Input, hold_out
 from fastdino.files import append
 from fastdino.model import VisionTransformer
 from fastdino.model.archs import ARCHITECTURES, PUBLISHED
@@ -211,6 +212,24 @@ def open_parts(data_path: str | None, wanted: ImageFormat, test_only: bool = Fal
 def some(names: Any) -> str:
     """The first few of many names."""
     return ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])]) or "none"
+
+
+def asked_input(args: argparse.Namespace, backbone: nn.Module, n_layers: int) -> Input:
+    """What a classifier sees, by --n_last_blocks and --avgpool_patchtokens. n_layers: where nobody says how many.
+
+    Raises UserError where the backbone does not give it.
+    """
+    asked = Input(args.n_last_blocks or n_layers, args.avgpool_patchtokens)
+    if not isinstance(backbone, VisionTransformer):
+        if args.avgpool_patchtokens or (args.n_last_blocks or 1) > 1:
+            flag = "avgpool_patchtokens" if args.avgpool_patchtokens else "n_last_blocks"
+            raise UserError(f"--{flag}: {args.pretrained_weights} gives its output alone, leave it out")
+        return Input(1, False)
+    if asked.layers > len(backbone.blocks):
+        raise UserError(
+            f"--n_last_blocks: {args.pretrained_weights} has {len(backbone.blocks)} blocks, got {asked.layers}"
+        )
+    return asked
 
 
 def loading(args: argparse.Namespace) -> dict[str, int]:

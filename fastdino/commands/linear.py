@@ -41,7 +41,12 @@ The same command goes on where it was stopped."""
     add_view_flags(parser)
     parser.add_argument("--data_path", metavar="FOLDER", help="labelled images; without it: scikit-learn's digits")
     group = parser.add_argument_group("Classifier")
-    group.add_argument("--n_last_blocks", type=int, metavar="N", help="blocks whose CLS tokens are joined [4]")
+    group.add_argument(
+        "--n_last_blocks",
+        type=int,
+        metavar="N",
+        help="blocks whose CLS tokens are joined [4; 1 of networks that give nothing else]",
+    )
     group.add_argument(
         "--avgpool_patchtokens", type=boolean, metavar="BOOL", help="and the mean of the last one's patches [off]"
     )
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """The original's lines, and the numbers."""
     started = time.monotonic()
     _check(args)
-    opened = open_backbone(args, any_channels=True)
+    opened = open_backbone(args, of_any_kind=True, any_channels=True)
     part, test_part = open_parts(args.data_path, opened.image_format, test_only=args.evaluate)
     n_classes = len(part.source.classes)
     if args.num_labels not in (None, n_classes):
@@ -108,7 +113,7 @@ def _check(args: argparse.Namespace) -> None:
         for name in ("n_last_blocks", "avgpool_patchtokens", "lr"):
             if getattr(args, name) is not None:
                 raise UserError(f"--{name}: --sweep tries several, leave it out")
-    defaults = {"n_last_blocks": 4, "avgpool_patchtokens": False, "lr": 0.001}
+    defaults = {"avgpool_patchtokens": False, "lr": 0.001}
     defaults["epochs"] = SWEEP_EPOCHS if args.sweep else EPOCHS
     for name, default in defaults.items():
         if getattr(args, name) is None:

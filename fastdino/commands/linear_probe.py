@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastdino.commands.common import Opened, Part, loading, some
+from fastdino.commands.common import Opened, Part, asked_input, loading, some
 from fastdino.data.views import RandomView
 from fastdino.errors import UserError, some_of
 from fastdino.eval.features import fingerprint
 from fastdino.eval.linear import (
     LEARNING_RATES,
     Heads,
-    Input,
     Labelled,
     Scores,
     Tokens,
@@ -50,11 +49,8 @@ class Probe:
 
     def __init__(self, args: argparse.Namespace, opened: Opened, part: Part, test_part: Part) -> None:
         self.args, self.opened, self.part, self.test_part = args, opened, part, test_part
-        depth = len(opened.backbone.blocks)
-        if not args.sweep and args.n_last_blocks > depth:
-            raise UserError(f"--n_last_blocks: {args.pretrained_weights} has {depth} blocks, got {args.n_last_blocks}")
         rates = LEARNING_RATES if args.sweep else (args.lr,)
-        inputs = sweep_inputs(depth) if args.sweep else (Input(args.n_last_blocks, args.avgpool_patchtokens),)
+        inputs = sweep_inputs(opened.backbone) if args.sweep else (asked_input(args, opened.backbone, n_layers=4),)
         self.names = [f"{each}_lr{rate:g}" for each in inputs for rate in rates]
         self.heads = Heads(
             {each: scaled(rates, args.batch_size_per_gpu) for each in inputs},
@@ -104,7 +100,7 @@ class Probe:
         return {
             "pretrained_weights": f"weights with the checksum {fingerprint(self.opened.backbone)}",
             "data_path": f"{len(self.part.indices)} images of the classes {some(self.part.source.classes)}",
-            "n_last_blocks": args.n_last_blocks,
+            "n_last_blocks": max(each.layers for each in self.heads.rates),
             "avgpool_patchtokens": args.avgpool_patchtokens,
             "train_view": args.train_view,
             "size": self.opened.view.size,

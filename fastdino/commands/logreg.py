@@ -9,6 +9,7 @@ from fastdino.commands.common import (
     add_result_flags,
     add_view_flags,
     add_weights_flags,
+    asked_input,
     check_positive,
     loading,
     open_backbone,
@@ -16,7 +17,7 @@ from fastdino.commands.common import (
     tell,
 )
 from fastdino.errors import UserError, some_of
-from fastdino.eval.linear import Input, Labelled, Tokens
+from fastdino.eval.linear import Labelled, Tokens
 from fastdino.eval.logreg import C_VALUES, MAX_ITERATIONS, log_regression
 from fastdino.train.command_line import boolean
 
@@ -31,9 +32,7 @@ held out; or is left out, for the digits."""
     add_weights_flags(parser)
     add_view_flags(parser)
     parser.add_argument("--data_path", metavar="FOLDER", help="labelled images; without it: scikit-learn's digits")
-    parser.add_argument(
-        "--n_last_blocks", type=int, default=1, metavar="N", help="blocks whose CLS tokens are joined [1]"
-    )
+    parser.add_argument("--n_last_blocks", type=int, metavar="N", help="blocks whose CLS tokens are joined [1]")
     parser.add_argument(
         "--avgpool_patchtokens",
         type=boolean,
@@ -53,12 +52,9 @@ def run(args: argparse.Namespace) -> int:
     check_positive(args, "n_last_blocks")
     if args.C and min(args.C) <= 0:
         raise UserError(f"--C: expected values above 0, got {min(args.C):g}")
-    opened = open_backbone(args, any_channels=True)
+    opened = open_backbone(args, of_any_kind=True, any_channels=True)
     part, test_part = open_parts(args.data_path, opened.image_format)
-    depth = len(opened.backbone.blocks)
-    if args.n_last_blocks > depth:
-        raise UserError(f"--n_last_blocks: {args.pretrained_weights} has {depth} blocks, got {args.n_last_blocks}")
-    seen = Input(args.n_last_blocks, args.avgpool_patchtokens)
+    seen = asked_input(args, opened.backbone, n_layers=1)
 
     def extracted(part: Part, what: str) -> Labelled:
         print(f"{what:8}{part.describe()}", flush=True)

@@ -17,6 +17,7 @@ from fastdino.data.augment import normalize
 from fastdino.data.sources import ImageSource
 from fastdino.data.views import Show, views
 from fastdino.errors import UserError
+from fastdino.model import VisionTransformer
 
 TOKENS = ("cls", "avg", "patch")
 BATCH = 128  # images at once, as in the original's evaluations
@@ -46,24 +47,24 @@ def backbone_features(
 
     cls (B, L * D): the CLS tokens, those of the last block at the end, as the original's linear evaluation joins them.
     avg (B, L * D): means of the patches, in the same order. patch (B, rows, columns, L * D).
-    Any backbone gives cls of one layer, which is what it returns; the rest takes `get_intermediate_layers`.
-    Raises UserError where the backbone has none, or fewer layers; ValueError for other names of tokens.
+    Any backbone gives cls of one layer, which is what it returns; the rest takes a VisionTransformer of ours.
+    Raises UserError where it is none, or has fewer layers; ValueError for other names of tokens.
     """
     if unknown := set(tokens) - set(TOKENS):
         raise ValueError(f"tokens: expected some of {', '.join(TOKENS)}, got {', '.join(sorted(unknown))}")
     if layers == 1 and list(tokens) == ["cls"]:
         return {"cls": backbone(images).float()}
-    vit: Any = backbone
-    if not hasattr(backbone, "get_intermediate_layers"):
+    # Networks of timm's have a get_intermediate_layers, too, but what it returns is not normalised and has no CLS.
+    if not isinstance(backbone, VisionTransformer):
         raise UserError(f"{type(backbone).__name__} gives its output alone: one layer, tokens cls")
-    if not 1 <= layers <= len(vit.blocks):
-        raise UserError(f"layers: expected 1 to {len(vit.blocks)}, as many as there are blocks, got {layers}")
-    joined = torch.cat(vit.get_intermediate_layers(images, layers), dim=-1).float()
+    if not 1 <= layers <= len(backbone.blocks):
+        raise UserError(f"layers: expected 1 to {len(backbone.blocks)}, as many as there are blocks, got {layers}")
+    joined = torch.cat(backbone.get_intermediate_layers(images, layers), dim=-1).float()
     patches = joined[:, prefix_tokens(backbone) :]
     made = {
         "cls": lambda: joined[:, 0],
         "avg": lambda: patches.mean(1),
-        "patch": lambda: patches.unflatten(1, vit.patch_embed.grid(*images.shape[2:])),
+        "patch": lambda: patches.unflatten(1, backbone.patch_embed.grid(*images.shape[2:])),
     }
     return {name: made[name]() for name in tokens}
 

@@ -28,6 +28,7 @@ from fastdino.data.sources import ImageSource
 from fastdino.data.views import RandomView, View
 from fastdino.errors import UserError
 from fastdino.eval.features import BATCH, stream
+from fastdino.model import VisionTransformer
 
 # Of DINOv2 (arXiv:2304.07193), for a batch of 256.
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -57,9 +58,15 @@ class Input(NamedTuple):
         return seen
 
 
-def sweep_inputs(depth: int) -> tuple[Input, ...]:
-    """The four of DINOv2: one block and four (or all that there are), without and with the mean."""
-    return tuple(dict.fromkeys(Input(n, avgpool) for n in (1, min(4, depth)) for avgpool in (False, True)))
+def sweep_inputs(backbone: nn.Module) -> tuple[Input, ...]:
+    """The four of DINOv2: one block and four (or all that there are), without and with the mean.
+
+    The one of a backbone that gives its output alone.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        return (Input(1, False),)
+    n_layers = 1, min(4, len(backbone.blocks))
+    return tuple(dict.fromkeys(Input(n, avgpool) for n in n_layers for avgpool in (False, True)))
 
 
 @dataclass(frozen=True)

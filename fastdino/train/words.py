@@ -133,7 +133,7 @@ def conclude(parts: Parts, result: TrainResult, steps: int, say: Say) -> None:
     if parts.is_built_in and config.arch.startswith(TIMM):
         say(f'use it  network = timm.create_model("{config.arch.removeprefix(TIMM)}", num_classes=0)')
         say(f'        network.load_state_dict(torch.load("{folder.path / BACKBONE}")), or')
-        say(f"        fastdino features | knn --pretrained_weights {checkpoint}")
+        say(f"        fastdino features | knn | linear | logreg --pretrained_weights {checkpoint}")
     elif parts.is_built_in:
         say(f'use it  fastdino.load_backbone("{folder.path / BACKBONE}"), or')
         say(f"        fastdino features | knn | attention | export --pretrained_weights {checkpoint}")

@@ -54,7 +54,7 @@ def originals_input(layers, n, avgpool):
 @pytest.mark.parametrize("depth", [2, 4, 12])
 def test_heads_train_as_classifiers_of_their_own_in_fp64(depth):
     torch.manual_seed(0)
-    inputs, rates = sweep_inputs(depth), (0.001, 0.05, 0.7)
+    inputs, rates = sweep_inputs(vit_nano(depth=depth)), (0.001, 0.05, 0.7)
     n_layers = min(4, depth)
     heads = Heads(dict.fromkeys(inputs, rates), width=WIDTH, layers=n_layers, n_classes=N_CLASSES).double()
     optimizer = heads.optimizer()
@@ -344,7 +344,7 @@ def test_a_view_of_random_parts_gives_rows_in_the_order_asked_for(weights, photo
     source = FolderSource(photo_folder)
     backbone = vit_nano(patch_size=8, img_size=[16])
     backbone.load_state_dict(torch.load(weights))
-    tokens = Tokens(backbone=backbone, source=source, labels=source.labels, inputs=sweep_inputs(4), batch_size=4)
+    tokens = Tokens(backbone=backbone, source=source, labels=source.labels, inputs=sweep_inputs(backbone), batch_size=4)
     indices = np.array([9, 3, 30, 14, 0])
     together = list(tokens.rows(indices, RandomView(16, 0, 7), []))
     assert torch.equal(torch.cat([labels for _, labels in together]), torch.from_numpy(source.labels[indices]))
