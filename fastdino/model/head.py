@@ -4,6 +4,7 @@ DINO (arXiv:2104.14294), section 3.1 and appendix C. Axes: B rows, K prototypes.
 """
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -12,11 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.model.layers import init_linear
+from fastdino_kernels import LinearLogits
 
 
 def promote(x: Tensor) -> Tensor:
     """bf16 and fp16 become fp32; fp32 and fp64 stay."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    """Autocast's, where it is on, or x's."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 def _lengths(v: Tensor) -> Tensor:
@@ -65,23 +73,33 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
-    def _linear(self, x: Tensor, v: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            # It fuses these operators itself, and finds them in its cache, as it would not an autograd.Function. Here
-            # v is scaled, in the pass that measures its rows: 0.24 GB a step of 64 images and 65536 prototypes. Scaled
-            # logits, which have more rows than v has columns, would take 0.59 GB.
-            return F.linear(x, (v * (self.weight_g / _lengths(v)[:, None])).to(v.dtype))
-        y: Tensor = _LinearOfDirections.apply(x, self.weight_g, v)
-        return y
+    def prototypes(self, dtype: torch.dtype) -> Tensor:
+        """(K, in_features), in a dtype; their lengths in full precision."""
+        v = self.weight_v.to(dtype)
+        return (v * (self.weight_g / _lengths(v)[:, None])).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features); under autocast in its dtype, with lengths in full precision."""
-        device_type = x.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return self._linear(x, self.weight_v)
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            return self._linear(x.to(dtype), self.weight_v.to(dtype))
+        device_type, dtype = x.device.type, _dtype_of_products(x)
+        with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
+            if torch.compiler.is_compiling():
+                # It fuses these operators itself, and finds them in its cache, as it would not an autograd.Function.
+                # Here v is scaled, in the pass that measures its rows: 0.24 GB a step of 64 images and 65536
+                # prototypes. Scaled logits, which have more rows than v has columns, would take 0.59 GB.
+                return F.linear(x.to(dtype), self.prototypes(dtype))
+            y: Tensor = _LinearOfDirections.apply(x.to(dtype), self.weight_g, self.weight_v.to(dtype))
+            return y
+
+
+class PlainPrototypes(nn.Linear):
+    """A linear map without bias, as DINOv3 ends its heads."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def prototypes(self, dtype: torch.dtype) -> Tensor:
+        """(K, in_features), in a dtype."""
+        return self.weight.to(dtype)
 
 
 class DINOHead(nn.Module):
@@ -115,15 +133,26 @@ class DINOHead(nn.Module):
         # The original has a bare linear, and so other names, where there is one layer.
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
         self.mlp.apply(init_linear)
-        self.last_layer: nn.Module
+        self.last_layer: WeightNormLinear | PlainPrototypes
         if weight_norm:
             self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
             self.last_layer.weight_g.requires_grad = not norm_last_layer
         else:
-            self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+            self.last_layer = PlainPrototypes(bottleneck_dim, out_dim)
             init_linear(self.last_layer)
+
+    def _bottleneck(self, x: Tensor) -> Tensor:
+        z = self.mlp(x)
+        return F.normalize(promote(z), dim=-1).to(z.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim) -> (B, out_dim)."""
-        z = self.mlp(x)
-        return self.last_layer(F.normalize(promote(z), dim=-1).to(z.dtype))
+        logits: Tensor = self.last_layer(self._bottleneck(x))
+        return logits
+
+    def linear_logits(self, x: Tensor) -> LinearLogits:
+        """(M, in_dim) -> what `forward` multiplies at its end."""
+        z, layer = self._bottleneck(x), self.last_layer
+        dtype = _dtype_of_products(z)
+        with torch.autocast(z.device.type, enabled=False):
+            return LinearLogits(z.to(dtype), layer.prototypes(dtype))

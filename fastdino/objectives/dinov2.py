@@ -21,6 +21,7 @@ from fastdino.objectives.base import Evaluated, Objective
 from fastdino.objectives.gram import GramTeacher, gram
 from fastdino.objectives.koleo import koleo
 from fastdino_kernels import (
+    LinearLogits,
     batch_center,
     center_ema_,
     dino_loss,
@@ -52,7 +53,7 @@ class Learned(NamedTuple):
 
     cls: Tensor
     logits: Tensor
-    patch_logits: Tensor
+    patch_logits: Tensor | LinearLogits
     patches: Tensor | None
 
 

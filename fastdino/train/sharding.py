@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdino.model import MultiCrop
+from fastdino.model.masked import MaskedMultiCrop
 from fastdino.train.distributed import Process
 
 
@@ -31,6 +32,8 @@ def shard(network: MultiCrop, process: Process, dtype: torch.dtype | None) -> No
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for block in getattr(network.backbone, "blocks", ()):
         fully_shard(block, mp_policy=keeps, **how)
+    if isinstance(network, MaskedMultiCrop):
+        network.whole_logits = True  # a head has its prototypes while it is computed, and not when the loss is
     for head in (child for name, child in network.named_children() if name != "backbone"):
         fully_shard(head, mp_policy=casts, **how)
     fully_shard(network, mp_policy=casts, **how)

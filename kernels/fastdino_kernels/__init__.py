@@ -9,7 +9,7 @@ from fastdino_kernels.ema import ema_update_
 from fastdino_kernels.layer_norm import layer_norm
 from fastdino_kernels.mlp import linear_gelu, mlp
 from fastdino_kernels.optim import ClipAdamWEMA
-from fastdino_kernels.patch_loss import patch_loss, patch_loss_and_grad_
+from fastdino_kernels.patch_loss import LinearLogits, patch_loss, patch_loss_and_grad_
 from fastdino_kernels.sinkhorn import sinkhorn_center
 
 __version__ = "0.1.0"  # of fastdino, too
@@ -18,6 +18,7 @@ __all__ = [
     "ClipAdamWEMA",
     "CropTable",
     "DINOLossStats",
+    "LinearLogits",
     "PackedImages",
     "batch_center",
     "center_ema_",

@@ -14,12 +14,15 @@ until the end. In place it then walks back, from what the L2 still holds, and le
 up the rows. Memory, in words of M * K: in place 2 read, as many again where the L2 does not hold them, and 1 written;
 `patch_loss` and its backward pass 4 and 1. At 2 bytes a word 6 to 10 bytes a logit, where the original moves 46 to 72.
 The L2 holds them while the rows under way fit: on an H100 up to K 2048. Every sum has a fixed order.
+Given x and prototypes, whose product the student's logits are, it multiplies itself, and returns with the gradients of
+both: of the matrices of M * K that autograd would keep for the backward pass, student's and teacher's, none is.
 Dtypes: logits in fp32, bf16 or fp16 give an fp32 loss, computed in fp32, and a gradient in the student's dtype; fp64
 stays fp64 (the reference's). A logit that is infinite or NaN makes the loss NaN. The kernels take logits above -1e36.
 """
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +33,15 @@ from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_own_devic
 from fastdino_kernels.softmax import LN_2, LOWEST, numerators, quotient, scale_of
 
 ROWS = 2  # that a program of the forward pass takes
+
+
+class LinearLogits(NamedTuple):
+    """Logits x @ prototypes.T (M, K) that nobody has multiplied yet."""
+
+    x: Tensor
+    """(M, D)."""
+    prototypes: Tensor
+    """(K, D), in x's dtype."""
 
 
 # Reads 2 * M * K words, and the center from L2, 4 bytes a column: for its sake two rows at a time. IN_PLACE it reads
@@ -284,30 +296,78 @@ def _backward(ctx: Any, grad_loss: Tensor, unused: Tensor) -> tuple[Tensor | Non
 _patch_loss.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+def _scale_of_gradient(x: Tensor) -> float:
+    """What the gradient is multiplied with while it is in the dtype of x (M, D): in fp16 about M, lest it underflow."""
+    return 2.0 ** round(math.log2(max(1, len(x)))) if x.dtype == torch.float16 else 1.0
+
+
+@torch.library.custom_op("fastdino::linear_patch_loss", mutates_args=())
+def _linear_patch_loss(
+    x: Tensor,
+    prototypes: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weights: Tensor,
+    student_temp: Tensor,
+    teacher_temp: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss () and, times `_scale_of_gradient`, its gradients at x and prototypes."""
+    logits = x @ prototypes.T
+    scale = device_scalar(_scale_of_gradient(x), x)
+    loss = _launch_forward(logits, teacher, center, weights, student_temp, teacher_temp, scale)[0]
+    return loss, logits @ prototypes, logits.T @ x
+
+
+@_linear_patch_loss.register_fake
+def _(x: Tensor, prototypes: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape), prototypes.new_empty(prototypes.shape)
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _scaled_gradients(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x, grad_prototypes = ctx.saved_tensors
+    factor = grad_loss / _scale_of_gradient(grad_x)
+    return grad_x * factor, grad_prototypes * factor, None, None, None, None, None
+
+
+_linear_patch_loss.register_autograd(_scaled_gradients, setup_context=_save_gradients)
+
+
 def _check(
-    student: Tensor,
+    student: Mapping[str, Tensor],
     teacher: Tensor,
     center: Tensor,
     weights: Tensor,
     student_temp: float | Tensor,
     teacher_temp: float | Tensor,
 ) -> None:
-    tensors = {"student": student, "teacher": teacher, "center": center, "weights": weights}
+    """student: by name its logits (M, K), or what they are the product of, (M, D) and (K, D)."""
+    tensors = {**student, "teacher": teacher, "center": center, "weights": weights}
     for name, x in tensors.items():
         check_floating(name, x)
-    check_shape("student", student, ("M", "K"))
-    check_shape("teacher", teacher, student.shape)
-    check_shape("center", center, student.shape[1:])
-    check_shape("weights", weights, student.shape[:1])
+    (name, rows), *others = student.items()
+    check_shape(name, rows, ("M", "D" if others else "K"))
+    for other, x in others:
+        check_shape(other, x, ("K", rows.shape[1]))
+        if x.dtype != rows.dtype:
+            raise ValueError(f"{other}: expected {rows.dtype} as {name}, got {x.dtype}")
+    shape = len(rows), len(others[0][1]) if others else rows.shape[1]
+    check_shape("teacher", teacher, shape)
+    check_shape("center", center, shape[1:])
+    check_shape("weights", weights, shape[:1])
     check_same_device(**tensors, student_temp=student_temp, teacher_temp=teacher_temp)
     check_temperature("student_temp", student_temp)
     check_temperature("teacher_temp", teacher_temp)
-    if student.shape[1] < 1:
-        raise ValueError(f"student: expected at least 1 prototype, got shape {tuple(student.shape)}")
+    if shape[1] < 1:
+        raise ValueError(f"{name}: expected at least 1 prototype, got logits of shape {shape}")
 
 
 def patch_loss(
-    student: Tensor,
+    student: Tensor | LinearLogits,
     teacher: Tensor,
     center: Tensor,
     weights: Tensor,
@@ -316,15 +376,26 @@ def patch_loss(
 ) -> Tensor:
     """iBOT's loss: the weighted sum, over masked patches, of the cross-entropy between teacher and student.
 
-    student: (M, K) logits, differentiable. teacher: (M, K) logits, never differentiated. center: (K,).
-    weights: (M,), all that divides included: 1 / (V * masked patches of the row's crop), V the batch's global crops.
-    A row of weight 0 is padding: neither its logits nor NaN among them count. student_temp, teacher_temp: floats, or
-    0-D tensors on the same device.
+    student: (M, K) logits, differentiable; or the product that they are, then none is kept for the backward pass, and
+    the gradients of x and prototypes are made with the loss. teacher: (M, K) logits, never differentiated.
+    center: (K,). weights: (M,), all that divides included: 1 / (V * masked patches of the row's crop), V the batch's
+    global crops. A row of weight 0 is padding: neither its logits nor NaN among them count. student_temp, teacher_temp:
+    floats, or 0-D tensors on the same device.
     Returns () fp32 (fp64 for fp64 logits): 0 where M is 0, NaN where a logit of a row that counts is infinite or NaN.
     Raises ValueError where shapes, dtypes or devices do not fit, or a temperature given as a float is not positive.
-    Source: iBOT (arXiv:2111.07832), equation 2.
+    Sources: iBOT (arXiv:2111.07832), equation 2; gradients made with the loss: Liger Kernel (arXiv:2410.10989).
     """
-    _check(student, teacher, center, weights, student_temp, teacher_temp)
+    others = teacher, center, weights, student_temp, teacher_temp
+    if isinstance(student, LinearLogits):
+        _check(student._asdict(), *others)
+        x, prototypes = student
+        is_learned = torch.is_grad_enabled() and (x.requires_grad or prototypes.requires_grad)
+        if is_learned and use_triton(x, teacher, center, weights):
+            temps = device_scalar(student_temp, x), device_scalar(teacher_temp, x)
+            fixed = (y.detach() for y in (teacher, center, weights))
+            return _linear_patch_loss(x, prototypes, *fixed, *temps)[0]
+        student = x @ prototypes.T
+    _check({"student": student}, *others)
     teacher, center, weights = teacher.detach(), center.detach(), weights.detach()
     if not use_triton(student, teacher, center, weights):
         return reference.patch_loss(student, teacher, center, weights, student_temp, teacher_temp)
@@ -354,7 +425,7 @@ def patch_loss_and_grad_(
     grad_loss: what the gradient is multiplied with, for a loss scale: a float or a 0-D tensor on the same device.
     Returns the loss itself, () and not scaled.
     """
-    _check(student, teacher, center, weights, student_temp, teacher_temp)
+    _check({"student": student}, teacher, center, weights, student_temp, teacher_temp)
     check_same_device(student=student, grad_loss=grad_loss)
     if not student.is_contiguous():
         raise ValueError(f"student: expected contiguous logits to overwrite, got strides {student.stride()}")

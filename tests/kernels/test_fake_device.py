@@ -6,6 +6,7 @@ from fake_device import run_launcher
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from fastdino_kernels import (
+    LinearLogits,
     batch_center,
     center_ema_,
     center_update_,
@@ -17,7 +18,7 @@ from fastdino_kernels import (
 )
 from fastdino_kernels.center import _batch_center, _center_ema_, _center_update_
 from fastdino_kernels.dino_loss import _dino_loss, _dino_loss_and_grad_, _dino_loss_backward
-from fastdino_kernels.patch_loss import _patch_loss, _patch_loss_and_grad_, _patch_loss_backward
+from fastdino_kernels.patch_loss import _linear_patch_loss, _patch_loss, _patch_loss_and_grad_, _patch_loss_backward
 from fastdino_kernels.sinkhorn import _column_exps, _column_probs
 
 
@@ -66,6 +67,9 @@ def test_patch_loss_and_sinkhorn_do_not_synchronise(fakegpu, dtype, on_device):
     assert student.grad.shape == student.shape
     owned = student.detach()
     patch_loss_and_grad_(owned, teacher, center, weights, scalar(0.1), scalar(0.04), scalar(1.0))
+    x, prototypes = (torch.randn(n, 8, device=fakegpu, dtype=dtype, requires_grad=True) for n in (6, 512))
+    (patch_loss(LinearLogits(x, prototypes), teacher, center, weights, scalar(0.1), scalar(0.04)) * 2).backward()
+    assert (x.grad.shape, prototypes.grad.shape) == ((6, 8), (512, 8))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "K-strided"])
@@ -80,6 +84,8 @@ def test_launchers_of_patches_do_not_synchronise(fakegpu, layout):
     _, norm = run_launcher(_patch_loss, *inputs)
     assert run_launcher(_patch_loss_backward, one, *inputs, norm).shape == student.shape
     run_launcher(_patch_loss_and_grad_, student.contiguous(), *inputs[1:], one)
+    x, prototypes = (torch.randn(n, 8, device=fakegpu) for n in (6, 512))
+    assert run_launcher(_linear_patch_loss, x, prototypes, *inputs[1:])[2].shape == (512, 8)
     assert run_launcher(_column_exps, teacher, weights, one).shape == (2, 512)
     assert run_launcher(_column_probs, teacher, center, weights, one).shape == (512,)
 

@@ -31,6 +31,13 @@ def check_patch_loss(scope: dict[str, Any]) -> None:
     torch.testing.assert_close(scope["student"].grad, leaf.grad)
     torch.testing.assert_close(scope["owned"], leaf.grad)
     assert scope["weights"].sum() == 0.5  # half of the crops are masked
+    factors = [scope[name].detach().requires_grad_() for name in ("x", "prototypes")]
+    expected = reference.patch_loss(
+        factors[0] @ factors[1].T, scope["teacher"], scope["center"], scope["weights"], 0.1, 0.07
+    )
+    expected.backward()
+    torch.testing.assert_close(scope["of_product"], expected)
+    torch.testing.assert_close([scope[name].grad for name in ("x", "prototypes")], [y.grad for y in factors])
 
 
 def check_sinkhorn(scope: dict[str, Any]) -> None:

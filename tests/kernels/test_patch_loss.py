@@ -10,8 +10,8 @@ import torch
 from budget import assert_error_at_most, assert_within_budget, budget
 from torch import Tensor
 
-from fastdino_kernels import dino_loss, launch, patch_loss, patch_loss_and_grad_, reference
-from fastdino_kernels.patch_loss import _patch_loss, _patch_loss_and_grad_, _patch_loss_backward
+from fastdino_kernels import LinearLogits, dino_loss, launch, patch_loss, patch_loss_and_grad_, reference
+from fastdino_kernels.patch_loss import _linear_patch_loss, _patch_loss, _patch_loss_and_grad_, _patch_loss_backward
 
 TEMPS = 0.1, 0.04
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
@@ -202,6 +202,95 @@ def test_gradient_flows_to_the_student_alone(place):
     assert [x.grad is not None for x in tensors] == [True, False, False, False]
 
 
+def of_product(factors: tuple[Tensor, Tensor], *others, times: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradients of x and prototypes."""
+    x, prototypes = (y.detach().clone().requires_grad_() for y in factors)
+    loss = patch_loss(LinearLogits(x, prototypes), *others, *TEMPS)
+    (times * loss).backward()
+    return loss.detach(), x.grad, prototypes.grad
+
+
+def of_logits(factors: tuple[Tensor, Tensor], *others, times: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by autograd, which keeps the logits."""
+    x, prototypes = (y.detach().clone().requires_grad_() for y in factors)
+    loss = patch_loss(x @ prototypes.T, *others, *TEMPS)
+    (times * loss).backward()
+    return loss.detach(), x.grad, prototypes.grad
+
+
+def factors_of(n_rows: int, n_prototypes: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """x (M, 8), prototypes (K, 8)."""
+    draw = torch.Generator().manual_seed(n_rows)
+    x, prototypes = (torch.randn(n, 8, generator=draw).to(device, dtype) for n in (n_rows, n_prototypes))
+    return x, prototypes
+
+
+@pytest.mark.parametrize(("n_rows", "n_prototypes", "dtype"), CASES)
+def test_a_product_has_the_loss_and_gradients_of_its_logits(n_rows, n_prototypes, dtype, place):
+    _, *others = inputs(n_rows, n_prototypes, dtype, place)
+    factors = factors_of(n_rows, n_prototypes, dtype, place)
+    for got, expected in zip(of_product(factors, *others), of_logits(factors, *others)):
+        assert torch.equal(got, expected) or dtype == fp16  # whose smallest numbers the scale makes larger
+    close = {fp32: 1e-6, fp16: 2e-3, bf16: 2e-2}[dtype]  # rounded before they are multiplied, not after
+    for got, expected in zip(of_product(factors, *others, times=3.0), of_logits(factors, *others, times=3.0)):
+        torch.testing.assert_close(got, expected, rtol=close, atol=close * float(expected.abs().max()))
+
+
+def test_gradients_of_a_product_match_fp64(place):
+    _, *others = inputs(7, 257, fp32, place)
+    factors = factors_of(7, 257, fp32, place)
+    double = (tuple(y.double() for y in factors), *(y.double() for y in others))
+    for got, expected in zip(of_product(factors, *others), of_logits(*double)):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_product_in_fp16_keeps_gradients_that_a_loss_scale_is_to_save(device):
+    """4,096 rows of equal weight: without a scale of its own the gradient of a logit is 0 in fp16."""
+    _, teacher, center, _ = inputs(64, 2048, fp16, device)
+    factors, weights = factors_of(64, 2048, fp16, device), torch.full((64,), 1e-6, device=device)
+    scale = 2.0**16
+    got = of_product(factors, teacher, center, weights, times=scale)[1]
+    truth = of_logits(
+        *((*(y.double() for y in factors),), teacher.double(), center.double(), weights.double()), times=scale
+    )
+    torch.testing.assert_close(got.double(), truth[1], rtol=0.02, atol=0.01 * float(truth[1].abs().max()))
+
+
+def test_of_a_product_nothing_as_large_as_the_logits_is_kept(device):
+    """x, prototypes and their gradients at most; and without a gradient, nothing."""
+    _, *others = inputs(40, 2048, bf16, device)
+    x, prototypes = factors_of(40, 2048, bf16, device)
+    kept: list[int] = []
+
+    def pack(y: Tensor) -> Tensor:
+        kept.append(y.numel())
+        return y
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
+        loss = patch_loss(LinearLogits(x.requires_grad_(), prototypes), *others, *TEMPS)
+        assert 0 < max(kept) < 40 * 2048
+        kept.clear()
+        with torch.no_grad():
+            assert torch.equal(patch_loss(LinearLogits(x, prototypes), *others, *TEMPS), loss)
+        assert not kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda x, p: (x[0], p), r"x: expected shape \(M, D\), got \(8,\)"),
+        (lambda x, p: (x, p[:, :7]), r"prototypes: expected shape \(K, 8\), got \(17, 7\)"),
+        (lambda x, p: (x, p.half()), "prototypes: expected torch.float32 as x, got torch.float16"),
+        (lambda x, p: (x.long(), p), "x: .* got torch.int64"),
+        (lambda x, p: (x, p[:9]), r"teacher: expected shape \(3, 9\), got \(3, 17\)"),
+    ],
+)
+def test_factors_that_do_not_fit_are_a_value_error(arguments, message, device):
+    _, *others = inputs(3, 17, fp32, device)
+    with pytest.raises(ValueError, match=message):
+        patch_loss(LinearLogits(*arguments(*factors_of(3, 17, fp32, device))), *others, *TEMPS)
+
+
 def test_temperatures_on_the_device_equal_floats(device):
     tensors = inputs(3, 257, fp32, device)
     on_device = torch.tensor(0.1, device=device), torch.tensor([0.04], device=device)
@@ -253,6 +342,8 @@ def test_opcheck(device):
     torch.library.opcheck(_patch_loss, (tensors[0].clone().requires_grad_(), *tensors[1:], *temps))
     torch.library.opcheck(_patch_loss_backward, (one, *tensors, *temps, norm))
     torch.library.opcheck(_patch_loss_and_grad_, (*tensors, *temps, one))
+    factors = [y.requires_grad_() for y in factors_of(3, 33, fp32, device)]
+    torch.library.opcheck(_linear_patch_loss, (*factors, *tensors[1:], *temps))
 
 
 @pytest.mark.parametrize(
@@ -266,9 +357,12 @@ def test_opcheck(device):
 def test_compiled_fullgraph_equals_eager(dtype, backend, device):
     tensors = inputs(4, 257, dtype, device)
 
+    prototypes = factors_of(4, 257, dtype, device)[1]
+
     def step(*tensors: Tensor) -> tuple[Tensor, ...]:
         owned = tensors[0].detach().clone()
-        return patch_loss(*tensors, *TEMPS), patch_loss_and_grad_(owned, *tensors[1:], *TEMPS), owned
+        of_product = patch_loss(LinearLogits(tensors[0][:, :8], prototypes), *tensors[1:], *TEMPS)
+        return patch_loss(*tensors, *TEMPS) + of_product, patch_loss_and_grad_(owned, *tensors[1:], *TEMPS), owned
 
     outputs = []
     for function in (step, torch.compile(step, fullgraph=True, backend=backend)):

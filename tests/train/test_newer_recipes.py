@@ -22,6 +22,7 @@ from fastdino.objectives import koleo
 from fastdino.train import build, loop
 from fastdino.train.precision import low_precision_twin
 from fastdino.train.schedules import ScheduleTable
+from fastdino_kernels import LinearLogits, patch_loss
 
 RECIPES = [
     ("dinov2", {}),
@@ -275,6 +276,26 @@ def test_koleo_has_its_gradient_at_the_start_in_bf16():
     assert cosine(low) > 0.99
     low.backbone.fp32_residual = False
     assert cosine(low) < 0.5
+
+
+@pytest.mark.parametrize("n_heads", [1, 2])
+@pytest.mark.parametrize("recipe", ["dinov2", "dinov3"])
+def test_a_student_that_leaves_products_to_the_loss_has_the_same_gradients(recipe, n_heads, ops):
+    views, gradients = make_views(), []
+    indices = views[6].flatten()
+    for whole in (False, True):
+        student = make_networks(recipe)[0]
+        student.whole_logits, student.ibot_head = whole, student.ibot_head if n_heads == 2 else None
+        made = student(views[:4], indices, torch.cat(views[4:6]))
+        assert isinstance(made.patch_logits, LinearLogits) == (ops == "kernels" and not whole)
+        k = 40 if n_heads == 2 else 48
+        teacher = torch.linspace(-1, 1, len(indices) * k).view(-1, k)
+        loss = patch_loss(made.patch_logits, teacher, torch.zeros(k), torch.ones(len(indices)), 0.1, 0.07)
+        (loss + made.logits.square().mean()).backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, plain in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()), msg=name)
 
 
 @pytest.mark.gpu
