@@ -44,22 +44,28 @@ cv2.setNumThreads(0)  # the threads are ours; OpenCV's own would fight them for 
 class Batch:
     """Crops of one step: on the host in uint8, or on the GPU and normalised once `ready` has passed.
 
-    global_crops: (2, B, C, S, S). local_crops: (L, B, C, s, s). bad: a line per image left out. masks: of `BatchMasks`.
+    global_crops: (2, B, C, S, S). local_crops: (L, B, C, s, s). anchors: (2, B, C, A, A), the global ones at another
+    size, or (0, ...). bad: a line per image left out. masks: of `BatchMasks`.
     """
 
     global_crops: Tensor
     local_crops: Tensor
+    anchors: Tensor
     bad: list[str]
     ready: torch.cuda.Event | None = None
     masks: list[Tensor] = field(default_factory=list)
 
     def views(self, device: torch.device) -> list[Tensor]:
-        """The crops, and what masks them, on `device`."""
-        return [*self.crops(device), *(x.to(device, non_blocking=True) for x in self.masks)]
+        """The crops, what masks them, and the anchors, on `device`."""
+        masks = (x.to(device, non_blocking=True) for x in self.masks)
+        return [*self.crops(device), *masks, *self._normalised(device, self.anchors)]
 
     def crops(self, device: torch.device) -> list[Tensor]:
         """V normalised crops (B, C, H, W) on `device`, globals first, for the current stream to use."""
-        groups = [group for group in (self.global_crops, self.local_crops) if len(group)]
+        return self._normalised(device, self.global_crops, self.local_crops)
+
+    def _normalised(self, device: torch.device, *groups_of_crops: Tensor) -> list[Tensor]:
+        groups = [group for group in groups_of_crops if len(group)]
         if self.ready is None:
             groups = [normalize(group.to(device, non_blocking=True)) for group in groups]
         else:
@@ -247,6 +253,7 @@ class CropLoader:
                 drawn = (samples, widths, heights, views, first)
                 tables.append(draw_crops(self.sampler.seed, keys[0][0], *drawn) if views else None)
                 first += len(views)
+            tables.append(tables[0] if self.recipe.anchor_size else None)
             bad = [line for item in items for line in item.bad]
             if self.on_gpu:
                 return self._on_gpu(buffer.images(), tables, bad)
@@ -288,8 +295,10 @@ class CropLoader:
                 self._blame(item, error)
 
     def _groups(self) -> list[tuple[int, int]]:
-        """(views, pixels of a side) of the global and of the local crops."""
-        return [(len(v), v[0].size if v else 0) for v in (self.recipe.globals, self.recipe.locals)]
+        """(views, pixels of a side) of the global and of the local crops, and of the anchors."""
+        recipe = self.recipe
+        groups = [(len(v), v[0].size if v else 0) for v in (recipe.globals, recipe.locals)]
+        return [*groups, (len(recipe.globals) if recipe.anchor_size else 0, recipe.anchor_size)]
 
     def _on_cpu(self, buffer: PackedBuffer, tables: list[CropTable | None], bad: list[str]) -> Batch:
         n_images = len(buffer.sizes)
@@ -307,7 +316,7 @@ class CropLoader:
                     cv2.split(crop, list(planes))
 
         self._each(augment, range(n_images))
-        return Batch(groups[0], groups[1], bad)
+        return Batch(groups[0], groups[1], groups[2], bad)
 
     def _on_gpu(self, images: PackedImages, tables: list[CropTable | None], bad: list[str]) -> Batch:
         from fastdino_kernels.augment import multi_crop_augment
@@ -329,4 +338,4 @@ class CropLoader:
         # The buffer is free once it is copied; crops may still be in the making. The event is a blocking one because
         # waiting for another keeps a core busy, which could decode.
         copied.synchronize()
-        return Batch(groups[0], groups[1], bad, ready)
+        return Batch(groups[0], groups[1], groups[2], bad, ready)

@@ -38,10 +38,14 @@ class ViewRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class MultiCropRecipe:
-    """The two global crops and the local ones; within each group all have one size."""
+    """The two global crops and the local ones; within each group all have one size.
+
+    anchor_size: side in pixels of the global crops once more, for a Gram teacher that sees more of them; 0 for none.
+    """
 
     globals: tuple[ViewRecipe, ...]
     locals: tuple[ViewRecipe, ...]
+    anchor_size: int = 0
 
     @property
     def views(self) -> tuple[ViewRecipe, ...]:
@@ -51,7 +55,8 @@ class MultiCropRecipe:
     @property
     def short_side(self) -> float:
         """Pixels below which the short side of an image makes the smallest box of some view smaller than its crop."""
-        return max(view.size / view.scale[0] ** 0.5 for view in self.views)
+        sizes = [(view.size, view) for view in self.views] + [(self.anchor_size, view) for view in self.globals]
+        return max(size / view.scale[0] ** 0.5 for size, view in sizes)
 
 
 def philox(counter: Sequence[NDArray[np.uint64]], seed: int) -> NDArray[np.uint64]:

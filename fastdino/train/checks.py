@@ -46,7 +46,7 @@ def _check_ranges(config: "TrainConfig") -> None:
     not_negative = """warmup_epochs warmup_teacher_temp_epochs lr min_lr weight_decay weight_decay_end clip_grad
         freeze_last_layer freeze_backbone_epochs local_crops_number num_workers knn_freq linear_freq knn_images
         eval_resize attention_images saveckp_freq disk_wait registers layerscale koleo_weight ibot_out_dim
-        gram_start gram_update_epochs gram_weight"""
+        gram_start gram_update_epochs gram_weight gram_crops_size"""
     for name in positive.split():
         if not getattr(config, name) > 0:
             raise ValueError(f"--{name}: expected a value above 0, got {getattr(config, name)}")
@@ -102,9 +102,14 @@ def _check_recipe(config: "TrainConfig", defaults: Mapping[str, Any]) -> None:
         raise ValueError(f"--mask_probability: {config.mask_probability} of so few crops masks none")
     if config.koleo_weight and config.batch_size_per_gpu < 2:
         raise ValueError("--batch_size_per_gpu: expected 2 or more, for KoLeo compares images, got 1")
-    if not config.gram_start and (config.gram_teacher != "ema" or config.gram_update_epochs):
-        name = "gram_update_epochs" if config.gram_teacher == "ema" else "gram_teacher"
+    of_gram = ("gram_teacher", "gram_update_epochs", "gram_crops_size")
+    if not config.gram_start and (name := next((n for n in of_gram if getattr(config, n) != defaults[n]), "")):
         raise ValueError(f"--{name}: says nothing without --gram_start, the epoch after which it is looked at")
+    if config.gram_crops_size and config.gram_crops_size < config.global_crops_size:
+        raise ValueError(
+            f"--gram_crops_size: expected at least --global_crops_size={config.global_crops_size}, "
+            f"got {config.gram_crops_size}"
+        )
     if config.gram_start >= config.epochs:
         raise ValueError(f"--gram_start: expected less than --epochs={config.epochs}, got {config.gram_start}")
     if config.gram_update_epochs and config.gram_start % config.gram_update_epochs:

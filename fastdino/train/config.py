@@ -60,8 +60,9 @@ class TrainConfig(LoggerFlags):
     preset: str = flag(
         "auto",
         "Recipe",
-        "small: what learns from hundreds to ten thousands of images; none: main_dino's defaults; auto: small for so "
-        "few images where no flag of recipe, model, teacher, optimisation or crops is given. Flags win over it",
+        "small: what learns from hundreds to ten thousands of images; none: the defaults of main_dino, or of --recipe; "
+        "auto: small for so few images where, but for --recipe, no flag of recipe, model, teacher, optimisation or "
+        "crops is given. Flags win over it",
         PRESETS,
     )
     recipe: str = flag(
@@ -99,6 +100,9 @@ class TrainConfig(LoggerFlags):
     gram_teacher: str = flag("ema", "Recipe", "a file with a backbone, or ema: the teacher as it is after --gram_start")
     gram_update_epochs: int = flag(0, "Recipe", "epochs between renewals of the Gram teacher from the EMA; 0 for never")
     gram_weight: float = flag(1.0, "Recipe", "what Gram anchoring counts")
+    gram_crops_size: int = flag(
+        0, "Recipe", "side of the global crops as the Gram teacher sees them, for finer patches; 0: as the student does"
+    )
 
     # Model
     arch: str = flag("vit_small", "Model", f"architecture: {', '.join(ARCHITECTURES)}; timm:NAME for one of timm's")
@@ -279,6 +283,7 @@ class TrainConfig(LoggerFlags):
                 view(self.global_crops_size, self.global_crops_scale, self.blur_prob[1], self.solarize_prob),
             ),
             locals=(view(self.local_crops_size, self.local_crops_scale, self.blur_prob[2]),) * self.local_crops_number,
+            anchor_size=self.gram_crops_size,
         )
 
     def namespace(self) -> argparse.Namespace:

@@ -37,7 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # Flags that say nothing to DINO's recipe.
 OF_NEWER_RECIPES = """registers layerscale ffn centering ibot_weight koleo_weight ibot_out_dim ibot_bottleneck_dim
     mask_probability mask_ratio mask_count lr_scaling patch_embed_lr adamw_beta2 final_momentum_teacher
-    gram_start gram_teacher gram_update_epochs gram_weight"""
+    gram_start gram_teacher gram_update_epochs gram_weight gram_crops_size"""
 
 PRESETS = ("auto", "small", "none")
 
@@ -73,6 +73,19 @@ DIGITS: dict[str, Any] = {
     "resume": False,
 }
 
+# What few images want of DINOv2's and DINOv3's recipes, whose own defaults are for a million: Sinkhorn, and otherwise
+# DINO's. LayerScale that starts at 1e-5 has not grown when such a short run ends.
+FEW_OF_NEWER: dict[str, Any] = {
+    "centering": "sinkhorn",
+    "layerscale": 0.0,
+    "norm_last_layer": True,
+    "teacher_temp": 0.04,
+    "warmup_teacher_temp_epochs": 0,
+    "lr_decay": 1.0,
+    "patch_embed_lr": 1.0,
+    "ibot_out_dim": 0,
+}
+
 # --preset small: folders of hundreds to ten thousands of images. main_dino's defaults are for a million, and for as
 # many steps. In the few hundred or thousand that such a folder is worth, an average of 0.996 hardly moves; on pictures
 # of a few pixels, crops of a twentieth, solarized ones and a wide bottleneck drive the teacher to ln K. Numbers below
@@ -104,7 +117,7 @@ SMALL_BATCH, SMALL_STEPS, SMALL_EPOCHS = 32, 1500, 45
 SMALL_SIDES = (24, 32, 48, 64)  # of the global crops; larger ones learned no more in the same time
 
 
-def small(n_images: int, side: int, n_processes: int = 1) -> dict[str, Any]:
+def small(n_images: int, side: int, n_processes: int = 1, recipe: str = "dino") -> dict[str, Any]:
     """`--preset small` for so many images, with short sides of about `side` pixels.
 
     The global crops are as large as the images, or the next size below, of 4 x 4 patches, the local ones of 3 x 3.
@@ -113,26 +126,13 @@ def small(n_images: int, side: int, n_processes: int = 1) -> dict[str, Any]:
     size = max((s for s in SMALL_SIDES if s <= side), default=SMALL_SIDES[0])
     return {
         **SMALL,
+        **(FEW_OF_NEWER if recipe != "dino" else {}),
         "batch_size_per_gpu": max(1, SMALL_BATCH // n_processes),
         "epochs": max(SMALL_EPOCHS, round(SMALL_STEPS / max(1, n_images // SMALL_BATCH))),
         "patch_size": size // 4,
         "global_crops_size": size,
         "local_crops_size": size * 3 // 4,
     }
-
-
-# What the digits want of DINOv2's and DINOv3's recipes, whose own defaults are for a million images: Sinkhorn, and
-# otherwise DINO's. LayerScale that starts at 1e-5 has not grown when this short run ends.
-DIGITS_OF_NEWER: dict[str, Any] = {
-    "centering": "sinkhorn",
-    "layerscale": 0.0,
-    "norm_last_layer": True,
-    "teacher_temp": 0.04,
-    "warmup_teacher_temp_epochs": 0,
-    "lr_decay": 1.0,
-    "patch_embed_lr": 1.0,
-    "ibot_out_dim": 0,
-}
 
 
 # k-NN on held-out digits 5 to 9 after 126 steps from a backbone that knows 0 to 4 (as tests/trials/weights.py trains,
@@ -165,5 +165,5 @@ def recipe_for(given: Mapping[str, Any], is_demo: bool) -> dict[str, Any]:
         }
         values |= {"local_crops_size": 7 * arch.patch_size}
     if is_demo:
-        values |= DIGITS | (DIGITS_OF_NEWER if recipe != "dino" else {})
+        values |= DIGITS | (FEW_OF_NEWER if recipe != "dino" else {})
     return values

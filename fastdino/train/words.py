@@ -69,7 +69,8 @@ def _recipe(config: TrainConfig) -> str:
     masked = f"{config.mask_probability:.0%} of the global crops have {low:.0%} to {high:.0%} of their patches masked"
     heads = f"a head of {config.ibot_out_dim:,} for patches" if config.ibot_out_dim else "one head"
     words = f"{config.recipe}: {masked}, {heads}, {config.centering}, KoLeo {config.koleo_weight:g}"
-    return words + (f", Gram after {config.gram_start} epochs" if config.gram_start else "")
+    seen = f" of crops of {config.gram_crops_size} px" if config.gram_crops_size else ""
+    return words + (f", Gram{seen} after {config.gram_start} epochs" if config.gram_start else "")
 
 
 def _tell_of_preset(parts: Parts, say: Say) -> None:
@@ -77,7 +78,8 @@ def _tell_of_preset(parts: Parts, say: Say) -> None:
     config, n = parts.config, f"{len(parts.source):,} images"
     if config.preset == "small":
         preset = parts.preset
-        say(f"preset  small, for {n}; main_dino's defaults: --preset none")
+        whose = "main_dino's" if config.recipe == "dino" else f"{config.recipe}'s own"
+        say(f"preset  small, for {n}; {whose} defaults: --preset none")
         if own := [name for name, value in preset.items() if getattr(config, name) != value]:
             say("        flags that were given win over it: " + ", ".join(f"--{name}" for name in own))
     elif config.preset == "auto" and is_small(parts.source):

@@ -4,6 +4,7 @@ import io
 import shutil
 import struct
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdino.data.augment import IMAGENET_STD, apply_crop
+from fastdino.data.augment import IMAGENET_STD, apply_crop, normalize
 from fastdino.data.decode import decode
 from fastdino.data.loader import CropLoader, EpochSampler, useful_workers
+from fastdino.data.masks import BatchMasks, BlockMasks
 from fastdino.data.params import MultiCropRecipe, ViewRecipe, crop_params, draw_crops
 from fastdino.data.sequences import SequenceSource
 from fastdino.data.sources import FolderSource
@@ -25,10 +27,12 @@ RECIPE = MultiCropRecipe(
 )
 
 
-def batches(source, *, workers=0, rank=0, world_size=1, epoch=0, first_batch=0, batch_size=4, seed=5, **options):
+def batches(
+    source, *, workers=0, rank=0, world_size=1, epoch=0, first_batch=0, batch_size=4, seed=5, recipe=RECIPE, **options
+):
     sampler = EpochSampler(len(source), batch_size, seed, rank, world_size)
     sampler.seek(epoch, first_batch)
-    loader = CropLoader(source, RECIPE, sampler, num_workers=workers, **options)
+    loader = CropLoader(source, recipe, sampler, num_workers=workers, **options)
     try:
         return list(loader)
     finally:
@@ -76,6 +80,30 @@ def test_exact_crops_are_the_tables_through_pillow(photo_folder):
             crops = draw_crops(5, 3, [index], [pixels.shape[1]], [pixels.shape[0]], views, first)
             for v, params in enumerate(crop_params(crops)):
                 assert np.array_equal(group[v, b].permute(1, 2, 0), apply_crop(pixels, params, views[v].size))
+
+
+def test_anchors_are_the_global_crops_at_another_size(photo_folder):
+    """For a Gram teacher: drawn once, from the image itself; other crops stay as they are."""
+    source, masks = (
+        FolderSource(photo_folder),
+        BatchMasks(BlockMasks(height=2, width=2, max_patches=2, min_patches=1), 0.5, (0.2, 0.5)),
+    )
+    options = {"augment": "exact", "masks": masks, "epoch": 3}
+    batch = batches(source, recipe=replace(RECIPE, anchor_size=48), **options)[0]
+    plain = batches(source, **options)[0]
+    assert torch.equal(batch.global_crops, plain.global_crops)
+    assert torch.equal(batch.local_crops, plain.local_crops)
+    sampler = EpochSampler(len(source), 4, 5)
+    sampler.seek(3)
+    for b, (_, index) in enumerate(next(iter(sampler))):
+        pixels = np.asarray(decode(source[index]))
+        crops = draw_crops(5, 3, [index], [pixels.shape[1]], [pixels.shape[0]], RECIPE.globals)
+        for v, params in enumerate(crop_params(crops)):
+            assert np.array_equal(batch.anchors[v, b].permute(1, 2, 0), apply_crop(pixels, params, 48))
+    views = batch.views(torch.device("cpu"))
+    assert [tuple(x.shape[1:]) for x in views[-2:]] == [(3, 48, 48)] * 2
+    assert len(views) == len(plain.views(torch.device("cpu"))) + 2
+    assert torch.equal(views[-1], normalize(batch.anchors)[1])
 
 
 def test_epochs_and_seeds_differ_and_a_resume_continues(photo_folder):

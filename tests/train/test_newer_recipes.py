@@ -186,6 +186,7 @@ FLAGS = {"ibot_out_dim": 40, "warmup_teacher_temp_epochs": 1}
 def test_a_run_stopped_and_resumed_is_the_run(tiny, few_digits, tmp_path, recipe):
     """To the bit: weights, moments, centers; and what it leaves behind is a backbone."""
     flags = {"recipe": recipe, "epochs": 3, "gram_start": 1, "gram_update_epochs": 1, **FLAGS, **few_digits}
+    flags |= {"gram_crops_size": 48} if recipe == "dinov3" else {}
     whole = loop.train(tiny(output_dir=str(tmp_path / "whole"), **flags))
     assert whole.epochs == 3
 
@@ -223,6 +224,11 @@ BAD = [
     ({"recipe": "dinov2", "arch": "dinov3_vits16"}, "--arch: dinov3_vits16 is trained by --recipe dinov3, got dinov2"),
     ({"arch": "dinov2_vits14"}, "--arch: dinov2_vits14 is trained by --recipe dinov2, got dino"),
     ({"recipe": "dinov2", "gram_teacher": "x.pth"}, "--gram_teacher: says nothing without --gram_start"),
+    ({"recipe": "dinov3", "gram_crops_size": 32}, "--gram_crops_size: says nothing without --gram_start"),
+    (
+        {"recipe": "dinov3", "gram_start": 1, "gram_crops_size": 8},
+        "--gram_crops_size: expected at least --global_crops_size=24, got 8",
+    ),
     ({"recipe": "dinov3", "gram_update_epochs": 1}, "--gram_update_epochs: says nothing without --gram_start"),
     ({"recipe": "dinov3", "gram_start": 2, "epochs": 2}, "--gram_start: expected less than --epochs=2, got 2"),
     (
