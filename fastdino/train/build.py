@@ -83,7 +83,8 @@ class Parts:
     @property
     def preset(self) -> dict[str, Any]:
         """What --preset small gives for the images, by flag; nothing where the run has another."""
-        return preset.values(self.source, self.process.world_size) if self.config.preset == "small" else {}
+        config = self.config
+        return preset.values(self.source, self.process.world_size, config.recipe) if config.preset == "small" else {}
 
     @property
     def niter(self) -> int:

@@ -63,6 +63,7 @@ def config_from_args(args: argparse.Namespace) -> TrainConfig:
 def command_line(config: TrainConfig, n_processes: int = 1, preset: Mapping[str, Any] = {}) -> str:
     """The command that starts this run again where it stopped. preset: what --preset gives, and need not be said."""
     known = {name: value for name in ("data_path", "init") if (value := getattr(config, name))}
+    known |= {"recipe": config.recipe} if config.recipe != TrainConfig.recipe else {}
     defaults = TrainConfig.from_flags({**known, **(preset if config.data_path else {})})
     resumed = replace(config, resume=True)
     words = ["fastdino", "train"] if n_processes == 1 else []

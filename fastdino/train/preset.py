@@ -18,9 +18,10 @@ from fastdino.train.config import TrainConfig
 from fastdino.train.recipes import SMALL, SMALL_FOLDER, from_weights, small
 
 MEASURED = 33  # images whose size is looked up, spread over all of them
-# A flag of these says what is to be learned and how: whoever gives one has a recipe of his own.
+# A flag of these says what is to be learned and how: whoever gives one has a recipe of his own. But for --recipe: the
+# preset has values for each.
 GROUPS = ("Recipe", "Model", "Teacher", "Optimisation", "Crops")
-RECIPE_FLAGS = {f.name for f in fields(TrainConfig) if f.metadata["group"] in GROUPS} - {"preset"}
+RECIPE_FLAGS = {f.name for f in fields(TrainConfig) if f.metadata["group"] in GROUPS} - {"preset", "recipe"}
 
 
 def is_small(source: ImageSource) -> bool:
@@ -38,9 +39,9 @@ def short_side(source: ImageSource) -> int:
     return int(np.median(sides)) if sides else 0
 
 
-def values(source: ImageSource, n_processes: int = 1) -> dict[str, Any]:
+def values(source: ImageSource, n_processes: int = 1, recipe: str = "dino") -> dict[str, Any]:
     """What the preset gives for these images, by flag."""
-    return small(len(source), short_side(source), n_processes)
+    return small(len(source), short_side(source), n_processes, recipe)
 
 
 def _goes_on(given: Mapping[str, Any]) -> bool:
@@ -77,7 +78,7 @@ def with_preset(
     if asked == "auto" and not is_small(source):
         stored = source.source if isinstance(source, Converted) else source
         return dict(given), converted(stored, replace(wanted, exif_turn=given.get("exif_turn", False)))
-    few = values(source, n_processes)
+    few = values(source, n_processes, given.get("recipe", "dino"))
     if given.get("init"):  # whose architecture it is then
         few = {name: value for name, value in few.items() if name not in from_weights({})}
     return {**few, **given, "preset": "small"}, source

@@ -157,9 +157,28 @@ def test_the_command_names_what_differs_from_the_preset(photo_folder):
     assert command_line(config, preset=values) == "fastdino train --preset small --out_dim 64 --data_path x"
 
 
-@pytest.mark.parametrize("given", [{"init": "weights.pth"}, {"recipe": "dinov2"}], ids=str)
-def test_weights_and_newer_recipes_are_recipes_of_ones_own(given, photo_folder):
-    flags, _ = with_preset({"data_path": str(photo_folder), **given}, 1)
-    assert "preset" not in flags
-    flags, _ = with_preset({"data_path": str(photo_folder), "preset": "small", **given}, 1)
-    assert ("arch" in flags) == ("init" not in given)  # the weights have theirs
+def test_weights_are_a_recipe_of_ones_own(photo_folder):
+    given = {"data_path": str(photo_folder), "init": "weights.pth"}
+    assert "preset" not in with_preset(given, 1)[0]
+    assert "arch" not in with_preset({**given, "preset": "small"}, 1)[0]  # the weights have theirs
+
+
+@pytest.mark.parametrize("recipe", ["dinov2", "dinov3"])
+def test_newer_recipes_have_values_of_their_own_for_few_images(recipe, photo_folder, short, tmp_path, capsys):
+    given = {"data_path": str(photo_folder), "recipe": recipe}
+    flags, source = with_preset(given, 1)
+    config = TrainConfig.from_flags(flags)
+    assert flags["preset"] == "small"
+    assert config.recipe == recipe
+    assert {name: getattr(config, name) for name in recipes.FEW_OF_NEWER} == recipes.FEW_OF_NEWER
+    assert config.local_crops_scale == recipes.SMALL["local_crops_scale"]
+    large = TrainConfig.from_flags(with_preset({**given, "preset": "none"}, 1)[0])
+    assert large.teacher_temp != config.teacher_temp
+    assert with_preset({**given, "lr": 0.1}, 1)[0] == {**given, "lr": 0.1}
+    assert command_line(config, preset=preset.values(source, recipe=recipe)).startswith(
+        f"fastdino train --preset small --recipe {recipe} --data_path"
+    )
+    assert main(["train", "--data_path", str(photo_folder), "--recipe", recipe, *short]) == 0
+    said = capsys.readouterr().out
+    assert f"preset  small, for 32 images; {recipe}'s own defaults: --preset none\nmodel" in said
+    assert "sinkhorn" in said
