@@ -253,7 +253,8 @@ class CropLoader:
                 drawn = (samples, widths, heights, views, first)
                 tables.append(draw_crops(self.sampler.seed, keys[0][0], *drawn) if views else None)
                 first += len(views)
-            tables.append(tables[0] if self.recipe.anchor_size else None)
+            has_anchors = self.recipe.anchor_size and keys[0][0] >= self.recipe.anchor_epoch
+            tables.append(tables[0] if has_anchors else None)
             bad = [line for item in items for line in item.bad]
             if self.on_gpu:
                 return self._on_gpu(buffer.images(), tables, bad)
@@ -294,15 +295,15 @@ class CropLoader:
             except BadImage as error:
                 self._blame(item, error)
 
-    def _groups(self) -> list[tuple[int, int]]:
-        """(views, pixels of a side) of the global and of the local crops, and of the anchors."""
-        recipe = self.recipe
-        groups = [(len(v), v[0].size if v else 0) for v in (recipe.globals, recipe.locals)]
-        return [*groups, (len(recipe.globals) if recipe.anchor_size else 0, recipe.anchor_size)]
+    def _groups(self, tables: list[CropTable | None], n_images: int) -> list[tuple[int, int]]:
+        """(views, pixels of a side) of the global crops, of the local ones, and of the anchors."""
+        sizes = *(v[0].size if v else 0 for v in (self.recipe.globals, self.recipe.locals)), self.recipe.anchor_size
+        return [(len(table.image) // n_images if table else 0, size) for table, size in zip(tables, sizes)]
 
     def _on_cpu(self, buffer: PackedBuffer, tables: list[CropTable | None], bad: list[str]) -> Batch:
         n_images = len(buffer.sizes)
-        groups = [torch.empty(n, n_images, self.channels, size, size, dtype=torch.uint8) for n, size in self._groups()]
+        sizes = self._groups(tables, n_images)
+        groups = [torch.empty(n, n_images, self.channels, size, size, dtype=torch.uint8) for n, size in sizes]
         places = [group.numpy() for group in groups]
         rows = [crop_params(table) if table else [] for table in tables]
         apply = apply_crop if self.exact else apply_crop_fast
@@ -328,7 +329,7 @@ class CropLoader:
             on_device = PackedImages(*(x.to(self.device, non_blocking=True) for x in images))
             crops = [table and CropTable(*(x.to(self.device, non_blocking=True) for x in table)) for table in tables]
             copied.record(self._stream)
-            for (n, size), table in zip(self._groups(), crops):
+            for (n, size), table in zip(self._groups(tables, n_images), crops):
                 if table is None:
                     groups.append(torch.empty(0, n_images, 3, 0, 0, dtype=self.dtype, device=self.device))
                     continue

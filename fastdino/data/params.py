@@ -41,11 +41,13 @@ class MultiCropRecipe:
     """The two global crops and the local ones; within each group all have one size.
 
     anchor_size: side in pixels of the global crops once more, for a Gram teacher that sees more of them; 0 for none.
+    anchor_epoch: the first epoch, counted from 0, that has these.
     """
 
     globals: tuple[ViewRecipe, ...]
     locals: tuple[ViewRecipe, ...]
     anchor_size: int = 0
+    anchor_epoch: int = 0
 
     @property
     def views(self) -> tuple[ViewRecipe, ...]:

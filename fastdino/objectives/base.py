@@ -48,6 +48,13 @@ class Objective(nn.Module):
         """For each part of a batch, what it has to know of all of them. learned: without gradients."""
         raise NotImplementedError
 
+    def before_iteration(self, iteration: int) -> bool:
+        """On the host, before an iteration is launched: whether it computes something else than those before it.
+
+        Then it is captured anew, and what it is given may have other shapes.
+        """
+        return False
+
     def after_step(self, mean: Tensor) -> None:
         """Once the weights have changed. mean: over the whole batch of this process."""
 

@@ -113,6 +113,7 @@ class DINOv2Loss(Objective):
         self.ncrops, self.centering, self.weights = ncrops, centering, weights
         self.student_temp, self.center_momentum = student_temp, center_momentum
         self.gram_teacher, self._gram_weight = gram, gram_weight
+        self._is_anchored = gram is not None
         if centering == "center":
             self.register_buffer("center", torch.zeros(1, out_dim))
             self.register_buffer("patch_center", torch.zeros(1, patch_out_dim))
@@ -125,6 +126,17 @@ class DINOv2Loss(Objective):
         """What Gram anchoring counts, where there is a Gram teacher."""
         return {} if self._gram_weight is None else {"gram_weight": self._gram_weight}
 
+    @property
+    def _anchor(self) -> GramTeacher | None:
+        """The Gram teacher, once it counts."""
+        return self.gram_teacher if self._is_anchored else None
+
+    def before_iteration(self, iteration: int) -> bool:
+        """Whether Gram anchoring begins, or ends, with it: until then nothing of it is computed."""
+        was, weights = self._is_anchored, self._gram_weight
+        self._is_anchored = self.gram_teacher is not None and (weights is None or bool(weights[iteration]))
+        return self._is_anchored != was
+
     def _masked(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Masks (2 * B, N), indices (M,) and weights (M,) of the masked patches."""
         mask1, mask2, indices, weights = views[self.ncrops : self.ncrops + 4]
@@ -132,7 +144,7 @@ class DINOv2Loss(Objective):
 
     def teach(self, teacher: nn.Module, views: Sequence[Tensor]) -> Targets:
         """The teacher's logits, and the Gram teacher's patches."""
-        crops, (_, indices, weights), anchor = views[:N_GLOBAL], self._masked(views), self.gram_teacher
+        crops, (_, indices, weights), anchor = views[:N_GLOBAL], self._masked(views), self._anchor
         taught = teacher(crops, indices)
         anchored = None if anchor is None else anchor(views[self.ncrops + 4 :] or crops, crops[0].shape[-2:])
         return Targets(taught.logits, taught.patch_logits, weights, anchored)
@@ -140,7 +152,7 @@ class DINOv2Loss(Objective):
     def learn(self, student: nn.Module, views: Sequence[Tensor]) -> Learned:
         """The student's features and logits, of masked global crops and of local ones."""
         masks, indices, _ = self._masked(views)
-        return Learned(*student(views[: self.ncrops], indices, masks, with_patches=self.gram_teacher is not None))
+        return Learned(*student(views[: self.ncrops], indices, masks, with_patches=self._anchor is not None))
 
     def evaluate(
         self, learned: Learned, taught: Targets, row: Mapping[str, Tensor], shared: Shared | None = None
@@ -157,12 +169,14 @@ class DINOv2Loss(Objective):
         spread, pull = self._koleo(learned.cls[:n_crops], shared)
         metrics = [stats.teacher_entropy, stats.kl, ibot, spread]
         loss = loss + self.weights.ibot * ibot + self.weights.koleo * pull
-        if self.gram_teacher is not None:
+        if self._anchor is not None:
             assert learned.patches is not None
             assert taught.gram is not None
-            anchored = gram(learned.patches, taught.gram, **self.gram_teacher.similarities)
+            anchored = gram(learned.patches, taught.gram, **self._anchor.similarities)
             loss = loss + row["gram_weight"] * anchored
             metrics.append(anchored)
+        elif self.gram_teacher is not None:
+            metrics.append(torch.zeros_like(ibot))
         return loss, tuple(x.detach() for x in metrics), self._means(taught)
 
     def _weighed(

@@ -284,6 +284,7 @@ class TrainConfig(LoggerFlags):
             ),
             locals=(view(self.local_crops_size, self.local_crops_scale, self.blur_prob[2]),) * self.local_crops_number,
             anchor_size=self.gram_crops_size,
+            anchor_epoch=self.gram_start,
         )
 
     def namespace(self) -> argparse.Namespace:

@@ -220,6 +220,13 @@ class Modes:
         self._use(mode)
         self._step.schedule.rewind()
 
+    def restart(self) -> None:
+        """The iteration is another one from now on: proven, warmed up and captured anew."""
+        if self._graph is not None:
+            torch.cuda.synchronize(self._step.device)  # it may still run
+        self.close()
+        self._n_warm, self._proven = 0, self.name == "eager"
+
     def close(self) -> None:
         """Drop the graph and what it holds."""
         self._graph, self._static = None, []

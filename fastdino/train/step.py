@@ -71,8 +71,7 @@ class TrainStep:
         columns |= tuning.columns(student, columns) | frozen_columns(epochs, freeze_last_layer, freeze_backbone)
         self.schedule = ScheduleTable(columns, self.device, full)
         self.update = make_update(optimizer, self.run, (student, teacher), self.schedule, clip_grad, tuning)
-        # Gradients come to what is run; those of several parts are summed where the masters are.
-        summed = student if accumulate > 1 else self.run.student
+        summed = student if accumulate > 1 else self.run.student  # several parts' gradients, where the masters are
         self._averager = GradientAverager(summed.parameters(), overlap=accumulate == 1)
         # grad_norm: before the clip, without fp16's scale. state: the largest number of the objective's, to be checked.
         self.metric_names = ("loss", *loss.metric_names, "grad_norm")
@@ -89,6 +88,8 @@ class TrainStep:
         if self.kernels is None:
             self.prepare(views[: self.loss.ncrops])
         self.schedule.seek(iteration)
+        if self.loss.before_iteration(iteration):
+            self._modes.restart()
         self._modes(views)
         self.loss.after_iteration(self.teacher, iteration)
         return self._as_metrics(*self._metrics.clone())

@@ -70,7 +70,8 @@ def _recipe(config: TrainConfig) -> str:
     heads = f"a head of {config.ibot_out_dim:,} for patches" if config.ibot_out_dim else "one head"
     words = f"{config.recipe}: {masked}, {heads}, {config.centering}, KoLeo {config.koleo_weight:g}"
     seen = f" of crops of {config.gram_crops_size} px" if config.gram_crops_size else ""
-    return words + (f", Gram{seen} after {config.gram_start} epochs" if config.gram_start else "")
+    later = "which then takes more time and memory"
+    return words + (f", Gram{seen} after {config.gram_start} epochs, {later}" if config.gram_start else "")
 
 
 def _tell_of_preset(parts: Parts, say: Say) -> None:

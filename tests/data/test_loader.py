@@ -104,6 +104,8 @@ def test_anchors_are_the_global_crops_at_another_size(photo_folder):
     assert [tuple(x.shape[1:]) for x in views[-2:]] == [(3, 48, 48)] * 2
     assert len(views) == len(plain.views(torch.device("cpu"))) + 2
     assert torch.equal(views[-1], normalize(batch.anchors)[1])
+    later = batches(source, recipe=replace(RECIPE, anchor_size=48, anchor_epoch=4), **options)[0]
+    assert len(later.views(torch.device("cpu"))) == len(views) - 2
 
 
 def test_epochs_and_seeds_differ_and_a_resume_continues(photo_folder):

@@ -383,6 +383,15 @@ def test_real_sizes_match_fp64(n_rows, n_prototypes, dtype, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=["bf16", "fp16"])
+def test_products_of_real_size_have_the_gradients_of_their_logits(dtype, device):
+    _, *others = inputs(301, 65536, dtype, device)
+    x, prototypes = (torch.randn(n, 256, device=device, dtype=dtype) / 16 for n in (301, 65536))
+    for got, expected in zip(of_product((x, prototypes), *others), of_logits((x, prototypes), *others)):
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.01 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
 def test_captured_loss_follows_its_scalars(device):
     """One capture, three replays with new logits and temperatures on the device: each equals eager, bit for bit."""
     student, *others = inputs(16, 65536, bf16, device)

@@ -37,8 +37,9 @@ def make_networks(recipe="dinov2", drop_path_rate=0.0, drop_path_mode="sample", 
 
 def make_step(
     recipe="dinov2", device="cpu", networks=None, dtype=torch.float32, centering="sinkhorn", koleo=0.1, gram=False,
-    **options,
+    gram_from=0, **options,
 ):  # fmt: skip
+    """gram_from: the first iteration in which Gram anchoring counts."""
     student, teacher, anchor = networks or make_networks(recipe, **options)
     options = {k: v for k, v in options.items() if k not in ("drop_path_rate", "drop_path_mode", "checkpointing")}
     loss = DINOv2Loss(
@@ -48,7 +49,7 @@ def make_step(
         centering=centering,
         weights=DINOv2Weights(koleo=koleo),
         gram=GramTeacher(anchor.backbone) if gram else None,
-        gram_weight=np.ones(4 * NITER) if gram else None,
+        gram_weight=(np.arange(4 * NITER) >= gram_from).astype(float) if gram else None,
     )
     teacher.requires_grad_(False).backbone.eval()
     modules = student, teacher, loss

@@ -51,13 +51,13 @@ def test_no_iteration_waits_for_the_device(recipe, options, monkeypatch, capsys)
     assert len(set(counts[2:])) == 1
 
 
-@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=IDS)
-def test_compiled_is_one_graph_for_all_iterations(recipe, options, monkeypatch):
-    """fullgraph refuses graph breaks; the backend counts what it is given to compile."""
-    graphs = []
+@pytest.fixture
+def graphs(monkeypatch):
+    """Nodes of each graph that a compiled step is given to compile; it refuses graph breaks."""
+    nodes = []
 
     def counting(graph, inputs):
-        graphs.append(len(graph.graph.nodes))
+        nodes.append(len(graph.graph.nodes))
         return graph.forward
 
     compile_ = torch.compile
@@ -65,6 +65,11 @@ def test_compiled_is_one_graph_for_all_iterations(recipe, options, monkeypatch):
         torch, "compile", lambda f, **kw: compile_(f, backend=counting, fullgraph=kw["fullgraph"], dynamic=False)
     )
     torch._dynamo.reset()
+    return nodes
+
+
+@pytest.mark.parametrize(("recipe", "options"), RECIPES, ids=IDS)
+def test_compiled_is_one_graph_for_all_iterations(recipe, options, graphs):
     step, plain = make_step(recipe, mode="compiled", say=pytest.fail, **options), make_step(recipe, **options)
     for i in range(6):
         torch.manual_seed(i)
@@ -76,6 +81,25 @@ def test_compiled_is_one_graph_for_all_iterations(recipe, options, monkeypatch):
         elif i == 0:  # later ones are of weights that AdamW has taken apart
             assert torch.allclose(ours.loss, expected.loss, rtol=2e-2)
     assert len(graphs) == 1, graphs
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_until_gram_counts_nothing_of_it_is_computed(mode, graphs):
+    """And then another graph is: in fp64 the run in which it was always computed, at first with weight 0."""
+    options = {"gram": True, "gram_from": NITER + 1, "dtype": torch.float64}
+    step, always = make_step("dinov3", mode=mode, say=pytest.fail, **options), make_step("dinov3", **options)
+    always.loss.before_iteration = lambda iteration: False
+    for i in range(NITER + 3):
+        torch.manual_seed(i)  # positions are drawn in training
+        ours = step(make_views(i, dtype=torch.float64), i)
+        torch.manual_seed(i)
+        expected = always(make_views(i, dtype=torch.float64), i)
+        for name in ("loss", "ibot_loss", "grad_norm"):
+            assert torch.allclose(getattr(ours, name), getattr(expected, name), rtol=1e-9), (i, name)
+        assert expected.gram_loss > 0
+        assert (ours.gram_loss > 0) == (i > NITER)
+        assert len(graphs) == (0 if mode == "eager" else 1 if i <= NITER else 2)
+    assert mode == "eager" or graphs[0] < graphs[1]
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn", "center"])
@@ -306,7 +330,9 @@ def test_a_student_that_leaves_products_to_the_loss_has_the_same_gradients(recip
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("recipe", "options"), [r for r in RECIPES if not r[1].get("amp_dtype")], ids=["v2", "subsets", "gram"]
+    ("recipe", "options"),
+    [r for r in RECIPES if not r[1].get("amp_dtype")] + [("dinov3", {"gram": True, "gram_from": NITER})],
+    ids=["v2", "subsets", "gram", "gram later"],
 )
 def test_graph_equals_eager_with_masks(recipe, options):
     """Four epochs: the freeze, the schedules, masks anew in every step. Draws differ between modes: without them."""
