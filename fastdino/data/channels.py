@@ -224,7 +224,8 @@ def _read_tiff(data: bytes) -> tuple[NDArray[Any], int]:
     try:
         import tifffile
     except ImportError as error:
-        raise UserError("TIFF stacks and TIFFs of many channels need tifffile: pip install 'fastdino[tiff]'") from error
+        words = "TIFF stacks and TIFFs of many channels need tifffile: pip install tifffile imagecodecs"
+        raise UserError(words) from error
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file, we say
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:

@@ -17,7 +17,7 @@ class ParquetSource:
     """Images in a column of parquet files, as Hugging Face stores them: bytes, or a struct with a field `bytes`.
 
     Row groups are read when one of their images is asked for, and the last `CACHED_BYTES` of them are kept.
-    A column of whole numbers called label, labels or cls gives labels. Needs pyarrow (`pip install fastdino[parquet]`).
+    A column of whole numbers called label, labels or cls gives labels. Needs pyarrow (`pip install pyarrow`).
     Raises UserError without it, and where a file is no parquet or has no such column.
     """
 
@@ -28,7 +28,7 @@ class ParquetSource:
             import pyarrow.parquet as parquet
             from pyarrow import types
         except ImportError as error:
-            raise UserError("parquet files need pyarrow: pip install 'fastdino[parquet]'") from error
+            raise UserError("parquet files need pyarrow: pip install pyarrow") from error
         self.paths = [str(file) for file in files]
         self.column = ""
         self.groups: list[tuple[int, int]] = []  # file, row group

@@ -229,7 +229,7 @@ def check_output(output: Path, tokens: Sequence[str]) -> None:
         try:
             import pyarrow  # noqa: F401
         except ImportError as error:
-            raise UserError("--output: .parquet needs pyarrow: pip install 'fastdino[parquet]'") from error
+            raise UserError("--output: .parquet needs pyarrow: pip install pyarrow") from error
 
 
 def write(table: Table, output: Path) -> None:

@@ -61,8 +61,8 @@ class TrainConfig(LoggerFlags):
         "auto",
         "Recipe",
         "small: what learns from hundreds to ten thousands of images; none: the defaults of main_dino, or of --recipe; "
-        "auto: small for so few images where, but for --recipe, no flag of recipe, model, teacher, optimisation or "
-        "crops is given. Flags win over it",
+        "auto: small for so few images where, but for --recipe and --epochs, no flag of recipe, model, teacher, "
+        "optimisation or crops is given. Flags win over it",
         PRESETS,
     )
     recipe: str = flag(

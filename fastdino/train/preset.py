@@ -18,10 +18,10 @@ from fastdino.train.config import TrainConfig
 from fastdino.train.recipes import SMALL, SMALL_FOLDER, from_weights, small
 
 MEASURED = 33  # images whose size is looked up, spread over all of them
-# A flag of these says what is to be learned and how: whoever gives one has a recipe of his own. But for --recipe: the
-# preset has values for each.
+# A flag of these says what is to be learned and how: whoever gives one has a recipe of his own. But for --recipe, which
+# has values in the preset, and --epochs, which says how much of it.
 GROUPS = ("Recipe", "Model", "Teacher", "Optimisation", "Crops")
-RECIPE_FLAGS = {f.name for f in fields(TrainConfig) if f.metadata["group"] in GROUPS} - {"preset", "recipe"}
+RECIPE_FLAGS = {f.name for f in fields(TrainConfig) if f.metadata["group"] in GROUPS} - {"preset", "recipe", "epochs"}
 
 
 def is_small(source: ImageSource) -> bool:

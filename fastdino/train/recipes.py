@@ -84,6 +84,8 @@ FEW_OF_NEWER: dict[str, Any] = {
     "lr_decay": 1.0,
     "patch_embed_lr": 1.0,
     "ibot_out_dim": 0,
+    "mask_ratio": (0.1, 0.3),
+    "lr": 0.004,
 }
 
 # --preset small: folders of hundreds to ten thousands of images. main_dino's defaults are for a million, and for as

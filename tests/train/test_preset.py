@@ -33,9 +33,10 @@ def short(monkeypatch, tmp_path):
     [
         ({}, True),
         ({"seed": 3, "val_path": "x", "saveckp_freq": 5}, True),
-        ({"epochs": 100}, False),
+        ({"epochs": 100}, True),
+        ({"lr": 0.01}, False),
         ({"arch": "vit_small"}, False),
-        ({"epochs": 100, "preset": "small"}, True),
+        ({"lr": 0.01, "preset": "small"}, True),
         ({"preset": "none"}, False),
     ],
     ids=str,

@@ -1,4 +1,5 @@
-"""What --preset small learns: k-NN on held-out images, beside main_dino's settings at as many CPU seconds.
+"""What --preset small learns with each recipe: k-NN on held-out images, beside main_dino's settings at as many CPU
+seconds.
 
 cd tests && python -m trials.small [--seconds 60] [--seeds 1 2 3]
 
@@ -25,6 +26,7 @@ from fastdino.data.digits import load_digits
 from fastdino.data.sources import open_source
 from fastdino.errors import TrainingError
 from fastdino.train import preset
+from fastdino.train.recipes import RECIPES
 
 PHOTOGRAPHS = """astronaut brick camera cell chelsea coffee coins grass gravel hubble_deep_field immunohistochemistry
     moon retina rocket"""
@@ -110,9 +112,10 @@ def main() -> int:
             paths = save(halves[0], Path(folder) / name / "train"), save(halves[1], Path(folder) / name / "held_out")
             few = preset.values(open_source(paths[0]))
             same = {flag: few[flag] for flag in SAME.split()}
-            for what, flags in (("small", {"preset": "small"}), ("main_dino", {**same, "preset": "none"})):
+            ways = {f"small {recipe}": {"preset": "small", "recipe": recipe} for recipe in RECIPES}
+            for what, flags in (*ways.items(), ("main_dino", {**same, "preset": "none"})):
                 for seed in args.seeds:
-                    lines.append(f"{name:12} {what:10} seed {seed}  {learn(paths, flags, seed, args.seconds)}")
+                    lines.append(f"{name:12} {what:12} seed {seed}  {learn(paths, flags, seed, args.seconds)}")
     print("\n".join(["", *lines]))
     return 0
 
