@@ -44,14 +44,14 @@ def values(source: ImageSource, n_processes: int = 1, recipe: str = "dino") -> d
     return small(len(source), short_side(source), n_processes, recipe)
 
 
-def _goes_on(given: Mapping[str, Any]) -> bool:
-    """Whether the output folder holds a run with the preset, which trains on with more epochs, say."""
+def _of_run(given: Mapping[str, Any]) -> str:
+    """The preset of the run in the output folder that is gone on with, with more epochs, say; `auto` where none is."""
     folder = Path(given.get("output_dir", TrainConfig.output_dir))
     if not given.get("resume", True) or not (folder / "checkpoint.pth").exists():
-        return False
+        return "auto"
     with suppress(OSError, ValueError, AttributeError):
-        return bool(json.loads((folder / "args.json").read_text()).get("preset") == "small")
-    return False
+        return "small" if json.loads((folder / "args.json").read_text()).get("preset") == "small" else "none"
+    return "auto"
 
 
 def with_preset(
@@ -59,12 +59,11 @@ def with_preset(
 ) -> tuple[dict[str, Any], ImageSource | None]:
     """The flags somebody gave above those of the preset; the images, where they had to be opened for that.
 
-    `auto` is small for a small folder (or dataset) where nothing of RECIPE_FLAGS, and no backbone, is given; and where
-    it was in the run that is gone on with. Raises UserError where the images are not there.
+    `auto` is small for a small folder (or dataset) where nothing of RECIPE_FLAGS, and no backbone, is given; but a run
+    that is gone on with keeps what it has. Raises UserError where the images are not there.
     """
     asked = given.get("preset", "auto")
-    if asked == "auto" and _goes_on(given):
-        asked = "small"
+    asked = _of_run(given) if asked == "auto" else asked
     has_recipe = backbone is not None or bool(RECIPE_FLAGS & given.keys())
     has_images = dataset is not None or bool(given.get("data_path"))
     if not has_images or asked not in ("auto", "small") or (asked == "auto" and has_recipe):

@@ -158,6 +158,18 @@ def test_the_command_names_what_differs_from_the_preset(photo_folder):
     assert command_line(config, preset=values) == "fastdino train --preset small --out_dim 64 --data_path x"
 
 
+@pytest.mark.parametrize(("saved", "is_small"), [({"preset": "small"}, True), ({"preset": "auto"}, False), ({}, False)])
+def test_a_run_that_is_gone_on_with_keeps_what_it_has(saved, is_small, photo_folder, tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps(saved))
+    given = {"data_path": str(photo_folder), "output_dir": str(tmp_path), "epochs": 7}
+    assert with_preset(given, 1)[0]["preset"] == "small"  # there is no checkpoint to go on from
+    (tmp_path / "checkpoint.pth").touch()
+    assert ("out_dim" in with_preset(given, 1)[0]) == is_small
+    assert with_preset({**given, "resume": False}, 1)[0]["preset"] == "small"
+    (tmp_path / "args.json").write_text("[]")
+    assert with_preset(given, 1)[0]["preset"] == "small"
+
+
 def test_weights_are_a_recipe_of_ones_own(photo_folder):
     given = {"data_path": str(photo_folder), "init": "weights.pth"}
     assert "preset" not in with_preset(given, 1)[0]
