@@ -74,9 +74,11 @@ DIGITS: dict[str, Any] = {
 }
 
 # What few images want of DINOv2's and DINOv3's recipes, whose own defaults are for a million: Sinkhorn, and otherwise
-# DINO's. LayerScale that starts at 1e-5 has not grown when such a short run ends.
+# DINO's. LayerScale that starts at 1e-5 has not grown when such a short run ends. k-NN on validation images of DINOv2's
+# recipe, after 100 to 150 seconds of a CPU core, November 2026: digits .900 and .873 (seeds 1, 2), parts of photographs
+# .755, MNIST .739. DINO's recipe in as many seconds: .890 and .873, .693, .632. The authors' values: digits .813.
 FEW_OF_NEWER: dict[str, Any] = {
-    "centering": "sinkhorn",
+    "centering": "sinkhorn",  # a running mean: digits .877 and .837
     "layerscale": 0.0,
     "norm_last_layer": True,
     "teacher_temp": 0.04,
@@ -84,8 +86,8 @@ FEW_OF_NEWER: dict[str, Any] = {
     "lr_decay": 1.0,
     "patch_embed_lr": 1.0,
     "ibot_out_dim": 0,
-    "mask_ratio": (0.1, 0.3),
-    "lr": 0.004,
+    "mask_ratio": (0.1, 0.3),  # of 16 patches; up to 0.5: digits .900 and .863, parts .739, MNIST .731
+    "lr": 0.004,  # with masks up to 0.5: twice as much .867 and .860, a third .840
 }
 
 # --preset small: folders of hundreds to ten thousands of images. main_dino's defaults are for a million, and for as
