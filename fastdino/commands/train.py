@@ -31,13 +31,14 @@ def run(args: argparse.Namespace) -> int:
     from fastdino.train.distributed import launched
     from fastdino.train.flags import check_images, read_config
     from fastdino.train.loop import train
-    from fastdino.train.preset import with_preset
+    from fastdino.train.preset import before_images, with_preset
 
     if path := vars(args).pop("config", None):
         args = argparse.Namespace(**{**read_config(path), **vars(args)})
     n_processes = launched().world_size
     try:
-        config_from_args(args)  # what is wrong with the flags is said before the images are looked for
+        # What is wrong with the flags is said before the images are looked for.
+        config_from_args(argparse.Namespace(**before_images(vars(args))))
         check_images(vars(args), n_processes)
         given, source = with_preset(vars(args), n_processes)
         config = config_from_args(argparse.Namespace(**given))

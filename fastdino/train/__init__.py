@@ -37,7 +37,7 @@ def train(
     from fastdino.train.distributed import launched
     from fastdino.train.flags import check_images, config_from_flags, read_config
     from fastdino.train.loop import train as run
-    from fastdino.train.preset import with_preset
+    from fastdino.train.preset import before_images, with_preset
     from fastdino.train.sinks import Sink
 
     for callback in callbacks:
@@ -48,7 +48,9 @@ def train(
     if config is not None:
         flags = {**read_config(config), **flags}
     is_demo, n_processes = dataset is None and not flags.get("data_path"), launched().world_size
-    config_from_flags(flags, is_demo)  # what is wrong with the flags is said before the images are looked for
+    config_from_flags(
+        before_images(flags), is_demo
+    )  # what is wrong with the flags is said before the images are looked for
     if dataset is None:
         check_images(flags, n_processes)
     given, source = with_preset(flags, n_processes, dataset, backbone)

@@ -54,6 +54,24 @@ def _of_run(given: Mapping[str, Any]) -> str:
     return "auto"
 
 
+def _recipe(given: Mapping[str, Any]) -> str:
+    return str(given.get("recipe", TrainConfig.recipe))
+
+
+def _above(few: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags somebody gave, above those of the preset."""
+    its_own = from_weights({}) if given.get("init") else {}  # whose architecture it is then
+    return {**{name: value for name, value in few.items() if name not in its_own}, **given}
+
+
+def before_images(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags as far as they can be checked before the images are looked for.
+
+    With --preset small above what it gives for the smallest folder, which contradicts least.
+    """
+    return _above(small(0, 0, recipe=_recipe(given)), given) if given.get("preset") == "small" else dict(given)
+
+
 def with_preset(
     given: Mapping[str, Any], n_processes: int, dataset: Any = None, backbone: Any = None
 ) -> tuple[dict[str, Any], ImageSource | None]:
@@ -77,7 +95,4 @@ def with_preset(
     if asked == "auto" and not is_small(source):
         stored = source.source if isinstance(source, Converted) else source
         return dict(given), converted(stored, replace(wanted, exif_turn=given.get("exif_turn", False)))
-    few = values(source, n_processes, given.get("recipe", "dino"))
-    if given.get("init"):  # whose architecture it is then
-        few = {name: value for name, value in few.items() if name not in from_weights({})}
-    return {**few, **given, "preset": "small"}, source
+    return {**_above(values(source, n_processes, _recipe(given)), given), "preset": "small"}, source

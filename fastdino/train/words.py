@@ -71,7 +71,7 @@ def _recipe(config: TrainConfig) -> str:
     words = f"{config.recipe}: {masked}, {heads}, {config.centering}, KoLeo {config.koleo_weight:g}"
     seen = f" of crops of {config.gram_crops_size} px" if config.gram_crops_size else ""
     later = "which then takes more time and memory"
-    return words + (f", Gram{seen} after {config.gram_start} epochs, {later}" if config.gram_start else "")
+    return words + (f", Gram{seen} after {_several(config.gram_start, 'epoch')}, {later}" if config.gram_start else "")
 
 
 def _tell_of_preset(parts: Parts, say: Say) -> None:

@@ -170,6 +170,18 @@ def test_a_run_that_is_gone_on_with_keeps_what_it_has(saved, is_small, photo_fol
     assert with_preset(given, 1)[0]["preset"] == "small"
 
 
+def test_flags_are_held_against_the_presets_values_and_not_the_defaults(photo_folder, short, capsys):
+    """Before the images are seen, too, where they could contradict those of a million images."""
+    words = ["train", "--data_path", str(photo_folder), "--preset", "small", "--recipe", "dinov2", *short]
+    words += ["--epochs", "2", "--gram_start", "1", "--gram_crops_size"]
+    assert main([*words, "96"]) == 0
+    assert "Gram of crops of 96 px after 1 epoch, which then takes more time and memory" in capsys.readouterr().out
+    assert main([*words, "48"]) == 2
+    assert "--gram_crops_size: expected at least --global_crops_size=64, got 48" in capsys.readouterr().err
+    assert main([*words, "8", "--data_path", "nowhere"]) == 2
+    assert "--gram_crops_size: expected at least --global_crops_size=24, got 8" in capsys.readouterr().err
+
+
 def test_weights_are_a_recipe_of_ones_own(photo_folder):
     given = {"data_path": str(photo_folder), "init": "weights.pth"}
     assert "preset" not in with_preset(given, 1)[0]
