@@ -219,13 +219,12 @@ def asked_input(args: argparse.Namespace, backbone: nn.Module, n_layers: int) ->
 
     Raises UserError where the backbone does not give it.
     """
-    asked = Input(args.n_last_blocks or n_layers, args.avgpool_patchtokens)
-    if not isinstance(backbone, VisionTransformer):
-        if args.avgpool_patchtokens or (args.n_last_blocks or 1) > 1:
-            flag = "avgpool_patchtokens" if args.avgpool_patchtokens else "n_last_blocks"
-            raise UserError(f"--{flag}: {args.pretrained_weights} gives its output alone, leave it out")
-        return Input(1, False)
-    if asked.layers > len(backbone.blocks):
+    gives_tokens = isinstance(backbone, VisionTransformer)
+    asked = Input(args.n_last_blocks or (n_layers if gives_tokens else 1), args.avgpool_patchtokens)
+    if not gives_tokens and asked != Input(1, False):
+        flag = "avgpool_patchtokens" if asked.avgpool else "n_last_blocks"
+        raise UserError(f"--{flag}: {args.pretrained_weights} gives its output alone, leave it out")
+    if isinstance(backbone, VisionTransformer) and asked.layers > len(backbone.blocks):
         raise UserError(
             f"--n_last_blocks: {args.pretrained_weights} has {len(backbone.blocks)} blocks, got {asked.layers}"
         )

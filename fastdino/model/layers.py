@@ -1,6 +1,8 @@
 """Small layers of a block, and how weights start: norms, LayerScale, linear maps. Axes: D channels."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +119,12 @@ class QkvWithoutKeyBias(nn.Linear):
     def masked_bias(self) -> Tensor:
         """(3 * D,)."""
         return self.bias * self.bias_mask.to(self.bias.dtype)  # of a low-precision copy, too
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Operations on the device of x keep the dtypes they are given."""
+    device_type = x.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def init_linear(module: nn.Module, std: float = 0.02) -> None:

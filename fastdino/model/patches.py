@@ -4,7 +4,6 @@ Axes: B images, D channels.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdino.model.constant import constant
+from fastdino.model.layers import without_autocast
 
 
 class PatchEmbed(nn.Module):
@@ -97,8 +97,7 @@ def _by_matrix(positions: Tensor, rows: int, cols: int, how: Interpolation) -> T
     """
     side, full = math.isqrt(positions.shape[1]), torch.promote_types(positions.dtype, torch.float32)
     matrix = _matrix(side, rows, cols, how, full, positions.device).values
-    device_type = positions.device.type
-    with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
+    with without_autocast(positions):
         return (matrix @ positions.to(full)).to(positions.dtype)
 
 

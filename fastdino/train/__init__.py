@@ -48,9 +48,8 @@ def train(
     if config is not None:
         flags = {**read_config(config), **flags}
     is_demo, n_processes = dataset is None and not flags.get("data_path"), launched().world_size
-    config_from_flags(
-        before_images(flags), is_demo
-    )  # what is wrong with the flags is said before the images are looked for
+    # What is wrong with the flags is said before the images are looked for.
+    config_from_flags(before_images(flags), is_demo)
     if dataset is None:
         check_images(flags, n_processes)
     given, source = with_preset(flags, n_processes, dataset, backbone)

@@ -85,7 +85,7 @@ def with_preset(
     has_recipe = backbone is not None or bool(RECIPE_FLAGS & given.keys())
     has_images = dataset is not None or bool(given.get("data_path"))
     if not has_images or asked not in ("auto", "small") or (asked == "auto" and has_recipe):
-        return dict(given), None
+        return {**given, **({"preset": asked} if has_images and asked != "auto" else {})}, None
     try:
         as_given = given.get("channels", 3), tuple(given.get("value_range", ()))
         wanted = ImageFormat(*as_given, exif_turn=given.get("exif_turn", SMALL["exif_turn"]))

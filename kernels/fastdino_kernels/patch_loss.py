@@ -36,7 +36,10 @@ ROWS = 2  # that a program of the forward pass takes
 
 
 class LinearLogits(NamedTuple):
-    """Logits x @ prototypes.T (M, K) that nobody has multiplied yet."""
+    """Logits x @ prototypes.T (M, K) that nobody has multiplied yet.
+
+    Rows of weight 0 may hold any finite number: NaN or infinity in x, times a gradient of 0, is NaN in the prototypes'.
+    """
 
     x: Tensor
     """(M, D)."""

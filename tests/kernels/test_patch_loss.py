@@ -236,6 +236,17 @@ def test_a_product_has_the_loss_and_gradients_of_its_logits(n_rows, n_prototypes
         torch.testing.assert_close(got, expected, rtol=close, atol=close * float(expected.abs().max()))
 
 
+def test_rows_of_a_product_that_do_not_count_change_nothing(place):
+    _, teacher, center, weights = inputs(7, 257, fp32, place)
+    x, prototypes = factors_of(7, 257, fp32, place)
+    kept = of_product((x[2:], prototypes), teacher[2:], center, weights[2:])
+    weights[:2], x[:2], teacher[:2] = 0, 1e30, math.nan
+    loss, grad_x, grad_prototypes = of_product((x, prototypes), teacher, center, weights)
+    assert not grad_x[:2].any()
+    for got, expected in zip((loss, grad_x[2:], grad_prototypes), kept):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_gradients_of_a_product_match_fp64(place):
     _, *others = inputs(7, 257, fp32, place)
     factors = factors_of(7, 257, fp32, place)

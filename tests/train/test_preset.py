@@ -164,7 +164,9 @@ def test_a_run_that_is_gone_on_with_keeps_what_it_has(saved, is_small, photo_fol
     given = {"data_path": str(photo_folder), "output_dir": str(tmp_path), "epochs": 7}
     assert with_preset(given, 1)[0]["preset"] == "small"  # there is no checkpoint to go on from
     (tmp_path / "checkpoint.pth").touch()
-    assert ("out_dim" in with_preset(given, 1)[0]) == is_small
+    flags, _ = with_preset(given, 1)
+    assert flags["preset"] == ("small" if is_small else "none")
+    assert ("out_dim" in flags) == is_small
     assert with_preset({**given, "resume": False}, 1)[0]["preset"] == "small"
     (tmp_path / "args.json").write_text("[]")
     assert with_preset(given, 1)[0]["preset"] == "small"
