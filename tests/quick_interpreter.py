@@ -13,6 +13,7 @@ def quicken() -> None:
         _without_unheard_overflows(interpreter)
         _with_one_look_at_the_language(interpreter)
         _with_remembered_types(interpreter)
+        _with_objects_made_once(interpreter.tl.core)
     except (AttributeError, TypeError):
         pass
 
@@ -61,3 +62,27 @@ def _with_remembered_types(interpreter: Any) -> None:
         return known[name]
 
     interpreter._get_np_dtype = remembered
+
+
+def _with_objects_made_once(core: Any) -> None:
+    """Each result of an operation works its shape out anew, three objects for each of its sides."""
+    block, tensor = core.block_type.__init__, core.tensor.__init__
+    of_blocks: dict[tuple, dict[str, Any]] = {}
+    of_tensors: dict[tuple, dict[str, Any]] = {}
+
+    def make_block(self: Any, element_ty: Any, shape: Any) -> None:
+        sides = (side.value if isinstance(side, core.constexpr) else side for side in shape)
+        key = (element_ty.__class__, element_ty.name, *sides)
+        if key not in of_blocks:
+            block(self, element_ty, shape)
+            of_blocks[key] = vars(self).copy()
+        vars(self).update(of_blocks[key])
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        key = type.__class__, type.name
+        if key not in of_tensors:
+            tensor(self, handle, type)
+            of_tensors[key] = vars(self).copy()
+        vars(self).update(of_tensors[key], handle=handle, type=type, dtype=type.scalar)
+
+    core.block_type.__init__, core.tensor.__init__ = make_block, make_tensor

@@ -1,8 +1,9 @@
-"""Two processes of half a batch are one process of a whole one."""
+"""Two processes of half a batch are one process of a whole one.
+
+That torchrun starts them is tested in tests/test_readme.py and tests/train/test_fsdp.py.
+"""
 
 import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,7 @@ COMPILED_FP64 = str(Path(__file__).with_name("run_compiled_in_fp64.py"))
 # Three steps of 478 digits: one epoch, so also the last layer's freeze, lifted for it to move.
 FLAGS = "--epochs 1 --warmup_epochs 0 --freeze_last_layer 0 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16"
 FLAGS += " --use_bn_in_head false --drop_path_rate 0 --local_crops_number 2 --num_workers 0 --knn_freq 0"
-FLAGS += " --clip_grad 0.3 --lr 0.0005 --arch vit_nano --patch_size 12 --local_crops_size 12"
-
-
-def under_torchrun(*words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+FLAGS += " --clip_grad 0.3 --lr 0.0005 --arch vit_nano --patch_size 12 --local_crops_size 12 --attention_images 0"
 
 
 def as_forks(forks, folder, processes, *words):
@@ -33,9 +29,8 @@ def as_forks(forks, folder, processes, *words):
 @pytest.mark.parametrize(
     ("program", "mode", "dtype", "budget"),
     [
-        # The door people use; fp64 has no flag and needs a script.
         (["-m", "fastdino.train"], "eager", torch.float32, 1e-5),
-        ([COMPILED_FP64], "compiled", torch.float64, 1e-10),
+        ([COMPILED_FP64], "compiled", torch.float64, 1e-10),  # fp64 has no flag and needs a script
     ],
     ids=["eager-fp32", "compiled-fp64"],
 )
@@ -44,9 +39,7 @@ def test_two_processes_equal_one(tmp_path, forks, program, mode, dtype, budget):
     for processes, step in ((1, "eager"), (2, mode)):  # the one is eager: compiling is not to change anything either
         folder = tmp_path / str(processes)
         flags = ["--batch_size_per_gpu", str(478 // processes), "--step", step, "--output_dir", str(folder)]
-        through_the_door = processes == 2 and mode == "eager"
-        run = under_torchrun if through_the_door else partial(as_forks, forks, folder, processes)
-        done = run(*program, *FLAGS.split(), *flags)
+        done = as_forks(forks, folder, processes, *program, *FLAGS.split(), *flags)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("teacher entropy") == 1  # rank 0 alone speaks
         assert "using eager" not in done.stdout  # nothing fell back

@@ -24,7 +24,7 @@ OPTIONS += [{"drop_path_rate": 0.3, "drop_path_mode": "batch"}, {"freeze_backbon
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["fp32", "bf16", "parts", "checkpointing", "subsets", "frozen"])
 def test_no_iteration_waits_for_the_device(options, capsys, monkeypatch):
-    """Ten iterations over three epochs: the freeze is lifted, every schedule moves."""
+    """While the freeze is lifted and every schedule moves."""
     networks = make_networks(**options), make_networks().requires_grad_(False)
     # The table of schedules comes from the host, once; here it has no values to bring.
     empty = staticmethod(lambda values, device, dtype: torch.zeros(values.shape, device=device, dtype=dtype))
@@ -32,7 +32,7 @@ def test_no_iteration_waits_for_the_device(options, capsys, monkeypatch):
     with no_host_sync() as device:
         step = make_step(device, networks, **options)
         counts = []
-        for i in range(10):
+        for i in range(1, NITER + 2):
             with CountOps() as ops:
                 metrics = step(make_crops(device=device), i)
             counts.append(ops.n)
