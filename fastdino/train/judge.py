@@ -28,8 +28,10 @@ class Judge:
         self._said: set[str] = set()  # of images that cannot be read: once is enough
 
     def start(self, log: LogFile) -> None:
-        """The weights as they came; of a resumed run, what its log says of them."""
-        if self._parts.resumed.iteration == 0:
+        """The weights as they came; of a resumed run, what its checkpoint or its log says of them."""
+        if before := self._parts.resumed.before:
+            self.before = dict(before)
+        elif self._parts.resumed.iteration == 0:
             self.before = (
                 self.evaluate("of the weights as they came" if self._from_weights else "before training") or {}
             )

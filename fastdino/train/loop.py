@@ -115,7 +115,7 @@ class Run:
             meter = self._train_epoch(sinks)
             if self.iteration == (self.epochs + 1) * self.niter and self._finish_epoch(meter, sinks):
                 continue
-            stopped, shards = {"meter": meter.state()}, self.parts.write_shards()
+            stopped, shards = {"meter": meter.state(), "before": self.judge.before}, self.parts.write_shards()
             distributed.main_first(partial(self.parts.save, self.epochs, self.iteration, stopped, shards))
         if self.resumed.epoch == config.epochs:  # when nothing was left to do
             self.judge.evaluate("of the finished run")

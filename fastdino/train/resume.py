@@ -42,7 +42,8 @@ IMAGES, BATCH = "images", "images a step"
 class Resumed:
     """Where a run begins. epoch: finished ones. iteration: steps done. changes: flag -> (was, is).
 
-    entry: the last finished epoch's line of the log. meter: the numbers of an epoch that was not finished.
+    entry: the last finished epoch's line of the log. Of an epoch that was not finished: meter, its numbers; before,
+    those of the evaluations before training, which the log has with the first epoch's.
     notes: what else there is to say, such as why an epoch that was not finished begins anew.
     """
 
@@ -51,6 +52,7 @@ class Resumed:
     changes: Changes = field(default_factory=dict)
     entry: Mapping[str, Any] | None = None
     meter: Mapping[str, Any] | None = None
+    before: Mapping[str, float] | None = None
     notes: Sequence[str] = ()
 
 
@@ -157,12 +159,14 @@ def _progress(checkpoint: Mapping[str, Any], metric_names: Sequence[str]) -> dic
     if not isinstance(progress, dict):
         raise problem
     counts = [progress[key] for key in ("niter", "n_images", "batch_size") if key in progress]
-    entry, epoch = progress.get("entry", {}), checkpoint.get("epoch")
-    if not all(_is_count(n) and n > 0 for n in counts) or not isinstance(entry, dict):
+    entry, before, epoch = progress.get("entry", {}), progress.get("before", {}), checkpoint.get("epoch")
+    if not all(_is_count(n) and n > 0 for n in counts) or not (isinstance(entry, dict) and isinstance(before, dict)):
         raise problem
-    if not all(
-        isinstance(key, str) and (x is None or isinstance(x, float) or _is_count(x)) for key, x in entry.items()
-    ):
+    if not all(isinstance(key, str) for key in (*entry, *before)):
+        raise problem
+    if not all(x is None or isinstance(x, float) or _is_count(x) for x in entry.values()):
+        raise problem
+    if not all(isinstance(x, float) for x in before.values()):
         raise problem
     if entry and type(epoch) is int and entry.get("epoch") != epoch - 1:
         raise problem
@@ -195,8 +199,9 @@ def _where(
     elif found.keys() & {"seed", "data_path"}:
         again = "its images come in another order"
     if again:
-        return Resumed(epoch, first, found, notes=[f"epoch {epoch + 1} begins anew: {again}", *notes])
-    return Resumed(epoch, first + steps, found, meter=then.get("meter"), notes=notes)
+        anew = f"epoch {epoch + 1} begins anew: {again}"
+        return Resumed(epoch, first, found, before=then.get("before"), notes=[anew, *notes])
+    return Resumed(epoch, first + steps, found, meter=then.get("meter"), before=then.get("before"), notes=notes)
 
 
 def _instead(folder: RunFolder, parts: Mapping[str, Any]) -> str:

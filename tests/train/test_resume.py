@@ -109,9 +109,14 @@ def test_an_epoch_of_other_steps_begins_anew_and_says_so(changed, words, tiny, t
         def step(self, entry):
             signal.raise_signal(signal.SIGINT)
 
-    assert train(tiny(), Own(callbacks=[StopAtOnce()])).interrupted
-    assert train(tiny(**changed), Own(callbacks=[StopAtOnce()])).interrupted
-    assert f"epoch 1 begins anew: {words}" in capsys.readouterr().out
+    first = train(tiny(knn_freq=1), Own(callbacks=[StopAtOnce()]))
+    capsys.readouterr()
+    second = train(tiny(knn_freq=1, **changed), Own(callbacks=[StopAtOnce()]))
+    out = capsys.readouterr().out
+    assert f"epoch 1 begins anew: {words}" in out
+    assert "before training" not in out  # the weights are no longer those of then
+    assert first.interrupted
+    assert first.knn_before == second.knn_before > 0
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth")["iteration"] == 1
 
 

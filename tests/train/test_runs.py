@@ -150,19 +150,20 @@ def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_bits(finished, tiny, 
             if entry["iteration"] == steps:
                 signal.raise_signal(signal.SIGTERM)
 
-    result = train(tiny(), Own(callbacks=[StopAfter()]))
+    result = train(tiny(knn_freq=2), Own(callbacks=[StopAfter()]))
     assert result.signal == signal.SIGTERM
     assert result.interrupted
     stopped = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert stopped.get("iteration", 5) == steps  # an epoch that was finished needs none
     assert stopped["epoch"] == steps // 5
     assert "resume with: fastdino train --" in capsys.readouterr().out
-    assert not train(tiny()).interrupted
+    assert not train(tiny(knn_freq=2)).interrupted
     final = load_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert "iteration" not in final
     assert_same_state(load_checkpoint(folder / "checkpoint.pth"), final)
     ours, whole = (json.loads((f / "log.txt").read_text().splitlines()[steps // 5]) for f in (tmp_path / "run", folder))
     assert ours["train_loss"] == whole["train_loss"]  # of the whole epoch, not of what was left of it
+    assert ours.get("knn_before") == whole.get("knn_before")  # of the weights before the first step
 
 
 def test_waiting_for_data_is_said_with_its_cure(tiny, monkeypatch, capsys):
