@@ -85,8 +85,9 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(photo_folder, tmp
     process.communicate()
     (folder / "checkpoint.dcp" / "shards-00000000").mkdir()  # of a run that was killed while it saved
 
-    store = ["--dist_url", f"file://{tmp_path}/store"]
-    runs = *forks.run_ranks(4, *program(4, photo_folder, folder), "--fsdp", "true", *store), forks.run(*program(1, photo_folder, one))
+    parts = ["--fsdp", "true", "--dist_url", f"file://{tmp_path}/store"]
+    runs = forks.run_ranks(4, *program(4, photo_folder, folder), *parts)
+    runs.append(forks.run(*program(1, photo_folder, one)))
     assert [run.returncode for run in runs] == [0] * 5, "".join(run.stdout + run.stderr for run in runs)
     said = "".join(run.stdout + run.stderr for run in runs[:4])
     assert f"resumed {folder}/checkpoint.dcp/run.pth after 1 epoch" in said
