@@ -4,6 +4,7 @@ For programs of which only what they do is tested. Those that are killed, whose 
 a launcher's, are started as people start them.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -104,6 +105,8 @@ def _serve() -> dict[str, Any] | None:
 if __name__ == "__main__":
     for name in IMPORTS.split():
         __import__(name)
+    gc.collect()
+    gc.freeze()  # else the first collection in each fork reads, and so copies, all of this: a third of a second
     if found := _serve():
         kind, sys.argv = found["words"][0], found["words"]
         if kind == "-m":

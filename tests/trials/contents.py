@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trials.runs import FLAGS, Table, trial_parser
+from trials.runs import FLAGS, Table, shrink, trial_parser
 
 from fastdino.cli import parse
 from fastdino.errors import UserError
@@ -135,12 +135,12 @@ class Bench:
     def state(self) -> list[Any]:
         """What a refusal must not change."""
         step = self.step
-        modules = [copy.deepcopy(module.state_dict()) for module in (step.student, step.teacher, step.loss)]
-        return [*modules, copy.deepcopy(step.update.optimizer.state_dict()["state"])]
+        modules = [module.state_dict() for module in (step.student, step.teacher, step.loss)]
+        return [*modules, step.update.optimizer.state_dict()["state"]]
 
     def trial(self, good: dict[str, Any], path: tuple[Any, ...], new: Any) -> list[str]:
         """What is wrong with how an exchanged value is met."""
-        before = self.state()
+        before = copy.deepcopy(self.state())
         try:
             found = self.restore(exchanged(good, path, new))
         except UserError as error:
@@ -191,8 +191,10 @@ def run_trials(folder: Path, n: int, seed: int) -> Table:
 
 def main() -> int:
     args = trial_parser(__doc__).parse_args()
+    if args.quick:
+        shrink()
     with tempfile.TemporaryDirectory() as name:
-        return run_trials(Path(name), 20 if args.quick else 1000, args.seed).show()
+        return run_trials(Path(name), 40 if args.quick else 1000, args.seed).show()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from trials.runs import Table, trial_parser
@@ -70,16 +70,12 @@ def _damaged(good: bytes, rng: random.Random, i: int) -> bytes:
     return bytes(changed[: rng.randrange(len(good))] if i % 10 == 9 else changed)
 
 
-def _reads(file: Path) -> Callable[[], list[str]]:
+def _reads(file: Path) -> list[str]:
     """Whether the only image of a file is refused, which it should be."""
-
-    def reads() -> list[str]:
-        try:
-            return [f"read {len(ParquetSource([file])[0])} bytes"]
-        except OSError:
-            return []
-
-    return reads
+    try:
+        return [f"read {len(ParquetSource([file])[0])} bytes"]
+    except OSError:
+        return []
 
 
 def main() -> int:
@@ -90,13 +86,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "a.parquet"
         good = parquet(images, path)
-        for i in range(40 if args.quick else args.files):
-            data = _damaged(good, rng, i)
-            table.add("a damaged parquet file", f"number {i}", in_a_fork(lambda data=data: parquet_outcome(data, path)))
-        for short, target in hostile_paths(Path(name)).items():
-            file = Path(name) / "data" / "b.parquet"
+        damaged = [_damaged(good, rng, i) for i in range(40 if args.quick else args.files)]
+        trials = [partial(parquet_outcome, data, path) for data in damaged]
+        for i, words in enumerate(in_a_fork(trials)):
+            table.add("a damaged parquet file", f"number {i}", words)
+        hostile, trials = hostile_paths(Path(name)), []
+        for i, target in enumerate(hostile.values()):
+            file = Path(name) / "data" / f"{i}.parquet"
             parquet(images[:1], file, [target])
-            table.add("a path that leads out of the folder", repr(short), in_a_fork(_reads(file)))
+            trials.append(partial(_reads, file))
+        for short, words in zip(hostile, in_a_fork(trials)):
+            table.add("a path that leads out of the folder", repr(short), words)
     return table.show()
 
 

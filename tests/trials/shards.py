@@ -5,13 +5,15 @@ cd tests && python -m trials.shards [--shards 420] [--quick]
 
 import faulthandler
 import io
+import json
 import os
 import random
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -145,23 +147,28 @@ def tar_outcome(data: bytes, whole: bytes, images: list[bytes], path: Path) -> l
     return []
 
 
-def in_a_fork(do: Callable[[], list[str]]) -> list[str]:
-    """What a trial finds; or that it ended its process, or hung."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        faulthandler.dump_traceback_later(30, exit=True)
-        try:
-            words = do()
-        except BaseException as error:
-            words = [f"{type(error).__name__}: {error}"]
-        os.write(writer, "\n".join(words).encode())
-        os._exit(0)
-    os.close(writer)
-    _, status = os.waitpid(pid, 0)
-    with open(reader, "rb") as file:
-        words = file.read().decode().splitlines()
-    return [f"ended by {status}"] if status else words
+def in_a_fork(trials: Sequence[Callable[[], list[str]]]) -> list[list[str]]:
+    """What each finds; or that it ended the fork they share, or hung: those after it then get another fork."""
+    found: list[list[str]] = []
+    while len(found) < len(trials):
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if not pid:
+            for do in trials[len(found) :]:
+                faulthandler.dump_traceback_later(30, exit=True)
+                try:
+                    words = do()
+                except BaseException as error:
+                    words = [f"{type(error).__name__}: {error}"]
+                os.write(writer, (json.dumps(words) + "\n").encode())
+            os._exit(0)
+        os.close(writer)
+        with open(reader, "rb") as file:
+            found += map(json.loads, file)
+        _, status = os.waitpid(pid, 0)
+        if len(found) < len(trials):
+            found.append([f"ended by {status}"])
+    return found
 
 
 def main() -> int:
@@ -172,11 +179,13 @@ def main() -> int:
     whole = [shard(images), shard(images, pax=True)]
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "a.tar"
+        trials = []
         for i in range(56 if args.quick else args.shards):
-            kind, intact = kinds[i % len(kinds)], whole[(i // len(kinds)) % 2]
-            data = MUTATIONS[kind](intact, rng)
-            words = in_a_fork(lambda data=data, intact=intact: tar_outcome(data, intact, images, path))
-            table.add(f"a shard with {kind}", f"number {i}", words)
+            intact = whole[(i // len(kinds)) % 2]
+            data = MUTATIONS[kinds[i % len(kinds)]](intact, rng)
+            trials.append(partial(tar_outcome, data, intact, images, path))
+        for i, words in enumerate(in_a_fork(trials)):
+            table.add(f"a shard with {kinds[i % len(kinds)]}", f"number {i}", words)
     return table.show()
 
 

@@ -76,7 +76,7 @@ def in_step(number: int) -> Sabotage:
 
 def in_loading(number: int) -> Sabotage:
     """The signal while a slow disk is waited for."""
-    return lambda: _before(SequenceSource, "__getitem__", 900, lambda: (_send(number), time.sleep(LONG / 10)))
+    return lambda: _before(SequenceSource, "__getitem__", 235, lambda: (_send(number), time.sleep(LONG / 10)))
 
 
 def in_saving(number: int) -> Sabotage:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
-from trials.runs import Table, trial_parser
+from trials.runs import Table, shrink, trial_parser
 
 import fastdino
 from fastdino.data.digits import load_digits
@@ -79,6 +79,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5])
     args = parser.parse_args()
     seeds, epochs, every = (args.seeds[:1], 2, 5) if args.quick else (args.seeds, 18, 1)
+    if args.quick:
+        shrink()
     table, won = Table(), list[float]()
     with tempfile.TemporaryDirectory() as name:
         for seed in seeds:
