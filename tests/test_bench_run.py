@@ -29,11 +29,12 @@ def bench(forks):
     return partial(run_module, forks, "bench")
 
 
-def run_module(forks, *words, **environment):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+def run_module(forks, *words, cwd=ROOT, **environment):
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment["PYTEST_ADDOPTS"] = "-p no:hypothesispytest"  # whose import takes a third of such a run
     # Where these tests run under pytest-xdist, its variables would make pytest-benchmark measure nothing.
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return forks.run("-m", *words, cwd=ROOT, env=own | {"PYTHONPATH": path} | environment)
+    return forks.run("-m", *words, cwd=cwd, env=own | environment)
 
 
 def test_everything_that_is_measured_has_a_name_of_its_own(forks):
@@ -140,12 +141,9 @@ def test_a_red_check_prints_no_number_and_ends_the_run_red(forks, tmp_path):
     code += "ops.center_update_ = lambda center, teacher, momentum: None\n"
     wrong = tmp_path / "test_ops.py"
     wrong.write_text(code)
-    conftest = "from bench.conftest import *\n"
-    (tmp_path / "conftest.py").write_text(conftest)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = os.environ | {"PYTHONPATH": path, "BENCH_OUT": str(tmp_path / "out"), "BENCH_QUICK": "1"}
-    command = ["-m", "pytest", "-q", "--no-summary", "-k", f"{WORDS} and ours", str(wrong)]
-    done = forks.run(*command, cwd=tmp_path, env=environment)
+    (tmp_path / "conftest.py").write_text("from bench.conftest import *\n")
+    command = ["pytest", "-q", "--no-summary", "-k", f"{WORDS} and ours", str(wrong)]
+    done = run_module(forks, *command, cwd=tmp_path, BENCH_OUT=str(tmp_path / "out"), BENCH_QUICK="1")
     assert done.returncode == 1, done.stdout
     assert ": in check" in done.stdout  # where it was found
     record = latest(read(tmp_path / "out"))[f"ops/{GROUP}/ours"]

@@ -4,8 +4,7 @@ import csv
 import errno
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from unittest import mock
 
@@ -149,17 +148,19 @@ def test_a_disk_without_room_is_one_line_before_the_first_image(weights, photo_f
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_write_what_one_writes(weights, photos_with_two_broken, tmp_path):
-    words = ["--pretrained_weights", weights, "--data_path", photos_with_two_broken, "--output"]
+def test_two_processes_write_what_one_writes(weights, photos_with_two_broken, tmp_path, forks):
+    """As torchrun starts them, which tests/test_readme.py does."""
+    words = ["--pretrained_weights", weights, "--data_path", photos_with_two_broken, "--output", tmp_path / "two.npz"]
     root = Path(fastdino.__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "fastdino", "features"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     env = {"PYTHONPATH": f"{root}:{root / 'kernels'}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, [*command, *words, tmp_path / "two.npz"])), capture_output=True, text=True, env=env
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("wrote ") == 1
-    assert done.stdout.count("without 2 unreadable of 32") == 1
+    both = forks.run_ranks(2, "-m", "fastdino", "features", *words, env=env | meeting)
+    assert [done.returncode for done in both] == [0, 0], both
+    said = "".join(done.stdout for done in both)
+    assert said.count("wrote ") == 1
+    assert said.count("without 2 unreadable of 32") == 1
     assert write(weights, photos_with_two_broken, tmp_path / "one.npz") == 0
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert one["names"].tolist() == two["names"].tolist()

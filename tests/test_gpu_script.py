@@ -155,6 +155,7 @@ torch.cuda.is_available = lambda: True
 for file, words in {words!r}:
     print("words", words)
     options = ["-o", "addopts=", "--import-mode=importlib", "--setup-plan", "-q", "-p", "no:cacheprovider"]
+    options += ["-p", "no:hypothesispytest", "-p", "no:unraisableexception"]  # half of the time
     pytest.main([*options, "-k", words, file])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
