@@ -19,6 +19,7 @@ logits above -1e36.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +28,9 @@ from torch import Tensor
 from fastdino_kernels import reference
 from fastdino_kernels.checks import check_floating, check_same_device, check_shape, check_temperature
 from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_host, on_own_device, tl, triton, use_triton
+from fastdino_kernels.library import WithGradient, rows_at_once, softmax
 from fastdino_kernels.softmax import LN_2, LOWEST, numerators, quotient, scale_of
 
-CHUNK = 2**19  # logits that the library's loss takes at once, so that they stay in the cache
 MAX_VIEWS = 12  # student views that a program of the forward pass keeps sums of: 4 registers each
 
 
@@ -439,13 +440,8 @@ def _backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | No
 _dino_loss.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _softmax(logits: Tensor, temp: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits - top) / temp, its softmax, and the logarithm of the top's, which is -log-sum-exp."""
-    rows = (logits - reference.promote(logits.amax(-1, keepdim=True))).div_(temp)
-    probs = rows.softmax(-1)
-    return rows, probs, probs.amax(-1).log()
-
-
+# Speed against plain PyTorch, forward and backward, one core of an AMD EPYC, 2026-11-25, T = 2, B 1 to 64, K 64 to
+# 65536, fp32 and bf16: 1.6 to 3.0 at V = 10, 1.1 to 3.2 at V = 4. Autograd on the reference: 0.3 to 2.5.
 @torch.no_grad()
 def _library_loss(
     student: Tensor,
@@ -461,12 +457,12 @@ def _library_loss(
     compared, n_pairs = reference.compared_views(student, teacher), _n_pairs(n_student, n_teacher)
     weights = compared / -n_pairs
     per_image, entropies = compared.new_empty(n_images), compared.new_empty(n_images)
-    n_at_once = max(1, CHUNK // (n_student * n_prototypes) if on_host(student) else n_images)
+    n_at_once = rows_at_once(n_student * n_prototypes) if on_host(student) else n_images
     for first in range(0, n_images, n_at_once):
         images = slice(first, first + n_at_once)
-        rows, probs, log_top = _softmax(student[:, images], student_temp)
+        rows, probs, log_top = softmax(student[:, images], student_temp)
         logits = reference.promote(teacher[:, images]) - reference.promote(center)
-        teacher_rows, teacher_probs, teacher_log_top = _softmax(logits, teacher_temp)
+        teacher_rows, teacher_probs, teacher_log_top = softmax(logits, teacher_temp)
         dots = torch.bmm(teacher_probs.transpose(0, 1), rows.permute(1, 2, 0))  # (images, T, V)
         minus_cross_entropy = (dots + log_top.t()[:, None]).flatten(1)
         entropy = weights.sum(1) @ ((teacher_probs * teacher_rows).sum(-1) + teacher_log_top)
@@ -478,36 +474,6 @@ def _library_loss(
         probs[:n_teacher].add_(teacher_probs[:n_student])
         grad[:, images] = probs.mul_(factor[:, None])  # all that reads these logits has run
     return per_image.mean(), entropies.mean(), per_image
-
-
-class _LibraryLoss(torch.autograd.Function):
-    """(loss, teacher entropy, losses (B,)); keeps the gradient, which the forward pass computes with the loss."""
-
-    # Speed against plain PyTorch, forward and backward, one core of an AMD EPYC, 2026-11-25, T = 2, B 1 to 64, K 64 to
-    # 65536, fp32 and bf16: 1.6 to 3.0 at V = 10, 1.1 to 3.2 at V = 4. Autograd on the reference: 0.3 to 2.5.
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        center: Tensor,
-        student_temp: float | Tensor,
-        teacher_temp: float | Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # A loss scale multiplies later: fp16 would be too short until then, and is kept as fp32.
-        grad = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.bfloat16))
-        outputs = _library_loss(student, teacher, center, student_temp, teacher_temp, 1.0, grad)
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.dtype = student.dtype
-        return outputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return (grad * grad_loss).to(ctx.dtype), None, None, None, None
 
 
 class DINOLossStats(NamedTuple):
@@ -551,9 +517,8 @@ def _with_statistics(
     _check(student, teacher, center, student_temp, teacher_temp)
     if not use_triton(student, teacher, center):
         if on_host(student):
-            outputs: tuple[Tensor, Tensor, Tensor] = _LibraryLoss.apply(
-                student, teacher.detach(), center.detach(), student_temp, teacher_temp
-            )
+            fixed = student.detach(), teacher.detach(), center.detach(), student_temp, teacher_temp, 1.0
+            outputs: tuple[Tensor, Tensor, Tensor] = WithGradient.apply(student, partial(_library_loss, *fixed))
             return outputs
         return reference.dino_loss_with_stats(student, teacher, center, student_temp, teacher_temp)
     temps = device_scalar(student_temp, student), device_scalar(teacher_temp, student)

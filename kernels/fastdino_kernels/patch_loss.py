@@ -21,7 +21,8 @@ stays fp64 (the reference's). A logit that is infinite or NaN makes the loss NaN
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ from torch import Tensor
 
 from fastdino_kernels import reference
 from fastdino_kernels.checks import check_floating, check_same_device, check_shape, check_temperature
-from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_own_device, tl, triton, use_triton
+from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_host, on_own_device, tl, triton, use_triton
+from fastdino_kernels.library import WithGradient, rows_at_once, softmax
 from fastdino_kernels.softmax import LN_2, LOWEST, numerators, quotient, scale_of
 
 ROWS = 2  # that a program of the forward pass takes
@@ -340,6 +342,38 @@ def _scaled_gradients(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Ten
 _linear_patch_loss.register_autograd(_scaled_gradients, setup_context=_save_gradients)
 
 
+# Speed against plain PyTorch, forward and backward, one core of an AMD EPYC, 2026-11-29, fp32 and bf16: M 236, K 65536
+# 2.4 and 5.5; M 500, K 4096 1.2 and 1.3; M 1000, K 512 0.8: plain does not look for values that are not finite.
+@torch.no_grad()
+def _library_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    weights: Tensor,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
+    grad_loss: float | Tensor,
+    grad: Tensor,
+) -> tuple[Tensor]:
+    """The kernels' formulas in library calls: the loss; fills grad, or student as grad. Padding is left out."""
+    n_at_once, live = rows_at_once(student.shape[1]), weights != 0
+    blocks: Sequence[Tensor | slice] = [slice(i, i + n_at_once) for i in range(0, len(student), n_at_once)]
+    if not live.all():
+        grad[~live] = 0
+        blocks = live.nonzero().flatten().split(n_at_once)
+    loss, center = reference.promote(student[:0]).new_zeros(()), reference.promote(center)
+    weights = weights.to(loss.dtype)
+    for rows in blocks:
+        student_rows, probs, log_top = softmax(student[rows], student_temp)
+        teacher_rows, teacher_probs, _ = softmax(reference.promote(teacher[rows]) - center, teacher_temp)
+        cross_entropy = -torch.linalg.vecdot(teacher_probs, student_rows) - log_top
+        zero_or_nan = 0 * (cross_entropy + teacher_rows.sum(-1))  # NaN if any logit is infinite or NaN
+        loss = loss + (weights[rows] * (cross_entropy + zero_or_nan)).sum()
+        factor = grad_loss * weights[rows] / student_temp + zero_or_nan
+        grad[rows] = probs.sub_(teacher_probs).mul_(factor[:, None]).to(grad.dtype)
+    return (loss,)
+
+
 def _check(
     student: Mapping[str, Tensor],
     teacher: Tensor,
@@ -401,6 +435,10 @@ def patch_loss(
     _check({"student": student}, *others)
     teacher, center, weights = teacher.detach(), center.detach(), weights.detach()
     if not use_triton(student, teacher, center, weights):
+        if on_host(student):
+            given = student.detach(), teacher, center, weights, student_temp, teacher_temp, 1.0
+            outputs: tuple[Tensor] = WithGradient.apply(student, partial(_library_loss, *given))
+            return outputs[0]
         return reference.patch_loss(student, teacher, center, weights, student_temp, teacher_temp)
     temps = device_scalar(student_temp, student), device_scalar(teacher_temp, student)
     # Made to unit stride here and not only in the launchers, so that the backward pass finds it done.
@@ -434,6 +472,8 @@ def patch_loss_and_grad_(
         raise ValueError(f"student: expected contiguous logits to overwrite, got strides {student.stride()}")
     student, teacher, center, weights = (x.detach() for x in (student, teacher, center, weights))
     if not use_triton(student, teacher, center, weights):
+        if on_host(student):
+            return _library_loss(student, teacher, center, weights, student_temp, teacher_temp, grad_loss, student)[0]
         return reference.patch_loss_and_grad_(student, teacher, center, weights, student_temp, teacher_temp, grad_loss)
     temps = device_scalar(student_temp, student), device_scalar(teacher_temp, student)
     return _patch_loss_and_grad_(

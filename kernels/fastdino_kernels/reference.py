@@ -102,7 +102,7 @@ def patch_loss_and_grad_(
     rows, teacher_rows, one = patch_rows(student, teacher, center, weights, student_temp, teacher_temp)
     targets = teacher_rows.softmax(-1)
     loss = -(weights * (targets * rows.log_softmax(-1)).sum(-1)).sum() * one
-    factor = (grad_loss * weights / student_temp * one)[:, None]
+    factor = (grad_loss * weights.to(rows.dtype) / student_temp * one)[:, None]
     student.copy_(torch.where(weights[:, None] != 0, (rows.softmax(-1) - targets) * factor, 0.0))
     return loss
 

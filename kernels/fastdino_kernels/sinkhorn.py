@@ -16,7 +16,9 @@ three iterations, in words of M * K: 5 read and none written, 10 bytes a logit i
 Dtypes: logits in fp32, bf16 or fp16 give an fp32 center, computed in fp32; fp64 stays fp64 (the reference's).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,8 @@ from torch import Tensor
 
 from fastdino_kernels import reference
 from fastdino_kernels.checks import check_floating, check_same_device, check_shape, check_temperature
-from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_own_device, tl, triton, use_triton
+from fastdino_kernels.launch import LAUNCH, AotCase, device_scalar, on_host, on_own_device, tl, triton, use_triton
+from fastdino_kernels.library import rows_at_once
 from fastdino_kernels.softmax import LOWEST, numerators, scale_of
 
 ROWS_OF_EXPS, DEPTH = 16, 4  # lanes of rows in a program of the first kernel, and rows a lane reads at once
@@ -188,6 +191,46 @@ def _over_group(x: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup
     return x
 
 
+class _Library:
+    """`reference.column_exps` and `column_probs` of rows that all count, in library calls, one center after another.
+
+    The exponentials are taken once: another center scales their columns and, with that, their rows. Where a row is
+    scaled so far that numbers which were rounded to 0 might count, its softmax is taken again, and kept instead.
+    Speed against the textbook's three iterations, one core of an AMD EPYC, 2026-11-29, fp32 and bf16: M 236, K 65536
+    4.2 and 4.8; M 500, K 4096 1.5; M 1000, K 512 1.1.
+    """
+
+    FAR = 1e10
+
+    def __init__(self) -> None:
+        self._kept, self._center = torch.empty(0), torch.empty(0)
+
+    def exps(self, teacher: Tensor, weights: Tensor, temp: float | Tensor) -> Tensor:
+        if not len(teacher):
+            return reference.column_exps(teacher, weights, temp)
+        self._center = reference.promote(teacher.amax(0))
+        self._keep(teacher, temp, torch.exp)
+        return torch.stack([self._center, self._kept.sum(0)])
+
+    def probs(self, teacher: Tensor, center: Tensor, weights: Tensor, temp: float | Tensor) -> Tensor:
+        if not len(teacher):
+            return reference.column_probs(teacher, center, weights, temp)
+        factors = ((self._center - center) / temp).exp_()
+        norms = self._kept @ factors
+        if not 1 / self.FAR < norms.amin() <= norms.amax() < self.FAR:
+            self._center = center
+            self._keep(teacher, temp, partial(torch.softmax, dim=-1))
+            factors, norms = torch.ones_like(factors), torch.ones_like(norms)
+        return norms.reciprocal() @ self._kept * factors
+
+    def _keep(self, teacher: Tensor, temp: float | Tensor, function: Callable[[Tensor], Tensor]) -> None:
+        """The function of (teacher - center) / temp."""
+        self._kept = torch.empty(teacher.shape, dtype=self._center.dtype)
+        n_at_once = rows_at_once(teacher.shape[1])
+        for rows, kept in zip(teacher.split(n_at_once), self._kept.split(n_at_once)):
+            kept.copy_(function((rows - self._center).div_(temp)))
+
+
 @torch.no_grad()
 def sinkhorn_center(
     teacher: Tensor,
@@ -220,10 +263,16 @@ def sinkhorn_center(
     if teacher.shape[1] == 0 or (group is None and teacher.shape[0] == 0):
         raise ValueError(f"teacher: expected at least one row and one prototype, got shape {tuple(teacher.shape)}")
     teacher, weights = teacher.detach(), teacher.new_ones(teacher.shape[:1]) if weights is None else weights.detach()
-    column_exps, column_probs = reference.column_exps, reference.column_probs
+    column_exps: Any = reference.column_exps
+    column_probs: Any = reference.column_probs
     if use_triton(teacher, weights):
         teacher, temp = _unit_stride(teacher), device_scalar(temp, teacher)
         column_exps, column_probs = _column_exps, _column_probs
+    elif on_host(teacher):
+        if not weights.all():
+            teacher, weights = teacher[weights != 0], weights[weights != 0]
+        library = _Library()
+        column_exps, column_probs = library.exps, library.probs
 
     own_top, own_total = column_exps(teacher, weights, temp)
     top = _over_group(own_top.clone(), dist.ReduceOp.MAX, group)

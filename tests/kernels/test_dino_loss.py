@@ -15,7 +15,7 @@ from budget import assert_error_at_most, assert_within_budget, loss_budgets
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdino_kernels import dino_loss, dino_loss_and_grad_, dino_loss_with_stats, launch, reference
+from fastdino_kernels import dino_loss, dino_loss_and_grad_, dino_loss_with_stats, launch, library, reference
 from fastdino_kernels.dino_loss import _dino_loss, _dino_loss_and_grad_, _dino_loss_backward
 from fastdino_kernels.launch import use_triton
 
@@ -242,7 +242,7 @@ def test_library_loss_takes_a_large_batch_in_chunks(monkeypatch):
     monkeypatch.setattr(launch, "TRITON_DEVICES", set())
     inputs = logits(4, 2, 5, 257, fp32, torch.device("cpu"))
     for chunk in (2 * 4 * 257, 1):
-        monkeypatch.setattr(import_module("fastdino_kernels.dino_loss"), "CHUNK", chunk)
+        monkeypatch.setattr(library, "CHUNK", chunk)
         check_against_fp64(*inputs)
 
 

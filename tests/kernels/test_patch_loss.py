@@ -10,7 +10,7 @@ import torch
 from budget import assert_error_at_most, assert_within_budget, budget
 from torch import Tensor
 
-from fastdino_kernels import LinearLogits, dino_loss, launch, patch_loss, patch_loss_and_grad_, reference
+from fastdino_kernels import LinearLogits, dino_loss, launch, library, patch_loss, patch_loss_and_grad_, reference
 from fastdino_kernels.patch_loss import _linear_patch_loss, _patch_loss, _patch_loss_and_grad_, _patch_loss_backward
 
 TEMPS = 0.1, 0.04
@@ -81,9 +81,9 @@ def check_against_fp64(student: Tensor, teacher: Tensor, center: Tensor, weights
     assert_within_budget("gradient in place", owned, plain_grad, true_grad, student.dtype)
 
 
-@pytest.fixture(params=["kernels", "reference"])
+@pytest.fixture(params=["kernels", "library"])
 def place(request, monkeypatch, device) -> torch.device:
-    """Where the kernels run, and the CPU without them."""
+    """Where the kernels run, and the CPU without them, where library calls do the same."""
     if request.param == "kernels":
         return device
     monkeypatch.setattr(launch, "TRITON_DEVICES", set())
@@ -124,6 +124,16 @@ def test_rows_of_weight_0_change_no_bit_and_have_no_gradient(padding, garbage, p
         torch.testing.assert_close(loss.double(), truth[0], rtol=1e-5, atol=0)
         torch.testing.assert_close(grad[kept].double(), truth[1], rtol=0.02, atol=2e-3)
         assert not grad[list(padding)].any()
+
+
+def test_library_calls_take_many_rows_in_chunks(monkeypatch):
+    """Seven rows, two at a time, with and without padding; with less room than a row's logits, one at a time."""
+    monkeypatch.setattr(launch, "TRITON_DEVICES", set())
+    tensors = inputs(7, 257, fp32, torch.device("cpu"))
+    for chunk in (2 * 257, 1):
+        monkeypatch.setattr(library, "CHUNK", chunk)
+        check_against_fp64(*tensors)
+        check_against_fp64(*tensors[:3], tensors[3] * torch.tensor([1, 0, 1, 1, 0, 1, 1]))
 
 
 def test_no_rows_cost_nothing(place):

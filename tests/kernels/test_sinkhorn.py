@@ -11,8 +11,8 @@ import torch.distributed as dist
 from budget import assert_within_budget
 from torch import Tensor
 
-from fastdino_kernels import dino_loss, launch, reference, sinkhorn_center
-from fastdino_kernels.sinkhorn import _column_exps, _column_probs
+from fastdino_kernels import dino_loss, launch, library, reference, sinkhorn_center
+from fastdino_kernels.sinkhorn import _column_exps, _column_probs, _Library
 
 TEMP = 0.04
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
@@ -59,9 +59,9 @@ def plain(teacher: Tensor, *args, **kwargs) -> Tensor:
         return sinkhorn_center(teacher, TEMP, *args, **kwargs)
 
 
-@pytest.fixture(params=["kernels", "reference"])
+@pytest.fixture(params=["kernels", "library"])
 def place(request, monkeypatch, device) -> torch.device:
-    """Where the kernels run, and the CPU without them."""
+    """Where the kernels run, and the CPU without them, where library calls do the same."""
     if request.param == "kernels":
         return device
     monkeypatch.setattr(launch, "TRITON_DEVICES", set())
@@ -94,6 +94,19 @@ def test_logits_of_any_size_match_fp64(scale, place):
         torch.testing.assert_close(
             targets(teacher.double(), center), targets(teacher.double(), truth), rtol=0, atol=2e-5
         )
+
+
+@pytest.mark.parametrize(("scale", "n_times"), [(0.1, 1), (1e4, 2)])
+def test_exponentials_are_taken_again_only_where_they_must_be(scale, n_times, monkeypatch):
+    """By library calls: where rows are far below the tops of all columns. In chunks the bits are the same."""
+    keep, calls = _Library._keep, []
+    monkeypatch.setattr(_Library, "_keep", lambda self, *words: (calls.append(words), keep(self, *words)))
+    teacher = scale * logits(300, 8, fp32, torch.device("cpu"))
+    at_once = plain(teacher)
+    assert len(calls) == n_times
+    torch.testing.assert_close(at_once.double(), sinkhorn_center(teacher.double(), TEMP), rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(library, "CHUNK", 3 * 8)
+    assert torch.equal(plain(teacher), at_once)
 
 
 def test_many_iterations_give_every_prototype_its_share(place):
