@@ -20,7 +20,7 @@ MASKS = BlockMasks(height=SIDE // PATCH, width=SIDE // PATCH, max_patches=8, min
 
 def make_network(recipe="dinov2", registers=0, **options):
     backbone = VisionTransformer(
-        [SIDE], PATCH, embed_dim=32, depth=3, num_heads=2, **recipe_options(recipe, registers, 0.1, "mlp"), **options
+        [SIDE], PATCH, embed_dim=32, depth=2, num_heads=2, **recipe_options(recipe, registers, 0.1, "mlp"), **options
     )
     heads = [DINOHead(32, k, hidden_dim=24, bottleneck_dim=16, weight_norm=recipe == "dinov2") for k in (48, 40)]
     return MaskedMultiCrop(backbone, *heads)
@@ -68,7 +68,7 @@ def make_step(
     )  # fmt: skip
     return TrainStep(
         student=student, teacher=teacher, loss=loss, optimizer="adamw", schedules=schedules, niter_per_ep=NITER,
-        clip_grad=3.0, tuning=dinov2_tuning(3, 0.9, 0.2), **options,
+        clip_grad=3.0, tuning=dinov2_tuning(2, 0.9, 0.2), **options,
     )  # fmt: skip
 
 

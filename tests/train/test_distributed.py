@@ -12,10 +12,11 @@ import torch
 from fastdino import load_checkpoint
 
 COMPILED_FP64 = str(Path(__file__).with_name("run_compiled_in_fp64.py"))
-# Three steps of 478 digits: one epoch, so also the last layer's freeze, lifted for it to move.
+# Three steps of ten photographs: one epoch, so also the last layer's freeze, lifted for it to move.
 FLAGS = "--epochs 1 --warmup_epochs 0 --freeze_last_layer 0 --out_dim 64 --hidden_dim 32 --bottleneck_dim 16"
 FLAGS += " --use_bn_in_head false --drop_path_rate 0 --local_crops_number 2 --num_workers 0 --knn_freq 0"
 FLAGS += " --clip_grad 0.3 --lr 0.0005 --arch vit_nano --patch_size 12 --local_crops_size 12 --attention_images 0"
+FLAGS += " --preset none --global_crops_size 24"
 
 
 def as_forks(forks, folder, processes, *words):
@@ -34,12 +35,12 @@ def as_forks(forks, folder, processes, *words):
     ],
     ids=["eager-fp32", "compiled-fp64"],
 )
-def test_two_processes_equal_one(tmp_path, forks, program, mode, dtype, budget):
+def test_two_processes_equal_one(photo_folder, tmp_path, forks, program, mode, dtype, budget):
     weights = []
     for processes, step in ((1, "eager"), (2, mode)):  # the one is eager: compiling is not to change anything either
         folder = tmp_path / str(processes)
-        flags = ["--batch_size_per_gpu", str(478 // processes), "--step", step, "--output_dir", str(folder)]
-        done = as_forks(forks, folder, processes, *program, *FLAGS.split(), *flags)
+        flags = ["--data_path", photo_folder, "--batch_size_per_gpu", 10 // processes, "--step", step]
+        done = as_forks(forks, folder, processes, *program, *FLAGS.split(), *flags, "--output_dir", folder)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("teacher entropy") == 1  # rank 0 alone speaks
         assert "using eager" not in done.stdout  # nothing fell back

@@ -305,8 +305,8 @@ def test_a_run_that_ends_lower_than_it_began_says_so(tiny, capsys, monkeypatch):
 @pytest.mark.parametrize("classes", [True, False], ids=["class-folders", "no-classes"])
 def test_a_folder_of_photographs_trains(photo_folder, tmp_path, classes, capsys):
     folder = photo_folder if classes else photo_folder / "class_0"
-    flags = "--arch vit_tiny --epochs 2 --batch_size_per_gpu 8 --out_dim 256 --hidden_dim 64 --local_crops_number 2"
-    flags += " --global_crops_size 64 --local_crops_size 32 --num_workers 1"
+    flags = "--arch vit_nano --patch_size 16 --epochs 1 --batch_size_per_gpu 8 --out_dim 256 --hidden_dim 64"
+    flags += " --local_crops_number 2 --global_crops_size 64 --local_crops_size 32 --num_workers 1"
     command = ["train", "--data_path", str(folder), *flags.split(), "--output_dir", str(tmp_path / "out")]
     assert main(command) == 0
     output = capsys.readouterr().out
