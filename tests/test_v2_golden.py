@@ -5,9 +5,9 @@ All of it: python tests/check_v2.py tests/golden/v2 tests/adapter_v2.py -v
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 

@@ -130,10 +130,8 @@ def test_drop_path_by_batch_is_found(device):
     """Rows of the stream; in the last block its MLP's are CLS tokens of a few images."""
     options = {"drop_path_mode": "batch", "drop_path_rate": 0.5}
     assert joined(model(**options).to(device)) == FOUND | {"n_scales": 2 * (DEPTH - 1)}
-    expected = FOUND | {"n_scales": 2 * DEPTH, "n_sums": 5 * DEPTH}
-    assert joined(model(init_values=0.1, **options).to(device)) == expected
     uniform = model(init_values=0.1, drop_path_uniform=True, checkpointing=True, **options)
-    assert joined(uniform.to(device)) == expected
+    assert joined(uniform.to(device)) == FOUND | {"n_scales": 2 * DEPTH, "n_sums": 5 * DEPTH}
 
 
 def test_a_stream_in_fp32_is_found_around_branches_in_half(device):
