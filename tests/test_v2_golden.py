@@ -51,11 +51,10 @@ CHECKS += TRAIN
 
 
 @pytest.fixture(scope="module")
-def held() -> dict[str, bool]:
+def held(forks: Any) -> dict[str, bool]:
     """What each check came to, by its name."""
-    command = [sys.executable, HERE / "check_v2.py", HERE / "golden" / "v2", HERE / "adapter_v2.py", "-v"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    report = subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    words = HERE / "check_v2.py", HERE / "golden" / "v2", HERE / "adapter_v2.py", "-v"
+    report = forks.run(*words, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}).stdout
     lines = re.findall(r"^(\S+) +\S+ \(bar .*?\)(.*)$", report, re.M)
     return {name: "FALLS SHORT" not in rest for name, rest in lines}
 
