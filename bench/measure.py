@@ -104,16 +104,16 @@ def host() -> dict[str, Any]:
     """What every figure depends on. power_limit: as the driver says it."""
 
     def of_gpu(what: str) -> str:
-        if not ON_GPU:
-            return "none"
-        device = torch.cuda.current_device()
-        return _output("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", f"--id={device}")
+        query = f"--query-gpu={what}", "--format=csv,noheader"
+        return _output("nvidia-smi", *query, f"--id={torch.cuda.current_device()}") if ON_GPU else "none"
 
     facts = {"device": device_name(), "quick": QUICK, "threads": THREADS, "python": platform.python_version()}
     facts |= {"power_limit": of_gpu("power.limit"), "driver": of_gpu("driver_version")}
     for package in ("torch", "triton", "xformers"):
         facts[package] = next((found.version for found in distributions(name=package)), "absent")
-    return facts | {"commit": _output("git", "describe", "--always", "--dirty")}
+    # But for results, which a run itself adds to.
+    changed = _output("git", "status", "--porcelain", "-uno", "--", ":/", ":!/bench/results") != "unknown"
+    return facts | {"commit": _output("git", "describe", "--always") + "-dirty" * changed}
 
 
 def now() -> str:
