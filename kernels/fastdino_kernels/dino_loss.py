@@ -14,7 +14,7 @@ images. Backward: one pass, a program's columns of all rows at once. Memory, in 
 backward T + V read and V written. At V = 10, T = 2: 34, where the original moves about 690. Every sum has a fixed
 order, so a rerun gives the same bits.
 Dtypes: logits in fp32, bf16 or fp16 give an fp32 loss, computed in fp32, and a gradient in the student's dtype;
-fp64 stays fp64 (the reference's). A logit that is infinite or NaN makes the loss NaN. The kernels take
+fp64 stays fp64 (no kernel's). A logit that is infinite or NaN makes the loss NaN. The kernels take
 logits above -1e36.
 """
 

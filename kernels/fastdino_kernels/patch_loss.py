@@ -17,7 +17,7 @@ The L2 holds them while the rows under way fit: on an H100 up to K 2048. Every s
 Given x and prototypes, whose product the student's logits are, it multiplies itself, and returns with the gradients of
 both: of the matrices of M * K that autograd would keep for the backward pass, student's and teacher's, none is.
 Dtypes: logits in fp32, bf16 or fp16 give an fp32 loss, computed in fp32, and a gradient in the student's dtype; fp64
-stays fp64 (the reference's). A logit that is infinite or NaN makes the loss NaN. The kernels take logits above -1e36.
+stays fp64 (no kernel's). A logit that is infinite or NaN makes the loss NaN. The kernels take logits above -1e36.
 """
 
 import math

@@ -13,7 +13,7 @@ Axes: M rows, K prototypes. Sums over prototypes and over rows alternate, each n
 row is too long for a program to keep: the first iteration reads the teacher once, each further one twice. Memory at
 three iterations, in words of M * K: 5 read and none written, 10 bytes a logit in bf16, where the original moves over
 100. A column's sum stays in its program, so there are no atomics, and a rerun gives the same bits.
-Dtypes: logits in fp32, bf16 or fp16 give an fp32 center, computed in fp32; fp64 stays fp64 (the reference's).
+Dtypes: logits in fp32, bf16 or fp16 give an fp32 center, computed in fp32; fp64 stays fp64 (no kernel's).
 """
 
 from collections.abc import Callable, Iterator

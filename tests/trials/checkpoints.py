@@ -148,6 +148,7 @@ CONTENTS: dict[str, Callable[[Content], Any]] = {
     "a learning rate that is a text": _set("optimizer", "param_groups", 0, "lr", to="x"),
     "progress is a list": _set("progress", to=[1]),
     "a line of another epoch": _set("progress", "entry", "epoch", to=0),
+    "an evaluation that is a text": _set("progress", "before", to={"knn": "high"}),
 }  # fmt: skip
 
 # Changed at a resume.
@@ -163,7 +164,7 @@ MEANINGFUL = {
     "lr": 0.001,
     "epochs": 4,
     "seed": 1,
-    "batch_size_per_gpu": 64,
+    "batch_size_per_gpu": 12,
     "local_crops_number": 1,
     "weight_decay": 0.1,
     "momentum_teacher": 0.9,
