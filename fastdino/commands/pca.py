@@ -9,7 +9,7 @@ from fastdino.commands.common import add_weights_flags, open_backbone
 from fastdino.commands.pictures import PICTURES, check_picture, check_size, make_folder, opened_images, resized
 from fastdino.errors import UserError
 from fastdino.eval.pca import patch_colors, patch_tokens, pca_figure
-from fastdino.eval.pictures import enlarged, save_figure, save_png
+from fastdino.eval.pictures import enlarged, save_figure, save_png, whole_patches
 from fastdino.train.command_line import boolean
 
 LARGER = 2  # than images were in training: more patches, a finer picture
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     check_size(args, backbone.patch_embed.patch_size)
     folder = make_folder("output_dir", args.output_dir) if args.output_dir else None
     view_of = resized(args.image_size or [LARGER * backbone.patch_embed.img_size])
-    views = [view_of(image) for _, image in images]
+    views = [whole_patches(backbone.patch_embed, view_of(image)) for _, image in images]
     colors = patch_colors([patch_tokens(backbone, view) for view in views], args.threshold, args.flip)
     names = [name for name, _ in images]
     save_figure(output, pca_figure(names, views, colors))

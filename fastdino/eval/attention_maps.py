@@ -18,7 +18,7 @@ from fastdino.data.channels import in_colors, read_pixels
 from fastdino.data.decode import BadImage
 from fastdino.data.sources import ImageSource
 from fastdino.eval.features import evaluating, prefix_tokens
-from fastdino.eval.pictures import LABEL, enlarged, fitting, row_labels, save_figure, save_png
+from fastdino.eval.pictures import LABEL, enlarged, fitting, row_labels, save_figure, save_png, whole_patches
 
 PANEL = 1.6  # inches of a picture's panel
 OUTSIDE = 0.25  # brightness of what a mask leaves out
@@ -46,11 +46,7 @@ def cls_attention(backbone: Any, view: Pixels) -> Maps:
 
 def look(backbone: Any, name: str, view: Pixels) -> Looked:
     """An image, cut to the patches that are looked at, and its attention."""
-    maps, patches = cls_attention(backbone, view), backbone.patch_embed
-    stride = patches.proj.stride  # less than a patch where somebody made them overlap
-    steps = (stride, stride) if isinstance(stride, int) else stride
-    height, width = ((n - 1) * step + patches.patch_size for n, step in zip(maps.shape[1:], steps))
-    return Looked(name, view[:height, :width], maps)
+    return Looked(name, whole_patches(backbone.patch_embed, view), cls_attention(backbone, view))
 
 
 def mass_masks(maps: Maps, share: float) -> NDArray[np.bool_]:

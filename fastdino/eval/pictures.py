@@ -42,6 +42,14 @@ def fitting(label: str, inches: float) -> str:
     return label if len(label) <= n else f"{label[: (n - 1) // 2]}…{label[-(n // 2) :]}"
 
 
+def whole_patches(patches: Any, view: NDArray[Any]) -> NDArray[Any]:
+    """(H, W, C) without what no patch of a patch embedding sees: the rest of sides that the patch does not divide."""
+    stride = patches.proj.stride  # less than a patch where somebody made them overlap
+    steps = (stride, stride) if isinstance(stride, int) else stride
+    height, width = ((n - 1) * step + patches.patch_size for n, step in zip(patches.grid(*view.shape[:2]), steps))
+    return view[:height, :width]
+
+
 def enlarged(grid: NDArray[Any], patch_size: int) -> NDArray[Any]:
     """(rows, columns, ...) -> (rows * patch_size, columns * patch_size, ...), each patch in one colour."""
     return grid.repeat(patch_size, 0).repeat(patch_size, 1)

@@ -49,6 +49,18 @@ def test_what_is_drawn_of_an_image_is_what_was_looked_at(backbone, photos):
     assert looked.maps.shape == (3, 8, 12)
 
 
+def test_patches_in_colour_are_of_all_that_is_shown_above_them(weights, photos, tmp_path, monkeypatch):
+    """A patch of 8 pixels leaves the rest of 70 and of 101 out."""
+    Image.fromarray(photos[0]).save(tmp_path / "a.png")
+    drawn = []
+    monkeypatch.setattr("fastdino.commands.pca.pca_figure", lambda *words: drawn.append(words) or pca_figure(*words))
+    words = ["--pretrained_weights", weights, "--images", tmp_path / "a.png", "--output", tmp_path / "pca.png"]
+    assert main(["pca", *map(str, words), "--image_size", "70", "101"]) == 0
+    [(_, views, colors)] = drawn
+    assert [view.shape for view in views] == [(64, 96, 3)]
+    assert [color.shape for color in colors] == [(8, 12, 3)]
+
+
 def test_rows_are_told_apart():
     assert row_labels(["photos/cats/01.jpg", "photos/dogs/02.jpg"]) == ["01.jpg", "02.jpg"]
     assert row_labels(["photos/cats/01.jpg", "photos/dogs/01.jpg", "b.png"]) == ["cats/01.jpg", "dogs/01.jpg", "b.png"]
