@@ -48,7 +48,7 @@ def test_parts_learn_what_one_piece_learns(processes, forks, tmp_path):
         found = torch.tensor(seen[name]["weights"], dtype=torch.float64)
         assert torch.allclose(found, weights(step)[::97], rtol=0, atol=1e-10), name
         assert seen[name]["grad_norm"] == pytest.approx(float(metrics.grad_norm), rel=1e-10), name
-        assert seen[name]["share"] < 1.1 / processes, name  # of the weights; rows do not divide evenly
+        assert seen[name]["share"] < 1.06 / processes, name  # of the weights; rows do not divide evenly
     if processes == 4:
         return
     in_bf16, kinds = seen["bf16"], {"master": "float32", "grad": "float32", "cls": "float32", "logits": "bfloat16"}
